@@ -1,0 +1,38 @@
+"""See and repair the representations of masked-image models, block by block (MIM-Refiner, arXiv 2402.10093)."""
+
+import mimrefiner._torchvision  # noqa: F401  before anything imports torchvision or timm
+
+# isort: split
+from mimrefiner.config import PretrainConfig, RefineConfig, ViTConfig, load_preset
+from mimrefiner.data import load_dataset
+from mimrefiner.errors import InputError
+from mimrefiner.features import Features, extract_features
+from mimrefiner.losses import multi_view_nna_loss, nna_loss
+from mimrefiner.models import build_vit, load_encoder
+from mimrefiner.nn_queue import NNQueue
+from mimrefiner.probes.knn import knn_accuracy, knn_predict
+from mimrefiner.refiner import MIMRefiner
+from mimrefiner.train import pretrain, refine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Features",
+    "InputError",
+    "MIMRefiner",
+    "NNQueue",
+    "PretrainConfig",
+    "RefineConfig",
+    "ViTConfig",
+    "build_vit",
+    "extract_features",
+    "knn_accuracy",
+    "knn_predict",
+    "load_dataset",
+    "load_encoder",
+    "load_preset",
+    "multi_view_nna_loss",
+    "nna_loss",
+    "pretrain",
+    "refine",
+]

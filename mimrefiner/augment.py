@@ -1,0 +1,212 @@
+"""The views of an image: recipes, their random draws, the crop (per image, CPU) and the photometric part (batched, any device).
+
+Every draw is a hash of (seed, epoch, image, view): a view does not depend on batch order, workers or processes, and a resumed
+run sees the same ones. Workers decode and crop; what is left is a function of the pixels and the draws, done for the whole
+batch at once on the device that trains.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+CROP_TRIES = 10
+DRAWS = 2 * CROP_TRIES + 2 + 1 + 1 + 8 + 2 + 1 + 1  # crop, offset, flip, jitter?, jitter order and factors, blur, grey, solarise
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How one view is made; probabilities ``*_p``, in the order of application.
+
+    ``scale`` is the share of the image's area, ``blur_sigma`` is in pixels of the crop, ``solarize_p`` inverts above 128.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    flip_p: float = 0.5
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey_p: float = 0.2
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one image: the global crops come first, then ``n_local`` copies of the local one."""
+
+    global_crops: tuple[Crop, ...]
+    local_crop: Crop
+    n_local: int = 10
+
+    @property
+    def crops(self) -> tuple[Crop, ...]:
+        return self.global_crops + (self.local_crop,) * self.n_local
+
+
+def paper_views(size: int = 224, local_size: int = 96, n_local: int = 10) -> Views:
+    """The paper's recipe: BYOL's two global crops and local ones (``train_byolaug_localviews.yaml`` of the released code)."""
+    return Views(
+        global_crops=(
+            Crop(size, (0.25, 1.0), blur_p=1.0),
+            Crop(size, (0.25, 1.0), blur_p=0.1, solarize_p=0.2),
+        ),
+        local_crop=Crop(local_size, (0.05, 0.25), blur_p=0.5),
+        n_local=n_local,
+    )
+
+
+def small_views(size: int, patch_size: int, n_local: int = 10) -> Views:
+    """The paper's recipe for images of 28 to 96 px: local crops of about 3/7 of the side, blur shrunk with the image."""
+    local_size = max(2, round(size * 96 / 224 / patch_size)) * patch_size
+    views = paper_views(size, local_size, n_local)
+
+    def shrink(crop: Crop) -> Crop:
+        return replace(crop, blur_sigma=(0.1, max(0.1, 2.0 * size / 224)))
+
+    return Views(tuple(shrink(crop) for crop in views.global_crops), shrink(views.local_crop), n_local)
+
+
+def digit_views(size: int, patch_size: int, n_local: int = 10) -> Views:
+    """Views that leave a digit's class alone: no flip, hue, grey or solarisation, and local crops that hold half of it."""
+    local_size = max(2, round(size / 2 / patch_size)) * patch_size
+    crop = Crop(size, (0.4, 1.0), flip_p=0.0, saturation=0.0, hue=0.0, grey_p=0.0)
+    return Views((crop, crop), replace(crop, size=local_size, scale=(0.2, 0.5)), n_local)
+
+
+def uniforms(seed: int, epoch: int, index: int, views: int, draws: int = DRAWS) -> np.ndarray:
+    """Numbers in [0, 1) that depend on (seed, epoch, index, view, draw) only: (views, draws), float32.
+
+    SplitMix64's finaliser (Steele et al. 2014) over the chained keys.
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(seed)
+        for key in (np.uint64(epoch), np.uint64(index), np.arange(views, dtype=np.uint64)[:, None], np.arange(draws, dtype=np.uint64)):
+            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * (key + np.uint64(1)))
+    return (state >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def crop_view(image: Image.Image, crop: Crop, u: np.ndarray) -> np.ndarray:
+    """Random resized crop (bicubic) and flip of one image, from its draws ``u`` (DRAWS,): (size, size, 3), uint8."""
+    width, height = image.size
+    box = _crop_box(width, height, crop.scale, u)
+    pixels = np.asarray(image.resize((crop.size, crop.size), Image.Resampling.BICUBIC, box=box))
+    return pixels[:, ::-1] if u[2 * CROP_TRIES + 2] < crop.flip_p else pixels
+
+
+def _crop_box(width: int, height: int, scale: tuple[float, float], u: np.ndarray) -> tuple[int, int, int, int]:
+    """The box of torchvision's RandomResizedCrop: area uniform, log aspect ratio uniform in 3/4..4/3, ten tries."""
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for attempt in range(CROP_TRIES):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * u[2 * attempt])
+        ratio = math.exp(low + (high - low) * u[2 * attempt + 1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u[2 * CROP_TRIES] * (width - w + 1)), int(u[2 * CROP_TRIES + 1] * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # the closest ratio, centred
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def photometric(x: Tensor, crop: Crop, u: Tensor) -> Tensor:
+    """Colour jitter, greyscale, blur and solarisation of a batch, each image by its own draws.
+
+    The draws stay on the CPU, where they decide which images each step touches, so that no step waits for the GPU.
+
+    Args:
+        x: images in 0..1, (batch, 3, height, width), any device.
+        crop: the recipe.
+        u: draws of each image, (batch, DRAWS), on the CPU.
+
+    Returns:
+        A new batch in 0..1.
+    """
+    x = x.clone()
+    u = u[:, 2 * CROP_TRIES + 3 :]
+    jitter, order, factors = u[:, 0] < crop.jitter_p, u[:, 1:5].argsort(-1), u[:, 5:9]
+    strengths = (crop.brightness, crop.contrast, crop.saturation, crop.hue)
+    for turn in range(4):
+        for op, strength in enumerate(strengths):
+            rows = (jitter & (order[:, turn] == op)).nonzero()[:, 0]
+            if strength > 0 and len(rows):
+                shift = (2 * factors[rows, op] - 1) * strength
+                rows = rows.to(x.device, non_blocking=True)
+                x[rows] = _JITTER[op](x[rows], shift.to(x.device, non_blocking=True)[:, None, None, None])
+    grey, blur, solarize = u[:, 9] < crop.grey_p, u[:, 10] < crop.blur_p, u[:, 12] < crop.solarize_p
+    if grey.any():
+        rows = grey.nonzero()[:, 0].to(x.device, non_blocking=True)
+        x[rows] = _grey(x[rows]).expand(-1, 3, -1, -1)
+    if blur.any():
+        rows = blur.nonzero()[:, 0]
+        low, high = crop.blur_sigma
+        sigma = (low + (high - low) * u[rows, 11]).to(x.device, non_blocking=True)
+        rows = rows.to(x.device, non_blocking=True)
+        x[rows] = gaussian_blur(x[rows], sigma, radius=max(1, math.ceil(3 * high)))
+    if solarize.any():
+        rows = solarize.nonzero()[:, 0].to(x.device, non_blocking=True)
+        x[rows] = torch.where(x[rows] >= 128 / 255, 1 - x[rows], x[rows])
+    return x
+
+
+def _grey(x: Tensor) -> Tensor:
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=x.device, dtype=x.dtype)  # ITU-R 601, as PIL and torchvision
+    return torch.einsum("bchw,c->bhw", x, weights)[:, None]
+
+
+def _brightness(x: Tensor, shift: Tensor) -> Tensor:
+    return (x * (1 + shift)).clamp(0, 1)
+
+
+def _contrast(x: Tensor, shift: Tensor) -> Tensor:
+    mean = _grey(x).mean((2, 3), keepdim=True)
+    return (mean + (x - mean) * (1 + shift)).clamp(0, 1)
+
+
+def _saturation(x: Tensor, shift: Tensor) -> Tensor:
+    grey = _grey(x)
+    return (grey + (x - grey) * (1 + shift)).clamp(0, 1)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by ``shift`` of a full circle: HSV to RGB is written per channel, as f(n) = v - v s max(0, min(k, 4-k, 1))."""
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    safe = torch.where(chroma > 0, chroma, 1)
+    r, g, b = x.unbind(1)
+    hue = torch.where(value == r, ((g - b) / safe) % 6, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    hue = hue + 6 * shift[:, 0]
+    channels = []
+    for n in (5.0, 3.0, 1.0):
+        k = (n + hue) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+_JITTER = (_brightness, _contrast, _saturation, _hue)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur each image of (batch, 3, height, width) with its own ``sigma`` (batch,), edges replicated."""
+    batch, channels, height, width = x.shape
+    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(channels, 0)  # (batch * channels, taps)
+    x = F.pad(x, (radius,) * 4, mode="replicate").flatten(0, 1)[None]
+    x = F.conv2d(x, kernel[:, None, None, :], groups=batch * channels)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=batch * channels)
+    return x.view(batch, channels, height, width)

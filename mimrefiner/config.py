@@ -1,0 +1,220 @@
+"""Settings as frozen dataclasses, and the presets: functions whose docstrings state cost and expected outcome.
+
+Blocks are 0-based. Learning rates are base rates: the rate used is ``base_lr * batch_size / 256``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mimrefiner.augment import Views, digit_views, small_views
+from mimrefiner.errors import InputError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A ViT trained from scratch; sizes in pixels and channels."""
+
+    image_size: int = 32
+    patch_size: int = 8
+    dim: int = 64
+    depth: int = 12
+    num_heads: int = 4
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise InputError(f"image size {self.image_size} is not divisible by the patch size {self.patch_size}")
+        if self.dim % self.num_heads:
+            raise InputError(f"dim {self.dim} is not divisible by {self.num_heads} attention heads")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Masked-image pre-training (stage 1).
+
+    ``method``: "simmim" (mask tokens go through the encoder, linear head; arXiv 2111.09886) or "mae" (the encoder sees visible
+    patches, a decoder of ``decoder_depth`` blocks rebuilds the rest; arXiv 2111.06377).
+    """
+
+    method: str = "simmim"
+    mask_ratio: float = 0.6
+    decoder_depth: int = 1
+    decoder_dim: int = 128
+    decoder_heads: int = 4
+    epochs: float = 200
+    batch_size: int = 128
+    base_lr: float = 4e-3
+    min_lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    warmup_share: float = 0.05
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of("method", self.method, ("simmim", "mae"))
+        _check(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
+        _check(self.epochs > 0 and self.batch_size > 1, f"need epochs > 0 and batch_size > 1, got {self.epochs}, {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Refinement: stage 2 (heads only) and stage 3 (encoder and heads). Defaults: the paper's ViT-L/16 recipe.
+
+    ``blocks`` None takes the last third of the blocks. ``pairing``: see :func:`mimrefiner.losses.pair_weights`. ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 * steps).
+    """
+
+    views: Views
+    blocks: tuple[int, ...] | None = None
+    pool: str = "cls"
+    hidden_dim: int = 2048
+    out_dim: int = 256
+    predictor_dim: int = 4096
+    queue_size: int = 65536
+    temperature: float = 0.2
+    heads_top_k: int = 1
+    refine_top_k: int = 20
+    pairing: str = "intended"
+    swap_negatives: bool = False
+    batch_size: int = 1024
+    heads_epochs: float = 20
+    heads_base_lr: float = 2e-4
+    refine_epochs: float = 30
+    refine_base_lr: float = 4e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 4
+    betas: tuple[float, float] = (0.9, 0.95)
+    encoder_weight_decay: float = 0.05
+    head_weight_decay: float = 1e-5
+    layer_decay: float = 0.65
+    frozen_blocks: int = 0
+    ema_decay: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of("pool", self.pool, ("cls", "mean"))
+        _one_of("pairing", self.pairing, ("intended", "published"))
+        _check(self.temperature > 0, f"temperature must be > 0, got {self.temperature}")
+        for top_k in (self.heads_top_k, self.refine_top_k):
+            _check(1 <= top_k <= self.queue_size, f"top_k must be between 1 and the queue size {self.queue_size}, got {top_k}")
+        _check(self.batch_size <= self.queue_size, f"a batch of {self.batch_size} does not fit a queue of {self.queue_size}")
+        _check(self.batch_size > 1, f"batch_size must be at least 2 (batch norm, negatives), got {self.batch_size}")
+        _check(self.refine_epochs > 0, f"refine_epochs must be > 0, got {self.refine_epochs}")
+
+    def resolve_blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks that get a head, 0-based and sorted, checked against the encoder's ``depth``."""
+        blocks = range(depth - math.ceil(depth / 3), depth) if self.blocks is None else self.blocks
+        return check_blocks(blocks, depth)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that a notebook needs to run at one scale."""
+
+    name: str
+    dataset: str
+    n_train: int | None
+    n_test: int | None
+    encoder: ViTConfig
+    pretrain: PretrainConfig
+    refine: RefineConfig
+
+    def with_seed(self, seed: int) -> "Preset":
+        _check(seed >= 0, f"seed must be >= 0, got {seed}")
+        return replace(self, pretrain=replace(self.pretrain, seed=seed), refine=replace(self.refine, seed=seed))
+
+
+def smoke() -> Preset:
+    """Seconds on 2 cores: 4 blocks, a few steps. Shows that everything runs; its numbers mean nothing."""
+    encoder = ViTConfig(dim=32, depth=4, num_heads=2)
+    pretrain = PretrainConfig(epochs=4, batch_size=64, flip=False)
+    refine = RefineConfig(
+        views=digit_views(32, 8, n_local=2),
+        hidden_dim=32,
+        out_dim=16,
+        predictor_dim=32,
+        queue_size=128,
+        refine_top_k=5,
+        batch_size=64,
+        heads_epochs=1,
+        refine_epochs=1,
+        warmup_epochs=0.25,
+        heads_base_lr=4e-3,
+        refine_base_lr=2e-3,
+    )
+    return Preset("smoke", "digits", 256, 128, encoder, pretrain, refine)
+
+
+def tiny() -> Preset:
+    """About 6 minutes of training on 2 cores: 12 blocks of width 64 on scikit-learn's digits, SimMIM-style.
+
+    A toy: raw pixels classify digits better than these features. Expected: k-NN of the cls token peaks before the last block,
+    and refinement lifts the last block by several points.
+    """
+    encoder = ViTConfig()
+    pretrain = PretrainConfig(epochs=250, flip=False)
+    refine = RefineConfig(
+        views=digit_views(32, 8, n_local=4),
+        hidden_dim=256,
+        out_dim=128,
+        predictor_dim=512,
+        queue_size=1024,
+        batch_size=128,
+        heads_epochs=15,
+        refine_epochs=40,
+        warmup_epochs=3,
+        heads_base_lr=4e-3,
+        refine_base_lr=2e-3,
+        layer_decay=0.85,
+        frozen_blocks=2,
+    )
+    return Preset("tiny", "digits", None, None, encoder, pretrain, refine)
+
+
+def gpu() -> Preset:
+    """Under an hour on one data-centre GPU (not yet measured): ViT-Tiny/4 on CIFAR-10, MAE-style with a light decoder."""
+    encoder = ViTConfig(image_size=32, patch_size=4, dim=192, depth=12, num_heads=3)
+    pretrain = PretrainConfig(method="mae", mask_ratio=0.75, decoder_depth=2, epochs=200, batch_size=512, base_lr=1e-3)
+    refine = RefineConfig(
+        views=small_views(32, 4, n_local=10),
+        hidden_dim=1024,
+        out_dim=256,
+        predictor_dim=2048,
+        queue_size=16384,
+        batch_size=512,
+        heads_epochs=10,
+        refine_epochs=30,
+        heads_base_lr=1e-3,
+        refine_base_lr=1e-3,
+        layer_decay=0.75,
+        frozen_blocks=2,
+    )
+    return Preset("gpu", "cifar10", None, None, encoder, pretrain, refine)
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {"smoke": smoke, "tiny": tiny, "gpu": gpu}
+
+
+def load_preset(name: str, seed: int = 0) -> Preset:
+    """The preset ``name`` with its seeds set; InputError lists the names there are."""
+    _one_of("preset", name, tuple(PRESETS))
+    return PRESETS[name]().with_seed(seed)
+
+
+def check_blocks(blocks, depth: int) -> tuple[int, ...]:
+    """Sorted 0-based blocks, or an InputError that names the one out of range."""
+    blocks = tuple(sorted(blocks))
+    _check(len(blocks) > 0 and len(set(blocks)) == len(blocks), f"expected one or more different blocks, got {list(blocks)}")
+    for block in blocks:
+        _check(0 <= block < depth, f"block {block} is out of range: the model has blocks 0 to {depth - 1} (0-based)")
+    return blocks
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    _check(value in valid, f"unknown {name} {value!r}: choose one of {', '.join(valid)}")
+
+
+def _check(fine: bool, message: str) -> None:
+    if not fine:
+        raise InputError(message)

@@ -1,0 +1,342 @@
+"""Labelled images by name or path, with splits that are fixed by a seed and never share an image.
+
+Splits are ``train``, ``val``, ``test`` and ``trainval`` (the first two together). Where a source has an official held-out set,
+that is ``test``, and ``val`` is a tenth of the training images, drawn per class. Recipes are chosen on ``val``, results
+reported on ``test``. ImageNet's folder ``val`` is therefore ``test`` here, unless the source has a labelled ``test`` of its own.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import mimrefiner._torchvision  # noqa: F401  before the first torchvision import
+from mimrefiner.augment import Views, crop_view, photometric, uniforms
+from mimrefiner.errors import InputError
+
+SPLITS = ("train", "val", "test", "trainval")
+DOWNLOADED = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+class ImageDataset(Dataset):
+    """Map-style data set of (RGB PIL image, int label).
+
+    Attributes:
+        name, split: what it was loaded as.
+        labels: (images,) int64, or None where the source has none (then every label is -1).
+        classes: class names, or None.
+        seed: of the split.
+    """
+
+    def __init__(self, name: str, split: str, load: Callable[[int], Image.Image], labels, classes=None, seed: int = 0, length=None):
+        self.name, self.split, self.seed, self.classes = name, split, seed, classes
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.rows = np.arange(len(labels) if length is None else length)
+        self._load = load
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        row = int(self.rows[i])
+        try:
+            image = self._load(row).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for bytes that are no image
+            raise InputError(f"{self.name} ({self.split}): image {row} cannot be decoded: {error}") from error
+        return image, -1 if self.labels is None else int(self.labels[i])
+
+    def subset(self, rows: Sequence[int]) -> "ImageDataset":
+        """The images at positions ``rows``, in that order."""
+        part = object.__new__(ImageDataset)
+        part.__dict__.update(self.__dict__)
+        part.rows = self.rows[np.asarray(rows, dtype=np.int64)]
+        part.labels = None if self.labels is None else self.labels[np.asarray(rows, dtype=np.int64)]
+        return part
+
+    def take(self, n: int | None, seed: int = 0) -> "ImageDataset":
+        """At most ``n`` images, the same share of every class, chosen by ``seed``; all of them for None."""
+        if n is None or n >= len(self):
+            return self
+        return self.subset(stratified_split(self.labels, len(self), n, seed)[0])
+
+
+def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDataset:
+    """Load a data set.
+
+    Args:
+        name_or_path: ``digits`` (scikit-learn's, 8x8 resized to 32x32; no download), ``fashion_mnist``, ``cifar10``,
+            ``cifar100``, ``stl10`` (downloaded by torchvision into ``$MIMREFINER_DATA``, default ``~/.cache/mimrefiner/data``),
+            ``imagefolder:PATH`` (``PATH/train/CLASS/IMAGE`` or ``PATH/CLASS/IMAGE``) or ``parquet:PATH`` (files
+            ``train-*.parquet`` and so on with columns ``image{bytes}`` and ``label``; held in memory as encoded bytes).
+        split: ``train``, ``val``, ``test`` or ``trainval``, see the module's first lines.
+        seed: of the drawn splits.
+
+    Raises:
+        InputError: unknown name or split, a path that is missing, empty or of another layout, or no network.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    kind, _, path = name_or_path.partition(":")
+    if kind == "imagefolder" and path:
+        return _image_folder(Path(path).expanduser(), split, seed)
+    if kind == "parquet" and path:
+        return _parquet(Path(path).expanduser(), split, seed)
+    if name_or_path == "digits":
+        return _digits(split, seed)
+    if name_or_path in DOWNLOADED:
+        return _torchvision_dataset(name_or_path, split, seed)
+    names = ", ".join(["digits", *DOWNLOADED])
+    raise InputError(f"unknown data set {name_or_path!r}: choose one of {names}, imagefolder:PATH or parquet:PATH")
+
+
+def stratified_split(labels: np.ndarray | None, total: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (chosen, rest), both sorted: ``n`` of ``total`` images, the same share of every class, drawn by ``seed``.
+
+    Every class is shuffled, and its images are spread evenly over 0..1; the ``n`` smallest places are chosen.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(total)
+    place = np.empty(total)
+    groups = np.zeros(total, dtype=np.int64) if labels is None else np.asarray(labels)
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    by_place = np.argsort(place, kind="stable")
+    return np.sort(by_place[:n]), np.sort(by_place[n:])
+
+
+def _select(train: ImageDataset, test: ImageDataset | None, split: str, seed: int) -> ImageDataset:
+    """Draw ``val`` from ``train`` (and ``test`` too where there is none: 30 % test, then a tenth validation)."""
+    if test is None:
+        held, rest = stratified_split(train.labels, len(train), round(0.3 * len(train)), seed)
+        train, test = train.subset(rest), train.subset(held)
+    val, rest = stratified_split(train.labels, len(train), max(1, round(0.1 * len(train))), seed + 1)
+    chosen = {"train": lambda: train.subset(rest), "val": lambda: train.subset(val), "trainval": lambda: train, "test": lambda: test}
+    part = chosen[split]()
+    part.split = split
+    return part
+
+
+def _digits(split: str, seed: int) -> ImageDataset:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+
+    def load(row: int) -> Image.Image:
+        return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
+
+    return _select(ImageDataset("digits", split, load, bunch.target, [str(i) for i in range(10)], seed), None, split, seed)
+
+
+def _torchvision_dataset(name: str, split: str, seed: int) -> ImageDataset:
+    import torchvision.datasets
+
+    root = Path(os.environ.get("MIMREFINER_DATA", Path.home() / ".cache" / "mimrefiner" / "data"))
+    builder = getattr(torchvision.datasets, DOWNLOADED[name])
+
+    def fetch(train: bool) -> ImageDataset:
+        part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
+        source = builder(str(root), download=True, **part)
+        labels = source.labels if name == "stl10" else source.targets
+        return ImageDataset(name, split, lambda row: source[row][0], labels, getattr(source, "classes", None), seed)
+
+    try:
+        return _select(fetch(True), fetch(False), split, seed)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{name} is not in {root} and could not be downloaded ({error}): check the network, put the files there, "
+            f"or use the embedded data set digits"
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: expected a folder of images")
+    if not path.is_dir():
+        raise InputError(f"{path} is a file: expected a folder")
+    return path
+
+
+def _image_folder(path: Path, split: str, seed: int) -> ImageDataset:
+    folders = {f.name for f in _existing(path).iterdir() if f.is_dir()}
+    if "train" not in folders:
+        return _select(_folder_part(path, None, split, seed), None, split, seed)
+    train = _folder_part(path / "train", None, split, seed)
+    official = {name: _folder_part(path / name, train.classes, split, seed) for name in ("val", "test") if name in folders}
+    if len(official) == 2:
+        return _official(train, official, split)
+    return _select(train, next(iter(official.values()), None), split, seed)
+
+
+def _official(train: ImageDataset, parts: dict[str, ImageDataset], split: str) -> ImageDataset:
+    """The splits of a source that has all three."""
+    if split in parts:
+        return parts[split]
+    if split == "train":
+        return train
+    val = parts["val"]
+    n = len(train)
+    both = ImageDataset(train.name, split, lambda row: train._load(row) if row < n else val._load(row - n), None, train.classes, train.seed, n + len(val))
+    both.labels = np.concatenate([train.labels, val.labels])
+    return both
+
+
+def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -> ImageDataset:
+    """One folder of class folders. ``classes`` are the training ones; a class that only this part has is added behind them."""
+    here = sorted(f.name for f in path.iterdir() if f.is_dir())
+    classes = sorted(here) if classes is None else classes + [name for name in here if name not in classes]
+    files, labels = [], []
+    for name in here:
+        found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
+        files += found
+        labels += [classes.index(name)] * len(found)
+    if not files:
+        raise InputError(f"{path} holds no images: expected {path}/CLASS/IMAGE.jpg (or .png, .webp, ...)")
+    return ImageDataset(f"imagefolder:{path}", split, lambda row: _open(files[row]), labels, classes, seed)
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{file} cannot be decoded as an image: {error}") from error
+
+
+def _parquet(path: Path, split: str, seed: int) -> ImageDataset:
+    prefixes = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+    files = {
+        part: sorted(f for f in _existing(path).glob("*.parquet") if f.name.split("-")[0].split(".")[0] in names)
+        for part, names in prefixes.items()
+    }
+    if not files["train"]:
+        raise InputError(f"{path} holds no train-*.parquet: expected shards train-*.parquet and val-*.parquet or test-*.parquet")
+    train = _parquet_part(path, files["train"], split, seed)
+    official = {part: _parquet_part(path, files[part], split, seed) for part in ("val", "test") if files[part]}
+    official = {part: data for part, data in official.items() if data.labels is not None or train.labels is None}
+    if len(official) == 2:
+        return _official(train, official, split)
+    return _select(train, next(iter(official.values()), None), split, seed)
+
+
+def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> ImageDataset:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pa.concat_tables([pq.read_table(file) for file in files])
+        encoded = table["image"].combine_chunks().field("bytes") if len(table) else []
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        raise InputError(f"{path}: expected parquet files with columns image{{bytes, path}} and label: {error}") from error
+    labels = table["label"].to_numpy() if "label" in table.column_names else None
+    if labels is not None and (labels < 0).all():  # the hub's mark for withheld labels
+        labels = None
+    if not len(encoded):
+        raise InputError(f"{path} holds no images in {', '.join(file.name for file in files)}")
+
+    def load(row: int) -> Image.Image:
+        return Image.open(io.BytesIO(encoded[row].as_py()))
+
+    return ImageDataset(f"parquet:{path}", split, load, labels, None, seed, len(encoded))
+
+
+# ---- views: (views, index, label) batches ---------------------------------------------------------------------------------
+
+
+class _Crops(Dataset):
+    """The uint8 crops of one image and their draws; asked for by (epoch, index), so that workers need no state."""
+
+    def __init__(self, dataset: Dataset, views: Views, seed: int):
+        self.dataset, self.views, self.seed = dataset, views, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        image, label = self.dataset[index]
+        image = to_pil(image)
+        draws = uniforms(self.seed, epoch, index, len(self.views.crops))
+        pixels = [crop_view(image, crop, u) for crop, u in zip(self.views.crops, draws, strict=True)]
+        return pixels, draws, index, int(label)
+
+
+def epoch_order(n: int, epoch: int, seed: int) -> np.ndarray:
+    """The order of ``n`` images in one epoch, (n,)."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def view_batches(
+    dataset: Dataset,
+    views: Views,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+    first_step: int = 0,
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+    """Batches of normalised views, epoch after epoch, incomplete last batches dropped.
+
+    Yields:
+        views: one tensor per view in the order of ``views.crops``, (batch, 3, size, size), on ``device``.
+        index: which image each row is, (batch,).
+        label: its class, -1 where there is none, (batch,).
+    """
+    per_epoch = len(dataset) // batch_size
+    if per_epoch == 0:
+        raise InputError(f"a batch of {batch_size} needs at least that many images, the data set has {len(dataset)}")
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        for step in range(first_step, steps):
+            epoch, batch = divmod(step, per_epoch)
+            if batch == 0 or step == first_step:
+                order = epoch_order(len(dataset), epoch, seed)
+            yield [(epoch, int(i)) for i in order[batch * batch_size : (batch + 1) * batch_size]]
+
+    device = torch.device(device)
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
+    loader = DataLoader(
+        _Crops(dataset, views, seed),
+        batch_sampler=keys(),
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+    for pixels, draws, index, label in loader:
+        batch = []
+        for v, crop in enumerate(views.crops):
+            x = pixels[v].to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+            batch.append((photometric(x, crop, draws[:, v]) - mean) / std)
+        yield batch, index.to(device, non_blocking=True), label.to(device, non_blocking=True)
+
+
+def _collate(rows):
+    pixels = [torch.from_numpy(np.stack(view)) for view in zip(*(row[0] for row in rows), strict=True)]
+    draws = torch.from_numpy(np.stack([row[1] for row in rows]))  # (batch, views, draws)
+    return pixels, draws, torch.tensor([row[2] for row in rows]), torch.tensor([row[3] for row in rows])
+
+
+def to_pil(image) -> Image.Image:
+    """An RGB PIL image from a PIL image, a uint8 array (height, width[, 3]) or a tensor (3, height, width) in 0..1 or uint8."""
+    if isinstance(image, Tensor):
+        image = image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8)
+        image = image.permute(1, 2, 0).squeeze(-1).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise InputError(f"expected an image array of uint8, got {image.dtype}: scale it to 0..255")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"expected a PIL image, a uint8 array or a tensor, got {type(image).__name__}")
+    return image.convert("RGB")

@@ -1,0 +1,8 @@
+"""The one exception for input that a person can mend."""
+
+
+class InputError(ValueError):
+    """Something the user gave does not fit; the message says what was expected, what came and what to do.
+
+    The command line prints the message as one line, without a traceback, and exits with status 2.
+    """

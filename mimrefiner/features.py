@@ -1,0 +1,165 @@
+"""Pooled features of every block in one pass.
+
+Tokens are pooled as each block ends, so that only (batch, dim) per block stays alive; ``timm``'s ``forward_intermediates``,
+which keeps every block's tokens, is the oracle in the tests.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from mimrefiner.config import check_blocks
+from mimrefiner.data import to_pil
+from mimrefiner.errors import InputError
+from mimrefiner.models import default_device, eval_transform
+from mimrefiner.progress import progress
+
+
+@dataclass
+class Features:
+    """Features of a data set.
+
+    Attributes:
+        x: for every pooling ("cls", "mean"), float32 (blocks, images, dim); a list of (images, dim_b) where widths differ.
+        y: labels, (images,), -1 where there are none.
+        blocks: the 0-based block of every row of ``x``.
+        depth: number of blocks of the encoder.
+    """
+
+    x: dict[str, Tensor | list[Tensor]]
+    y: Tensor
+    blocks: tuple[int, ...]
+    depth: int
+
+
+def available_pools(encoder: nn.Module) -> tuple[str, ...]:
+    """The poolings ``encoder`` has: "cls" only where there is a cls token, "mean" over patch tokens always."""
+    return ("cls", "mean") if getattr(encoder, "cls_token", None) is not None else ("mean",)
+
+
+def check_pools(encoder: nn.Module, pools: Sequence[str] | None) -> tuple[str, ...]:
+    """``pools`` (None: all there are), or an InputError naming those the encoder has."""
+    available = available_pools(encoder)
+    for pool in pools or ():
+        if pool not in ("cls", "mean"):
+            raise InputError(f"unknown pooling {pool!r}: choose from cls, mean")
+        if pool not in available:
+            raise InputError("pooling 'cls' needs a cls token, which this model does not have: use pool 'mean'")
+    return available if pools is None else tuple(pools)
+
+
+def pooled_blocks(
+    encoder: nn.Module, images: Tensor, blocks: Sequence[int], pools: Sequence[str], *, norm_blocks: Collection[int] = ()
+) -> dict[str, list[Tensor]]:
+    """Run ``encoder`` once and pool the raw output of every block in ``blocks``.
+
+    Args:
+        encoder: a timm ViT (anything with ``blocks`` and ``forward_features``).
+        images: normalised images, (batch, 3, height, width).
+        blocks: 0-based blocks.
+        pools: of "cls", "mean".
+        norm_blocks: blocks whose tokens pass the encoder's final LayerNorm first.
+
+    Returns:
+        For every pooling, a list of (batch, dim), in the order of ``blocks``.
+    """
+    pooled: dict[str, list] = {pool: [None] * len(blocks) for pool in pools}
+
+    def pool_output(position: int, normed: bool):
+        def hook(module, inputs, output):
+            tokens = output[0] if isinstance(output, tuple) else output  # (batch, tokens, dim)
+            norm = encoder.norm if normed else nn.Identity()
+            if "cls" in pooled:
+                pooled["cls"][position] = norm(tokens[:, 0])
+            if "mean" in pooled:
+                pooled["mean"][position] = norm(tokens[:, encoder.num_prefix_tokens :]).mean(1)
+
+        return hook
+
+    handles = [encoder.blocks[b].register_forward_hook(pool_output(i, b in norm_blocks)) for i, b in enumerate(blocks)]
+    try:
+        encoder.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pooled
+
+
+class _Transformed(Dataset):
+    def __init__(self, dataset: Dataset, transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int):
+        image, label = self.dataset[i]
+        return self.transform(to_pil(image)), int(label)
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: nn.Module,
+    dataset: Dataset,
+    *,
+    blocks: str | Sequence[int] = "all",
+    pools: Sequence[str] | None = None,
+    final_norm: bool = False,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> Features:
+    """Features of every image of ``dataset`` after every block of ``encoder``.
+
+    The paper's protocol is the default: raw block outputs, before any LayerNorm.
+
+    Args:
+        encoder: from :func:`mimrefiner.load_encoder`, or any timm ViT; its ``pretrained_cfg`` says how images are prepared.
+        dataset: map-style, (image, label).
+        blocks: "all" or 0-based blocks.
+        pools: of "cls", "mean"; None takes those the model has.
+        final_norm: apply the encoder's final LayerNorm to every block's tokens (as ``forward_intermediates(norm=True)``).
+        batch_size, num_workers: of the loader.
+        device: None takes a GPU where there is one. The encoder is returned to where it was.
+        autocast: torch.bfloat16 or torch.float16 to run in lower precision; features are stored as float32.
+
+    Raises:
+        InputError: a block out of range, cls pooling of a model without cls token, an empty data set.
+    """
+    depth = len(encoder.blocks)
+    blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
+    pools = check_pools(encoder, pools)
+    if len(dataset) == 0:
+        raise InputError("the data set is empty")
+    device = torch.device(device) if device is not None else default_device()
+    home, was_training = next(encoder.parameters()).device, encoder.training
+    loader = DataLoader(
+        _Transformed(dataset, eval_transform(encoder)),
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    parts: dict[str, list[list[Tensor]]] = {pool: [[] for _ in blocks] for pool in pools}
+    labels = []
+    encoder.eval().to(device)
+    try:
+        for images, label in progress(loader, "features", unit="batch"):
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                images = images.to(device, non_blocking=True)
+                pooled = pooled_blocks(encoder, images, blocks, pools, norm_blocks=blocks if final_norm else ())
+            for pool in pools:
+                for part, x in zip(parts[pool], pooled[pool], strict=True):
+                    part.append(x.float().cpu())
+            labels.append(label)
+    finally:
+        encoder.train(was_training).to(home)
+
+    def join(per_block: list[list[Tensor]]) -> Tensor | list[Tensor]:
+        whole = [torch.cat(part) for part in per_block]
+        return torch.stack(whole) if len({x.shape[1] for x in whole}) == 1 else whole
+
+    return Features({pool: join(parts[pool]) for pool in pools}, torch.cat(labels), blocks, depth)

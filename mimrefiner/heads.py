@@ -1,0 +1,78 @@
+"""Projector and predictor of every refined block, computed together.
+
+The weights of all heads are stacked, so each layer is one batched matrix product and one batch norm, whatever the number of
+heads. Values, gradients and running statistics equal those of separate heads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class StackedLinear(nn.Module):
+    """One bias-free linear layer per head: (rows, heads, inputs) -> (rows, heads, outputs)."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
+
+
+class StackedBatchNorm(nn.BatchNorm1d):
+    """One batch norm per head over the rows of (rows, heads, dim); no statistic crosses heads."""
+
+    def __init__(self, heads: int, dim: int):
+        super().__init__(heads * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)).view(x.shape)
+
+
+class Heads(nn.Module):
+    """The contrastive heads of MIM-Refiner (``src/models/ssl/nnclr_head.py`` of the released code).
+
+    Projector: Linear, BN, GELU, Linear, BN, GELU, Linear, BN; predictor: Linear, BN, GELU, Linear. No biases, Xavier-uniform
+    weights. About 8.9 M parameters a head at the paper's widths and ``dim`` 1024.
+
+    Args:
+        heads: number of heads.
+        dim: width of the encoder's blocks.
+        hidden_dim, out_dim: of the projector (paper: 2048, 256).
+        predictor_dim: hidden width of the predictor (paper: 4096).
+    """
+
+    def __init__(self, heads: int, dim: int, hidden_dim: int = 2048, out_dim: int = 256, predictor_dim: int = 4096):
+        super().__init__()
+        self.heads = heads
+        self.projector = nn.Sequential(
+            StackedLinear(heads, dim, hidden_dim),
+            StackedBatchNorm(heads, hidden_dim),
+            nn.GELU(),
+            StackedLinear(heads, hidden_dim, hidden_dim),
+            StackedBatchNorm(heads, hidden_dim),
+            nn.GELU(),
+            StackedLinear(heads, hidden_dim, out_dim),
+            StackedBatchNorm(heads, out_dim),
+        )
+        self.predictor = nn.Sequential(
+            StackedLinear(heads, out_dim, predictor_dim),
+            StackedBatchNorm(heads, predictor_dim),
+            nn.GELU(),
+            StackedLinear(heads, predictor_dim, out_dim),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project and predict.
+
+        Args:
+            x: pooled features of each head's block, all views of the batch together because the batch statistics are taken
+                over all of them, (rows, heads, dim).
+
+        Returns:
+            Projections ``z`` and predictions ``p``, each (rows, heads, out_dim).
+        """
+        z = self.projector(x)
+        return z, self.predictor(z)

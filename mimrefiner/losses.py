@@ -1,0 +1,130 @@
+"""Nearest-neighbour alignment (NNA), the loss of MIM-Refiner (arXiv 2402.10093, Eq. 1-2 and Figure 4).
+
+For a target view ``a`` (global), a predicted view ``b`` and image ``i``, all vectors L2-normalised::
+
+    l(a, b, i) = -log  exp(nn_z[i,a] . p[i,b] / T)  /  (exp(nn_z[i,a] . p[i,b] / T) + sum_{j != i} exp(z[i,a] . p[j,b] / T))
+
+Only the positive is swapped with a neighbour from the queue; the negatives are the batch's own projections. The gradient
+reaches ``p`` alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAIRINGS = ("intended", "published")
+
+
+def nna_loss(z: Tensor, nn_z: Tensor, p: Tensor, *, temperature: float = 0.2, swap_negatives: bool = False) -> Tensor:
+    """NNA loss of one ordered pair of views.
+
+    Args:
+        z: projections of the target view, (batch, dim).
+        nn_z: the queue neighbours of ``z``, (batch, dim).
+        p: predictions of the other view, (batch, dim); the only argument that receives a gradient.
+        temperature: softmax temperature T > 0.
+        swap_negatives: also take the negatives' targets from ``nn_z`` (then this is NNCLR, arXiv 2104.14548).
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    z, nn_z, p = (x[None, :, None] for x in (z, nn_z, p))
+    return nna_terms(z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives).mean()
+
+
+def multi_view_nna_loss(
+    z: Tensor,
+    nn_z: Tensor,
+    p: Tensor,
+    *,
+    temperature: float | Tensor = 0.2,
+    pairing: str = "intended",
+    swap_negatives: bool = False,
+    offset: int = 0,
+) -> Tensor:
+    """NNA loss of every head over all pairs of views.
+
+    Args:
+        z: projections of the global views, (heads, batch, global_views, dim).
+        nn_z: the queue neighbours of ``z``, same shape.
+        p: predictions of all views, global views first, (heads, batch_all, views, dim); ``batch_all`` exceeds ``batch``
+            where predictions were gathered over processes.
+        temperature: one value, or one per head as a tensor (heads,).
+        pairing: which pairs of views are averaged, see :func:`pair_weights`.
+        swap_negatives: see :func:`nna_loss`.
+        offset: the row of ``p`` that belongs to the first row of ``z`` (this process's share begins there).
+
+    Returns:
+        One loss per head, (heads,), averaged over this process's batch and over the pairs of views.
+    """
+    terms = nna_terms(z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives, offset=offset)
+    return average_pairs(terms, pairing)
+
+
+def nna_terms(
+    z: Tensor,
+    nn_z: Tensor,
+    p: Tensor,
+    *,
+    temperature: float | Tensor = 0.2,
+    swap_negatives: bool = False,
+    offset: int = 0,
+) -> Tensor:
+    """The loss of every (head, global view a, view b, image), not averaged: (heads, global_views, views, batch).
+
+    Arguments as in :func:`multi_view_nna_loss`. ``exp(-terms)`` is the softmax probability of the positive ("alignment").
+    """
+    check_temperature(temperature)
+    if z.shape != nn_z.shape:
+        raise ValueError(f"z and nn_z must have one shape, got {tuple(z.shape)} and {tuple(nn_z.shape)}")
+    heads, batch, global_views, dim = z.shape
+    if p.shape[0] != heads or p.shape[3] != dim or p.shape[1] < offset + batch or p.shape[2] < global_views:
+        raise ValueError(
+            f"expected p as ({heads}, >= {offset + batch}, >= {global_views}, {dim}) for z {tuple(z.shape)} at offset {offset}, "
+            f"got {tuple(p.shape)}"
+        )
+    with torch.no_grad():
+        z = F.normalize(z.float(), dim=-1)
+        nn_z = F.normalize(nn_z.float(), dim=-1)
+    p = F.normalize(p.float(), dim=-1)
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=p.device).reshape(-1, 1, 1, 1)
+
+    terms = []
+    for a in range(global_views):  # one target view at a time bounds the logits to (heads, views, batch, batch_all)
+        targets = (nn_z if swap_negatives else z)[:, :, a]  # (heads, batch, dim)
+        logits = torch.einsum("hid,hjbd->hbij", targets, p)  # (heads, views, batch, batch_all)
+        if not swap_negatives:
+            positive = torch.einsum("hid,hibd->hbi", nn_z[:, :, a], p[:, offset : offset + batch])
+            logits = torch.diagonal_scatter(logits, positive, offset=offset, dim1=-2, dim2=-1)
+        logits = logits / temperature
+        terms.append(logits.logsumexp(-1) - logits.diagonal(offset, -2, -1))
+    return torch.stack(terms, dim=1)
+
+
+def average_pairs(terms: Tensor, pairing: str) -> Tensor:
+    """Average (heads, global_views, views, batch) terms over the pairs of views that ``pairing`` counts: (heads,)."""
+    weights = pair_weights(terms.shape[1], terms.shape[2], pairing).to(terms)
+    return torch.einsum("hab,ab->h", terms.mean(-1), weights / weights.sum())
+
+
+def pair_weights(global_views: int, views: int, pairing: str) -> Tensor:
+    """How often each ordered pair (target a, predicted b) counts, (global_views, views).
+
+    ``"intended"``: every pair of different views whose target is global: 2 + 20 = 22 pairs for 2 global and 10 local views.
+    ``"published"``: the released code (``src/losses/ssl/nnclr_loss.py`` at cc57423) takes its local terms from the predictions
+    of views ``0 .. n_local - 1``. The global views are then counted again, pairs of a view with itself included, and the
+    last ``global_views`` local crops carry no gradient.
+    """
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing must be one of {PAIRINGS}, got {pairing!r}")
+    different = ~torch.eye(global_views, views, dtype=torch.bool)
+    view = torch.arange(views)
+    if pairing == "intended":
+        return different.float()
+    return (different & (view < global_views)).float() + (view < views - global_views).float()
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise ValueError unless every temperature is positive (a tensor is trusted: looking at it would stop the GPU)."""
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")

@@ -1,0 +1,144 @@
+"""Encoders: by timm name, or from a file that this package wrote."""
+
+import json
+from pathlib import Path
+
+import mimrefiner._torchvision  # noqa: F401  before the first timm import
+
+# isort: split
+import timm
+import timm.data
+import torch
+from torch import nn
+
+from mimrefiner.checkpoint import read_encoder_file
+from mimrefiner.config import ViTConfig
+from mimrefiner.errors import InputError
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def build_vit(config: ViTConfig, *, seed: int = 0, mean=HALF, std=HALF) -> nn.Module:
+    """A timm VisionTransformer (pre-norm, cls token, learned positions) with random weights drawn from ``seed``.
+
+    ``mean`` and ``std`` are the normalisation it will be fed with.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = timm.models.VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            num_classes=0,
+            global_pool="token",
+            dynamic_img_size=True,
+        )
+    encoder.pretrained_cfg = {
+        "architecture": "mimrefiner_vit",
+        "input_size": (3, config.image_size, config.image_size),
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    return encoder.eval()
+
+
+def load_encoder(
+    source: str | Path, *, image_size: int | None = None, num_heads: int | None = None, pretrained: bool = True
+) -> nn.Module:
+    """Load an encoder in eval mode, without a classifier.
+
+    Its ``pretrained_cfg`` carries mean, std, input size and interpolation, so that neither :func:`extract_features` nor the
+    views need a transform. Every image size that the patch size divides is accepted in the forward pass.
+
+    Args:
+        source: a timm model name (``vit_base_patch16_224.mae``) or the path of a ``.safetensors`` file written by this package.
+        image_size: input size in pixels, None for the model's own; position embeddings are resized.
+        num_heads: attention heads, where a file does not tell (files of this package do).
+        pretrained: False gives random weights of the same shape.
+
+    Raises:
+        InputError: unknown name, missing or damaged file, a size the patch size does not divide, or no network.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".safetensors" or path.exists():
+        return _load_file(path, image_size, num_heads, pretrained)
+    name = str(source)
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise InputError(f"unknown model {name!r}: expected a timm model name or an existing .safetensors file{hint}")
+    try:
+        encoder = _create(name, image_size, pretrained)
+    except RuntimeError as error:
+        if not timm.models.is_model_pretrained(name):
+            raise InputError(f"{name} has no pre-trained weights in timm: pass pretrained=False for random ones") from error
+        raise
+    except (OSError, AssertionError) as error:
+        raise InputError(
+            f"could not load {name} ({_first_line(error)}): without a network use pretrained=False (--no-pretrained) or a local file; "
+            "image sizes must be divisible by the patch size"
+        ) from error
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": name}
+    return _with_size(encoder, image_size)
+
+
+def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
+    size = {} if image_size is None else {"img_size": image_size}
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **size).eval()
+    except TypeError:  # families without dynamic_img_size
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size).eval()
+
+
+def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretrained: bool) -> nn.Module:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is no file: expected a .safetensors file or a timm model name")
+    tensors, metadata = read_encoder_file(path)
+    config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
+    if num_heads not in (None, config.num_heads):
+        raise InputError(f"{path} has {config.num_heads} attention heads, got num_heads={num_heads}")
+    if metadata["architecture"] == "mimrefiner_vit":
+        encoder = build_vit(config)
+    else:
+        encoder = _create(metadata["architecture"], config.image_size, pretrained=False)
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": metadata["architecture"]}
+    if pretrained:
+        encoder.load_state_dict(tensors)
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **data, "input_size": (3, config.image_size, config.image_size)}
+    return _with_size(encoder, image_size)
+
+
+def _with_size(encoder: nn.Module, image_size: int | None) -> nn.Module:
+    if image_size is not None:
+        patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (1,))[0]
+        if image_size % patch:
+            raise InputError(f"image size {image_size} is not divisible by the patch size {patch}")
+        if hasattr(encoder, "set_input_size"):
+            encoder.set_input_size(img_size=image_size)
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (3, image_size, image_size)}
+    return encoder
+
+
+def eval_transform(encoder: nn.Module):
+    """Resize, centre crop, normalise: PIL image to (3, height, width), as ``pretrained_cfg`` says."""
+    config = timm.data.resolve_data_config(pretrained_cfg=encoder.pretrained_cfg)
+    return timm.data.create_transform(**config)
+
+
+def normalisation(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the encoder's input."""
+    return tuple(encoder.pretrained_cfg["mean"]), tuple(encoder.pretrained_cfg["std"])
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

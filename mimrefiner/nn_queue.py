@@ -1,0 +1,106 @@
+"""The queue of past projections in which NNA looks for neighbours (one per head, kept together).
+
+Looking up never writes; :meth:`NNQueue.enqueue` is the only mutation.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOOKUP_BYTES = 2**28  # at most this much similarity matrix at a time
+
+
+class NNQueue(nn.Module):
+    """First-in-first-out queue of un-normalised projections, one row of slots shared by all heads.
+
+    Persistent buffers: ``z`` (heads, size, dim), first filled with N(0, 1); ``index``, ``label``, ``age`` (size,) and ``ptr``
+    (1,), the slot that is written next. ``index`` and ``label`` are -1 where nothing was enqueued yet; ``age`` counts the
+    images enqueued since, in steps of a batch. Semantics: ``src/modules/ssl/nnclr_queue.py`` of the released code, except that
+    similarities are always float32.
+    """
+
+    def __init__(self, heads: int, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("z", torch.randn(heads, size, dim))
+        self.register_buffer("index", torch.full((size,), -1))
+        self.register_buffer("label", torch.full((size,), -1))
+        self.register_buffer("age", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("unit", F.normalize(self.z, dim=-1), persistent=False)  # so that no lookup normalises the queue
+        self.register_load_state_dict_post_hook(lambda queue, _: queue.unit.copy_(F.normalize(queue.z, dim=-1)))
+
+    @property
+    def size(self) -> int:
+        return self.z.shape[1]
+
+    def lookup(self, z: Tensor, index: Tensor | None, *, top_k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Neighbours of ``z`` (heads, batch, views, dim) in the queue, un-normalised and without gradient: the shape of ``z``.
+
+        See :meth:`lookup_slots` for the arguments.
+        """
+        return self.gather(self.lookup_slots(z, index, top_k=top_k, generator=generator))
+
+    @torch.no_grad()
+    def lookup_slots(
+        self, z: Tensor, index: Tensor | None, *, top_k: int = 1, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Slots of the neighbours of ``z`` by cosine similarity: (heads, batch, views), integers.
+
+        Args:
+            z: projections, (heads, batch, views, dim).
+            index: which image each row is, (batch,); entries of the same image are passed over. None excludes nothing.
+            top_k: draw uniformly among this many nearest entries; 1 takes the nearest.
+            generator: source of the draw (a CPU generator serves any device).
+        """
+        heads, batch, views, dim = z.shape
+        if heads != self.z.shape[0] or dim != self.z.shape[2]:
+            raise ValueError(f"expected z as ({self.z.shape[0]}, batch, views, {self.z.shape[2]}), got {tuple(z.shape)}")
+        if not 1 <= top_k <= self.size:
+            raise ValueError(f"top_k must be between 1 and the queue's size {self.size}, got {top_k}")
+        if top_k > 1:
+            device = z.device if generator is None else generator.device
+            pick = torch.randint(top_k, (heads, batch, views, 1), generator=generator, device=device).to(z.device)
+        rows = max(1, LOOKUP_BYTES // (4 * heads * views * self.size))
+        slots = []
+        with torch.autocast(z.device.type, enabled=False):
+            for start in range(0, batch, rows):
+                part = slice(start, start + rows)
+                query = F.normalize(z[:, part].float(), dim=-1).flatten(1, 2)  # (heads, rows * views, dim)
+                similarity = (query @ self.unit.mT).unflatten(1, (-1, views))  # (heads, rows, views, size)
+                if index is not None:
+                    own = index[part, None] == self.index  # (rows, size)
+                    similarity.masked_fill_(own[:, None], -1.0)
+                nearest = similarity.topk(top_k, dim=-1).indices
+                slots.append(nearest[..., 0] if top_k == 1 else nearest.gather(-1, pick[:, part])[..., 0])
+        return torch.cat(slots, dim=1)
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """Entries at ``slots`` (heads, batch, views): (heads, batch, views, dim)."""
+        heads = torch.arange(self.z.shape[0], device=slots.device)[:, None, None]
+        return self.z[heads, slots]
+
+    @torch.no_grad()
+    def enqueue(self, z: Tensor, index: Tensor, label: Tensor | None = None) -> None:
+        """Write the newest projections over the oldest.
+
+        Args:
+            z: projections of the first global view, already gathered over processes, (heads, batch, dim).
+            index: which image each row is, (batch,).
+            label: its class, (batch,), or None; used for metrics only.
+        """
+        batch = z.shape[1]
+        if z.shape[0] != self.z.shape[0] or z.shape[2] != self.z.shape[2] or index.shape != (batch,):
+            raise ValueError(
+                f"expected z as ({self.z.shape[0]}, batch, {self.z.shape[2]}) and index as (batch,), "
+                f"got {tuple(z.shape)} and {tuple(index.shape)}"
+            )
+        if batch > self.size:
+            raise ValueError(f"a batch of {batch} does not fit a queue of {self.size}")
+        slots = (self.ptr + torch.arange(batch, device=self.ptr.device)) % self.size
+        self.z[:, slots] = z.to(self.z.dtype)
+        self.unit[:, slots] = F.normalize(z.float(), dim=-1).to(self.unit.dtype)
+        self.index[slots] = index
+        self.label[slots] = -1 if label is None else label
+        self.age += batch
+        self.age[slots] = 0
+        self.ptr.copy_((self.ptr + batch) % self.size)

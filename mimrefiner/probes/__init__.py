@@ -1,0 +1,1 @@
+"""Probes: how good is the representation after each block?"""

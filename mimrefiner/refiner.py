@@ -1,0 +1,122 @@
+"""MIMRefiner: an encoder with one contrastive head on every chosen block, and the loss of one batch of views."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimrefiner.config import RefineConfig
+from mimrefiner.errors import InputError
+from mimrefiner.features import check_pools, pooled_blocks
+from mimrefiner.heads import Heads
+from mimrefiner.losses import average_pairs, nna_terms
+from mimrefiner.nn_queue import NNQueue
+
+
+@dataclass
+class StepResult:
+    """One batch: the loss of every head (heads,), with gradient, and metrics of every head, each (heads,).
+
+    ``nn_accuracy``: share of neighbours of the query's class, among neighbours and queries that have one; ``nn_similarity``:
+    cosine of query and neighbour; ``nn_age``: images enqueued since the neighbour was; ``alignment``: softmax probability of
+    the positive, over pairs of different global views.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class MIMRefiner(nn.Module):
+    """Encoder, heads and queue.
+
+    An intermediate head reads its block's raw output, the head on the last block reads the encoder's output after the final
+    LayerNorm (which post-norm models do not have).
+
+    Args:
+        encoder: a timm ViT; it is used, not copied.
+        config: see :class:`mimrefiner.config.RefineConfig`; new weights are drawn from ``config.seed``.
+
+    Raises:
+        InputError: a block out of range, cls pooling without cls token, a crop that the patch size does not divide.
+    """
+
+    def __init__(self, encoder: nn.Module, config: RefineConfig):
+        super().__init__()
+        self.encoder = encoder
+        self.config = config
+        self.depth = len(encoder.blocks)
+        self.blocks = config.resolve_blocks(self.depth)
+        check_pools(encoder, (config.pool,))
+        patch = encoder.patch_embed.patch_size[0]
+        for crop in config.views.crops:
+            if crop.size % patch:
+                raise InputError(f"crop size {crop.size} is not divisible by the patch size {patch}")
+        if not 0 <= config.frozen_blocks < self.depth:
+            raise InputError(f"frozen_blocks must be between 0 and {self.depth - 1}, got {config.frozen_blocks}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.heads = Heads(len(self.blocks), encoder.embed_dim, config.hidden_dim, config.out_dim, config.predictor_dim)
+            self.queue = NNQueue(len(self.blocks), config.queue_size, config.out_dim)
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Projections and predictions of all views, each (heads, batch, views, out_dim).
+
+        ``views``: (batch, 3, size, size) each, crops of one size next to each other; they pass the encoder together.
+        """
+        pooled, start = [], 0
+        while start < len(views):
+            stop = start + 1
+            while stop < len(views) and views[stop].shape == views[start].shape:
+                stop += 1
+            images = torch.cat(list(views[start:stop]))
+            per_block = pooled_blocks(
+                self.encoder, images, self.blocks, (self.config.pool,), norm_blocks=(self.depth - 1,)
+            )[self.config.pool]
+            pooled.append(torch.stack(per_block, 1))  # (views * batch, heads, dim)
+            start = stop
+        z, p = self.heads(torch.cat(pooled))  # batch norm sees all views together
+        shape = (len(views), views[0].shape[0], *z.shape[1:])
+        return z.view(shape).permute(2, 1, 0, 3), p.view(shape).permute(2, 1, 0, 3)
+
+    def step(
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,
+        label: Tensor | None = None,
+        *,
+        top_k: int,
+        generator: torch.Generator | None = None,
+    ) -> StepResult:
+        """Loss and metrics of one batch of views; look up neighbours first, then enqueue the first view's projections.
+
+        Args:
+            views: global views first, (batch, 3, size, size) each.
+            index, label: which image each row is, and its class (-1: none), (batch,); labels serve metrics only.
+            top_k, generator: see :meth:`NNQueue.lookup_slots`.
+        """
+        config = self.config
+        z, p = self(views)
+        z = z[:, :, : len(config.views.global_crops)].detach().float()
+        slots = self.queue.lookup_slots(z, index, top_k=top_k, generator=generator)
+        neighbours = self.queue.gather(slots)
+        terms = nna_terms(z, neighbours, p, temperature=config.temperature, swap_negatives=config.swap_negatives)
+        with torch.no_grad():
+            metrics = self._metrics(z, neighbours, slots, terms, label)
+            self.queue.enqueue(z[:, :, 0], index, label)
+        return StepResult(average_pairs(terms, config.pairing), metrics)
+
+    def _metrics(self, z: Tensor, neighbours: Tensor, slots: Tensor, terms: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+        global_views = z.shape[2]
+        different = ~torch.eye(global_views, dtype=torch.bool, device=z.device)
+        metrics = {
+            "nn_similarity": F.cosine_similarity(z, neighbours, dim=-1).mean((1, 2)),
+            "nn_age": self.queue.age[slots].float().mean((1, 2)),
+            "alignment": terms[:, :, :global_views].neg().exp().mean(-1)[:, different].mean(-1),
+        }
+        if label is not None:
+            found = self.queue.label[slots]
+            known = (found >= 0) & (label[:, None] >= 0)
+            metrics["nn_accuracy"] = ((found == label[:, None]) & known).sum((1, 2)) / known.sum((1, 2))
+        return metrics
