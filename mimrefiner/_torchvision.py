@@ -12,7 +12,7 @@ import torch
 _schemas = None  # must stay alive: the schemas are unregistered with the object
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise

@@ -89,7 +89,8 @@ def uniforms(seed: int, epoch: int, index: int, views: int, draws: int = DRAWS) 
     """
     with np.errstate(over="ignore"):
         state = np.uint64(seed)
-        for key in (np.uint64(epoch), np.uint64(index), np.arange(views, dtype=np.uint64)[:, None], np.arange(draws, dtype=np.uint64)):
+        view, draw = np.arange(views, dtype=np.uint64)[:, None], np.arange(draws, dtype=np.uint64)
+        for key in (np.uint64(epoch), np.uint64(index), view, draw):
             state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * (key + np.uint64(1)))
     return (state >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 

@@ -62,7 +62,8 @@ class PretrainConfig:
 class RefineConfig:
     """Refinement: stage 2 (heads only) and stage 3 (encoder and heads). Defaults: the paper's ViT-L/16 recipe.
 
-    ``blocks`` None takes the last third of the blocks. ``pairing``: see :func:`mimrefiner.losses.pair_weights`. ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 * steps).
+    ``blocks`` None takes the last third of the blocks. ``pairing``: see :func:`mimrefiner.losses.pair_weights`.
+    ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 * steps).
     """
 
     views: Views

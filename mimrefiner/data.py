@@ -118,8 +118,7 @@ def _select(train: ImageDataset, test: ImageDataset | None, split: str, seed: in
         held, rest = stratified_split(train.labels, len(train), round(0.3 * len(train)), seed)
         train, test = train.subset(rest), train.subset(held)
     val, rest = stratified_split(train.labels, len(train), max(1, round(0.1 * len(train))), seed + 1)
-    chosen = {"train": lambda: train.subset(rest), "val": lambda: train.subset(val), "trainval": lambda: train, "test": lambda: test}
-    part = chosen[split]()
+    part = {"train": train.subset(rest), "val": train.subset(val), "trainval": train, "test": test}[split]
     part.split = split
     return part
 
@@ -184,9 +183,12 @@ def _official(train: ImageDataset, parts: dict[str, ImageDataset], split: str) -
         return train
     val = parts["val"]
     n = len(train)
-    both = ImageDataset(train.name, split, lambda row: train._load(row) if row < n else val._load(row - n), None, train.classes, train.seed, n + len(val))
-    both.labels = np.concatenate([train.labels, val.labels])
-    return both
+    labels = None if train.labels is None else np.concatenate([train.labels, val.labels])
+
+    def load(row: int) -> Image.Image:
+        return train._load(row) if row < n else val._load(row - n)
+
+    return ImageDataset(train.name, split, load, labels, train.classes, train.seed, n + len(val))
 
 
 def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -> ImageDataset:

@@ -116,7 +116,7 @@ def build_masked_model(encoder: nn.Module, config: PretrainConfig) -> SimMIM | M
 
 def _check_encoder(encoder: nn.Module) -> None:
     if not hasattr(encoder, "_pos_embed") or getattr(encoder, "rope", None) is not None:
-        raise InputError(f"masked pre-training needs a timm VisionTransformer with additive positions, got {type(encoder).__name__}")
+        raise InputError(f"masked pre-training needs a timm VisionTransformer with added positions, got {type(encoder).__name__}")
 
 
 def _sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:

@@ -80,8 +80,8 @@ def load_encoder(
         raise
     except (OSError, AssertionError) as error:
         raise InputError(
-            f"could not load {name} ({_first_line(error)}): without a network use pretrained=False (--no-pretrained) or a local file; "
-            "image sizes must be divisible by the patch size"
+            f"could not load {name} ({_first_line(error)}): "
+            "without a network use pretrained=False (--no-pretrained) or a local file; image sizes must be divisible by the patch size"
         ) from error
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": name}
     return _with_size(encoder, image_size)

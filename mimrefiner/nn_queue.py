@@ -27,7 +27,10 @@ class NNQueue(nn.Module):
         self.register_buffer("age", torch.zeros(size, dtype=torch.long))
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))
         self.register_buffer("unit", F.normalize(self.z, dim=-1), persistent=False)  # so that no lookup normalises the queue
-        self.register_load_state_dict_post_hook(lambda queue, _: queue.unit.copy_(F.normalize(queue.z, dim=-1)))
+        self.register_load_state_dict_post_hook(NNQueue._refresh_unit)
+
+    def _refresh_unit(self, _) -> None:
+        self.unit.copy_(F.normalize(self.z, dim=-1))
 
     @property
     def size(self) -> int:
@@ -41,9 +44,7 @@ class NNQueue(nn.Module):
         return self.gather(self.lookup_slots(z, index, top_k=top_k, generator=generator))
 
     @torch.no_grad()
-    def lookup_slots(
-        self, z: Tensor, index: Tensor | None, *, top_k: int = 1, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def lookup_slots(self, z: Tensor, index: Tensor | None, *, top_k: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Slots of the neighbours of ``z`` by cosine similarity: (heads, batch, views), integers.
 
         Args:

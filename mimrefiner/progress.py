@@ -21,6 +21,6 @@ def progress(items: Iterable, title: str, total: int | None = None, unit: str = 
         now = time.monotonic()
         if now - last >= LOG_SECONDS:
             last = now
-            share = "" if not total else f" of {total} ({done / total:.0%}), about {(now - start) / done * (total - done):.0f} s left"
-            print(f"{title}: {done}{share}", file=sys.stderr, flush=True)
+            left = f" of {total} ({done / total:.0%}), about {(now - start) / done * (total - done):.0f} s left" if total else ""
+            print(f"{title}: {done}{left}", file=sys.stderr, flush=True)
         yield item

@@ -71,10 +71,8 @@ class MIMRefiner(nn.Module):
             while stop < len(views) and views[stop].shape == views[start].shape:
                 stop += 1
             images = torch.cat(list(views[start:stop]))
-            per_block = pooled_blocks(
-                self.encoder, images, self.blocks, (self.config.pool,), norm_blocks=(self.depth - 1,)
-            )[self.config.pool]
-            pooled.append(torch.stack(per_block, 1))  # (views * batch, heads, dim)
+            pools = pooled_blocks(self.encoder, images, self.blocks, (self.config.pool,), norm_blocks=(self.depth - 1,))
+            pooled.append(torch.stack(pools[self.config.pool], 1))  # (views * batch, heads, dim)
             start = stop
         z, p = self.heads(torch.cat(pooled))  # batch norm sees all views together
         shape = (len(views), views[0].shape[0], *z.shape[1:])

@@ -145,7 +145,9 @@ def train_heads(refiner: MIMRefiner, dataset: Dataset, *, num_workers: int = 0) 
     before = [x.clone() for x in refiner.encoder.state_dict().values()]
     refiner.encoder.requires_grad_(False).eval()
     groups = param_groups_weight_decay(refiner.heads, config.head_weight_decay)
-    result = _contrastive_stage(refiner, dataset, groups, 2, config.heads_epochs, config.heads_base_lr, config.heads_top_k, num_workers)
+    result = _contrastive_stage(
+        refiner, dataset, groups, 2, config.heads_epochs, config.heads_base_lr, config.heads_top_k, num_workers
+    )
     after = refiner.encoder.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "stage 2 changed the encoder"
     return result
@@ -244,7 +246,7 @@ def ema_decay(config: RefineConfig, steps: int) -> float:
 
 
 def freeze_first(encoder: nn.Module, blocks: int) -> None:
-    """Freeze patch embedding, cls token, positions and the first ``blocks`` blocks; 0 freezes nothing. No graph is kept for them."""
+    """Freeze patch embedding, cls token, positions and the first ``blocks`` blocks (0: nothing); no graph is kept for them."""
     if blocks:
         for name, x in encoder.named_parameters():
             part = name.split(".")
@@ -255,7 +257,8 @@ def freeze_first(encoder: nn.Module, blocks: int) -> None:
 
 def _undecayed(model: nn.Module) -> list[str]:
     """Tokens and positions are not decayed; one-dimensional parameters are not either, which timm sees to."""
-    return [name for name, _ in model.named_parameters() if name.split(".")[-1] in ("cls_token", "pos_embed", "reg_token", "mask_token")]
+    tokens = ("cls_token", "pos_embed", "reg_token", "mask_token")
+    return [name for name, _ in model.named_parameters() if name.split(".")[-1] in tokens]
 
 
 def _autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:

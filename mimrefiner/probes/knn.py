@@ -37,9 +37,8 @@ def knn_predict(
     """
     _check(train_x, train_y, test_x, ks, temperatures)
     if train_x.ndim == 2:
-        return knn_predict(
-            train_x[None], train_y, test_x[None], ks=ks, temperatures=temperatures, standardize=standardize
-        )[:, :, 0]  # fmt: skip
+        options = {"ks": ks, "temperatures": temperatures, "standardize": standardize}
+        return knn_predict(train_x[None], train_y, test_x[None], **options)[:, :, 0]
     classes, votes_for = train_y.unique(return_inverse=True)
     out = torch.empty(len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype, device=train_y.device)
     rows = max(1, SEARCH_BYTES // (4 * train_x.shape[1]))
@@ -76,7 +75,7 @@ def knn_accuracy(
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, ks: Sequence[int], temperatures: Sequence[float]) -> None:
     if train_x.ndim not in (2, 3) or train_x.ndim != test_x.ndim or train_x.shape[-1] != test_x.shape[-1]:
-        raise InputError(f"expected train_x and test_x as ([blocks,] images, dim), got {tuple(train_x.shape)}, {tuple(test_x.shape)}")
+        raise InputError(f"expected two times ([blocks,] images, dim), got {tuple(train_x.shape)} and {tuple(test_x.shape)}")
     images = train_x.shape[-2]
     if train_y.shape != (images,):
         raise InputError(f"expected one label per training image ({images},), got {tuple(train_y.shape)}")

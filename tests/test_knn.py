@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+import mimrefiner as mr
+
+
+@pytest.fixture
+def knn_file(golden):
+    tensors = golden("knn")
+    return tensors, [tensors[name] for name in ("train_x", "train_y", "test_x", "test_y")]
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("temperature", [0.07, 0.2])
+@pytest.mark.parametrize("k", [1, 5, 10, 20])
+def test_accuracy_equals_the_official_one(knn_file, k, temperature, standardize):
+    tensors, arguments = knn_file
+    accuracy = mr.knn_accuracy(*arguments, k=k, temperature=temperature, standardize=standardize)
+    name = f"acc_{'standardized' if standardize else 'plain'}_k{k}_t{temperature}"
+    assert accuracy == tensors[name].item()
+
+
+def test_predictions_equal_the_official_ones(knn_file):
+    tensors, (train_x, train_y, test_x, _) = knn_file
+    matches = [
+        torch.equal(mr.knn_predict(train_x, train_y, test_x, standardize=s)[0, 0], tensors["pred_k10_t007"]) for s in (True, False)
+    ]
+    assert any(matches)
+
+
+def test_one_search_over_blocks_equals_separate_ones(knn_file, monkeypatch):
+    _, (train_x, train_y, test_x, test_y) = knn_file
+    train, test = torch.stack([train_x, train_x.flip(1) ** 3]), torch.stack([test_x, test_x.flip(1) ** 3])
+    together = mr.knn_predict(train, train_y, test, ks=(1, 20), temperatures=(0.07, 0.2))
+    assert together.shape == (2, 2, 2, len(test_y))
+    for j, k in enumerate((1, 20)):
+        for i, t in enumerate((0.07, 0.2)):
+            for b in range(2):
+                alone = mr.knn_predict(train[b], train_y, test[b], ks=(k,), temperatures=(t,))
+                assert torch.equal(alone[0, 0], together[j, i, b])
+    monkeypatch.setattr("mimrefiner.probes.knn.SEARCH_BYTES", 1)
+    assert torch.equal(together, mr.knn_predict(train, train_y, test, ks=(1, 20), temperatures=(0.07, 0.2)))
+
+
+def test_labels_need_not_start_at_zero_and_may_be_missing_in_test(knn_file):
+    _, (train_x, train_y, test_x, test_y) = knn_file
+    accuracy = mr.knn_accuracy(train_x, train_y, test_x, test_y)
+    assert mr.knn_accuracy(train_x, train_y * 10 + 1000, test_x, test_y * 10 + 1000) == accuracy
+    some = test_y < 3
+    assert 0 <= mr.knn_accuracy(train_x, train_y, test_x[some], test_y[some]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 401}, "k must be between 1 and the number of training images 400, got 401"),
+        ({"k": 0}, "k must be between 1"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    ],
+)
+def test_bad_settings_are_named(knn_file, change, message):
+    with pytest.raises(mr.InputError, match=message):
+        mr.knn_accuracy(*knn_file[1], **change)
+
+
+def test_data_without_labels_are_refused(knn_file):
+    _, (train_x, train_y, test_x, test_y) = knn_file
+    with pytest.raises(mr.InputError, match="needs labels"):
+        mr.knn_accuracy(train_x, torch.full_like(train_y, -1), test_x, test_y)

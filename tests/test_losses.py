@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mimrefiner as mr
+from mimrefiner.losses import nna_terms, pair_weights
+
+
+def relative_error(measured, expected):
+    return ((measured - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture
+def loss_file(golden):
+    """The golden tensors with a heads dimension of one in front."""
+    tensors = golden("nna_loss")
+    return tensors, [tensors[name][None] for name in ("z", "nn_z", "p")]
+
+
+@pytest.mark.parametrize("pairing", ["published", "intended"])
+def test_loss_and_gradient_equal_the_official_ones(loss_file, pairing):
+    tensors, (z, nn_z, p) = loss_file
+    p.requires_grad_(True)
+    loss = mr.multi_view_nna_loss(z, nn_z, p, temperature=tensors["temperature"].item(), pairing=pairing)
+    assert loss.shape == (1,)
+    assert relative_error(loss.detach()[0], tensors[f"total_as_{pairing}"]) < 1e-5
+    loss.sum().backward()
+    assert relative_error(p.grad[0], tensors[f"grad_p_as_{pairing}"]) < 1e-5
+
+
+def test_swapping_negatives_too_equals_the_official_variant(loss_file):
+    tensors, (z, nn_z, p) = loss_file
+    loss = mr.multi_view_nna_loss(z, nn_z, p, pairing="published", swap_negatives=True)
+    assert relative_error(loss[0], tensors["total_swap_all_as_published"]) < 1e-5
+
+
+def test_global_loss_and_alignment_equal_the_official_ones(loss_file):
+    tensors, (z, nn_z, p) = loss_file
+    terms = nna_terms(z, nn_z, p[:, :, :2])[0]
+    different = ~torch.eye(2, dtype=torch.bool)
+    assert relative_error(terms.mean(-1)[different].mean(), tensors["global_loss"]) < 1e-5
+    assert relative_error(terms.neg().exp().mean(-1)[different].mean(), tensors["alignment_global"]) < 1e-5
+
+
+def test_published_pairing_gives_the_last_local_crops_no_gradient(loss_file):
+    _, (z, nn_z, p) = loss_file
+    p.requires_grad_(True)
+    mr.multi_view_nna_loss(z, nn_z, p, pairing="published").sum().backward()
+    per_view = p.grad.norm(dim=-1).mean((0, 1))
+    assert (per_view[-2:] == 0).all() and (per_view[:-2] > 0).all()
+
+
+def test_pair_weights_count_22_terms():
+    assert pair_weights(2, 12, "intended").sum() == 22
+    assert pair_weights(2, 12, "published").sum() == 22
+    assert pair_weights(2, 2, "published").equal(pair_weights(2, 2, "intended"))
+
+
+def naive_nna(z, nn_z, p, temperature, swap_negatives):
+    z, nn_z, p = (F.normalize(x, dim=-1) for x in (z, nn_z, p))
+    total = 0.0
+    for i in range(len(z)):
+        positive = math.exp(float(nn_z[i] @ p[i]) / temperature)
+        targets = nn_z if swap_negatives else z
+        negatives = sum(math.exp(float(targets[i] @ p[j]) / temperature) for j in range(len(p)) if j != i)
+        total -= math.log(positive / (positive + negatives))
+    return total / len(z)
+
+
+@pytest.mark.parametrize("swap_negatives", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 0.35])
+def test_one_pair_equals_a_double_loop(temperature, swap_negatives):
+    z, nn_z, p = torch.randn(3, 9, 6).unbind()
+    loss = mr.nna_loss(z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(naive_nna(z, nn_z, p, temperature, swap_negatives), rel=1e-5)
+
+
+def test_gradient_reaches_p_only():
+    z, nn_z, p = (torch.randn(5, 4, requires_grad=True) for _ in range(3))
+    mr.nna_loss(z, nn_z, p).backward()
+    assert z.grad is None and nn_z.grad is None and p.grad.abs().sum() > 0
+
+
+def test_heads_are_independent_and_may_have_their_own_temperature():
+    z, nn_z, p = torch.randn(3, 6, 2, 4), torch.randn(3, 6, 2, 4), torch.randn(3, 6, 5, 4)
+    temperatures = torch.tensor([0.1, 0.2, 0.5])
+    together = mr.multi_view_nna_loss(z, nn_z, p, temperature=temperatures)
+    alone = [mr.multi_view_nna_loss(z[[h]], nn_z[[h]], p[[h]], temperature=t.item()) for h, t in enumerate(temperatures)]
+    assert torch.allclose(together, torch.cat(alone))
+
+
+def test_a_share_of_the_batch_with_offset_equals_the_whole():
+    z, nn_z, p = torch.randn(2, 8, 2, 4), torch.randn(2, 8, 2, 4), torch.randn(2, 8, 6, 4)
+    whole = mr.multi_view_nna_loss(z, nn_z, p)
+    shares = [mr.multi_view_nna_loss(z[:, i : i + 4], nn_z[:, i : i + 4], p, offset=i) for i in (0, 4)]
+    assert torch.allclose(whole, (shares[0] + shares[1]) / 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        mr.nna_loss(*torch.randn(3, 4, 4).unbind(), temperature=temperature)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"got \(1, 4, 1, 5\)"):
+        mr.multi_view_nna_loss(torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 5))
