@@ -81,7 +81,7 @@ def load_encoder(
     except (OSError, AssertionError) as error:
         raise InputError(
             f"could not load {name} ({_first_line(error)}): "
-            "without a network use pretrained=False (--no-pretrained) or a local file; image sizes must be divisible by the patch size"
+            "without a network use pretrained=False (--no-pretrained) or a local file; the patch size must divide image sizes"
         ) from error
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": name}
     return _with_size(encoder, image_size)

@@ -15,7 +15,7 @@ class NNQueue(nn.Module):
 
     Persistent buffers: ``z`` (heads, size, dim), first filled with N(0, 1); ``index``, ``label``, ``age`` (size,) and ``ptr``
     (1,), the slot that is written next. ``index`` and ``label`` are -1 where nothing was enqueued yet; ``age`` counts the
-    images enqueued since, in steps of a batch. Semantics: ``src/modules/ssl/nnclr_queue.py`` of the released code, except that
+    images enqueued since, its own batch included. Semantics: ``src/modules/ssl/nnclr_queue.py`` of the released code, except that
     similarities are always float32.
     """
 
@@ -102,6 +102,6 @@ class NNQueue(nn.Module):
         self.unit[:, slots] = F.normalize(z.float(), dim=-1).to(self.unit.dtype)
         self.index[slots] = index
         self.label[slots] = -1 if label is None else label
-        self.age += batch
         self.age[slots] = 0
+        self.age += batch
         self.ptr.copy_((self.ptr + batch) % self.size)
