@@ -1,0 +1,170 @@
+"""The command line: ``mimrefiner COMMAND --help`` shows an example of each."""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mimrefiner.errors import InputError
+
+
+def add_run(commands) -> None:
+    parser = _command(commands, "run", do_run, "execute notebooks in batch", "mimrefiner run 01 04 --preset tiny --seeds 0,1,2")
+    parser.add_argument("notebooks", nargs="*", metavar="NAME", help="notebooks by name or number; none means all")
+    parser.add_argument("--preset", default="tiny", help="smoke, tiny or gpu (default: tiny)")
+    parser.add_argument("--seeds", default="0", help="seeds with commas between (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder for all results (default: runs/PRESET)")
+    parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters", help="a notebook parameter")
+
+
+def do_run(args) -> None:
+    from mimrefiner.runner import assignments, run_notebooks
+
+    parameters = {}
+    for given in args.parameters:
+        name, equals, value = given.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"expected -p NAME=VALUE, got {given!r}")
+        try:
+            parameters |= assignments(f"{name} = {value}")
+        except (SyntaxError, ValueError):
+            parameters[name] = value
+    run_notebooks(
+        args.notebooks, preset=args.preset, seeds=args.seeds, out=args.out or Path("runs") / args.preset, parameters=parameters
+    )
+
+
+def add_pretrain(commands) -> None:
+    example = "mimrefiner pretrain --data digits --preset tiny --seed 0 --out runs/mim"
+    parser = _command(commands, "pretrain", do_pretrain, "masked-image pre-training of a small ViT (stage 1)", example)
+    _training_arguments(parser)
+
+
+def do_pretrain(args) -> None:
+    from mimrefiner import build_vit, pretrain
+    from mimrefiner.checkpoint import save_encoder
+
+    preset, dataset = _preset_and_data(args)
+    result = pretrain(build_vit(preset.encoder, seed=args.seed), dataset, preset.pretrain, num_workers=args.workers)
+    save_encoder(result.encoder, args.out / "encoder.safetensors")
+    _write_history(result.history, args.out)
+    print(f"{result.seconds:.0f} s; encoder.safetensors and history.csv are in {args.out}")
+
+
+def add_refine(commands) -> None:
+    example = "mimrefiner refine --model runs/mim/encoder.safetensors --data digits --preset tiny --out runs/refined"
+    parser = _command(commands, "refine", do_refine, "train heads, then encoder and heads (stages 2 and 3)", example)
+    parser.add_argument("--model", help="timm name or .safetensors file (default: the preset's own, pre-trained first)")
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
+    parser.add_argument("--blocks", help="0-based blocks that get a head, such as 8,9,10,11 (default: the last third)")
+    parser.add_argument("--heads", type=int, help="a head on each of this many last blocks")
+    parser.add_argument("--top-k", type=int, help="neighbours to draw from in stage 3")
+    parser.add_argument("--temperature", type=float, help="softmax temperature of the loss")
+    _training_arguments(parser)
+
+
+def do_refine(args) -> None:
+    from mimrefiner import load_encoder, refine
+    from mimrefiner.checkpoint import save_encoder
+    from mimrefiner.store import pretrained
+
+    preset, dataset = _preset_and_data(args)
+    encoder = load_encoder(args.model, pretrained=not args.no_pretrained) if args.model else pretrained(preset).encoder
+    depth = len(encoder.blocks)
+    config = preset.refine
+    if args.blocks and args.heads:
+        raise InputError("give either --blocks or --heads")
+    if args.blocks:
+        config = replace(config, blocks=_integers("--blocks", args.blocks))
+    if args.heads is not None:
+        if not 1 <= args.heads <= depth:
+            raise InputError(f"--heads must be between 1 and the number of blocks {depth}, got {args.heads}")
+        config = replace(config, blocks=tuple(range(depth - args.heads, depth)))
+    if args.top_k is not None:
+        config = replace(config, refine_top_k=args.top_k)
+    if args.temperature is not None:
+        config = replace(config, temperature=args.temperature)
+    result = refine(encoder, dataset, config, num_workers=args.workers)
+    save_encoder(result.encoder, args.out / "encoder.safetensors")
+    save_encoder(result.ema_encoder, args.out / "ema_encoder.safetensors")
+    _write_history(result.history, args.out)
+    print(f"{result.seconds:.0f} s; encoder.safetensors, ema_encoder.safetensors and history.csv are in {args.out}")
+
+
+def add_datasets(commands) -> None:
+    _command(commands, "datasets", do_datasets, "list the data sets that can be named", "mimrefiner datasets")
+
+
+def do_datasets(args) -> None:
+    from mimrefiner.data import DOWNLOADED
+
+    print("digits             scikit-learn's digits, 1,797 images, 10 classes; embedded, no download")
+    for name in DOWNLOADED:
+        print(f"{name:18s} downloaded by torchvision when asked for")
+    print("imagefolder:PATH   PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (ImageNet's layout), or PATH/CLASS/IMAGE")
+    print("parquet:PATH       train-*.parquet and val-*.parquet with columns image{bytes, path} and label")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; errors a person can mend are one line on standard error and exit status 2."""
+    parser = argparse.ArgumentParser("mimrefiner", description="See and repair masked-image models, block by block.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_run, add_pretrain, add_refine, add_datasets):
+        add(commands)
+    args = parser.parse_args(arguments)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("MIMREFINER_PROGRESS", "log")
+    try:
+        args.do(args)
+    except (InputError, OSError) as error:
+        print(f"mimrefiner: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mimrefiner: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _command(commands, name: str, do, what: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}")
+    parser.set_defaults(do=do)
+    return parser
+
+
+def _training_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="data set by name or path (default: the preset's)")
+    parser.add_argument("--preset", default="tiny", help="smoke, tiny or gpu (default: tiny)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and history")
+
+
+def _preset_and_data(args):
+    from mimrefiner import load_preset
+    from mimrefiner.runner import check_writable
+    from mimrefiner.store import load_split
+
+    preset = load_preset(args.preset, args.seed)
+    if args.data:
+        preset = replace(preset, dataset=args.data)
+    dataset = load_split(preset, "train")
+    check_writable(args.out)
+    return preset, dataset
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} must be whole numbers with commas between, got {text!r}") from None
+
+
+def _write_history(history, out: Path) -> None:
+    from mimrefiner.results import write_csv
+
+    write_csv(history, out / "history.csv")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

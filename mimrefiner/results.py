@@ -1,0 +1,193 @@
+"""Result rows, claims, intervals and the comparison with the paper's numbers."""
+
+import functools
+import json
+import math
+import platform
+import subprocess
+import uuid
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mimrefiner.checkpoint import atomic_file
+from mimrefiner.config import Preset
+
+ROW_COLUMNS = (
+    "run_id", "git_sha", "preset", "model", "weights_sha256", "dataset", "n_train", "n_test", "block", "pool", "protocol",
+    "metric", "seed", "value", "unit", "seconds", "device",
+)  # fmt: skip
+CLAIM_COLUMNS = ("notebook", "claim", "measured", "verdict", "n_seeds", "n_test", "preset")
+NOT_A_RESULT = ("run_id", "git_sha", "seconds")  # differ between two runs that agree
+PAPER_VALUES = Path(__file__).parent / "assets" / "paper_values.csv"
+
+
+@dataclass
+class Run:
+    """One execution of a notebook or command: its folder, and the rows and claims it has made so far.
+
+    Files: ``results/NAME.csv``, ``claims/NAME.csv`` and ``figures/NAME_*.{pdf,png,csv}`` under ``out``.
+    """
+
+    name: str
+    preset: Preset
+    seeds: tuple[int, ...]
+    out: Path
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    rows: list[dict] = field(default_factory=list)
+    claims: list[dict] = field(default_factory=list)
+
+    def presets(self) -> list[tuple[int, Preset]]:
+        """(seed, the preset with that seed) for every seed."""
+        return [(seed, self.preset.with_seed(seed)) for seed in self.seeds]
+
+    def add(self, **values) -> None:
+        """Add one result row; every column of ROW_COLUMNS that is not the run's own must be given."""
+        own = {"run_id": self.run_id, "git_sha": git_sha(), "preset": self.preset.name, "device": device_name()}
+        row = {**own, **values}
+        if set(row) != set(ROW_COLUMNS):
+            raise ValueError(f"expected the columns {ROW_COLUMNS}, got {sorted(row)}")
+        self.rows.append({column: row[column] for column in ROW_COLUMNS})
+
+    def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
+        """Record what was measured about a claim of the paper; ``seen`` None: not decided at this scale. Returns one line."""
+        verdict = {True: "seen", False: "not seen", None: "open"}[seen]
+        row = (self.name, claim, measured, verdict, len(self.seeds), n_test, self.preset.name)
+        self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
+        return f"{verdict.upper()}: {claim} ({measured}; {len(self.seeds)} seed(s), {n_test} test images)"
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=ROW_COLUMNS)
+
+    def write(self) -> None:
+        """Write rows and claims; called at the end of every notebook."""
+        write_csv(self.table(), self.out / "results" / f"{self.name}.csv")
+        write_csv(pd.DataFrame(self.claims, columns=CLAIM_COLUMNS), self.out / "claims" / f"{self.name}.csv")
+        print(f"{len(self.rows)} rows, {len(self.claims)} claims and the figures are in {_short(self.out)}")
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write ``frame`` without its index, whole or not at all."""
+    with atomic_file(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def paired_bootstrap(right_a: np.ndarray, right_b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same images with its 95 % interval: (a - b, low, high).
+
+    Args:
+        right_a, right_b: which images each model got right, (images,) or (seeds, images), bool; images are drawn with
+            replacement and both models see the same draw. The interval covers the choice of test images, not of seeds.
+    """
+    difference = np.atleast_2d(np.asarray(right_a, float) - np.asarray(right_b, float)).mean(0)
+    rng = np.random.default_rng(seed)
+    values, counts = np.unique(difference, return_counts=True)  # a multinomial over the few values equals drawing images
+    drawn = rng.multinomial(len(difference), counts / len(difference), size=draws) @ values / len(difference)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)
+
+
+def points(difference: float, low: float, high: float) -> str:
+    """A difference of accuracies as text, in percentage points."""
+    return f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def mean_sd(values) -> str:
+    """Mean and standard deviation over seeds as text (percent); the deviation is left out for one seed."""
+    values = 100 * np.asarray(values, float)
+    return f"{values.mean():.1f}" if len(values) == 1 else f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+def paper_values() -> pd.DataFrame:
+    """The published numbers, with source and confidence, one per row."""
+    return pd.read_csv(PAPER_VALUES)
+
+
+def compare(measured: pd.DataFrame, pairs: dict[str, str] | None = None) -> pd.DataFrame:
+    """Every published number beside what was measured; a missing measurement stays empty, nothing is copied across.
+
+    Args:
+        measured: result rows with a column ``paper_id`` that says which paper row they measure
+            ("model|backbone|dataset|protocol|metric"); rows without one are passed over.
+        pairs: reasons why a measurement is not comparable, by paper_id.
+
+    Returns:
+        The paper's rows with measured mean, sd, n_seeds, difference, comparable ("yes", "no" or empty) and why_not.
+    """
+    paper = paper_values()
+    keys = ["model", "backbone", "dataset", "protocol", "metric"]
+    paper["paper_id"] = paper[keys].fillna("").agg("|".join, axis=1)
+    if "paper_id" in measured and len(measured):
+        stats = measured.groupby("paper_id")["value"].agg(measured="mean", sd="std", n_seeds="size").reset_index()
+    else:
+        stats = pd.DataFrame(columns=["paper_id", "measured", "sd", "n_seeds"])
+    table = paper.merge(stats, on="paper_id", how="left")
+    table["difference"] = table["measured"].astype(float) - table["value"]
+    reasons = pairs or {}
+    table["why_not"] = table["paper_id"].map(reasons).where(table["measured"].notna(), "").fillna("")
+    table["comparable"] = np.where(table["measured"].isna(), "", np.where(table["why_not"] == "", "yes", "no"))
+    return table
+
+
+def claims_markdown(claims: pd.DataFrame) -> str:
+    """The table of claims as Markdown."""
+    lines = ["| claim | measured | verdict | seeds | test images | notebook |", "|---|---|---|---|---|---|"]
+    for c in claims.itertuples():
+        lines.append(f"| {c.claim} | {c.measured} | **{c.verdict}** | {c.n_seeds} | {c.n_test} | {c.notebook} |")
+    return "\n".join(lines) + "\n"
+
+
+def environment() -> dict:
+    """Versions and hardware for a manifest; nothing that names the machine or its folders."""
+    names = ("mimrefiner", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "papermill")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "git_sha": git_sha(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@functools.cache
+def git_sha() -> str:
+    """Commit of the checkout this package lies in, "-dirty" behind it where files are changed; "" outside one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return sha.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+@functools.cache
+def device_name() -> str:
+    """The GPU's name, or the processor's architecture and thread count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def write_json(value: dict, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def standard_error(share: float, n: int) -> float:
+    """Binomial standard error of an accuracy on ``n`` images."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def _short(path: Path) -> str:
+    """``path`` seen from the working folder where that is shorter, so that notebooks carry no machine paths."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return f".../{path.name}"

@@ -1,0 +1,175 @@
+"""Trained models by content: what was trained once with the same settings, data and code is loaded, not trained again.
+
+Every entry is a folder named by the hash of all that determines it. It is written aside, renamed when whole, and carries the
+hashes of its files; a damaged entry is announced and built anew. The folder is ``$MIMREFINER_CACHE``, default
+``~/.cache/mimrefiner``.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import safetensors.torch
+import torch
+from torch import nn
+
+from mimrefiner.checkpoint import save_encoder
+from mimrefiner.config import Preset
+from mimrefiner.data import ImageDataset, load_dataset
+from mimrefiner.masked import build_masked_model
+from mimrefiner.models import build_vit, load_encoder
+from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine
+
+TRAINER_FILES = ("augment", "config", "data", "features", "heads", "losses", "masked", "models", "nn_queue", "refiner", "train")
+
+
+def load_split(preset: Preset, split: str) -> ImageDataset:
+    """A split of the preset's data set, cut to the preset's size."""
+    return load_dataset(preset.dataset, split=split).take(preset.n_test if split == "test" else preset.n_train)
+
+
+def pretrained(preset: Preset) -> PretrainResult:
+    """The preset's encoder after stage 1."""
+    train_set = load_split(preset, "train")
+    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain}
+    encoder = build_vit(preset.encoder, seed=preset.pretrain.seed)
+    return _cached_pretrain("pretrain", settings, train_set, encoder, preset, lambda: pretrain(encoder, train_set, preset.pretrain))
+
+
+def refined(preset: Preset) -> RefineResult:
+    """The preset's encoder after stages 2 and 3."""
+    train_set = load_split(preset, "train")
+    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "refine": preset.refine}
+
+    def train(folder: Path) -> dict:
+        result = refine(pretrained(preset).encoder, train_set, preset.refine)
+        save_encoder(result.encoder, folder / "encoder.safetensors")
+        save_encoder(result.ema_encoder, folder / "ema_encoder.safetensors")
+        result.history.to_csv(folder / "history.csv", index=False)
+        return {"flops": result.flops, "seconds": result.seconds}
+
+    folder, facts = _entry("refine", settings, train_set, train)
+    encoders = [load_encoder(folder / f"{name}.safetensors") for name in ("encoder", "ema_encoder")]
+    return RefineResult(*encoders, _read_history(folder), facts["flops"], facts["seconds"])
+
+
+def pretrained_longer(preset: Preset) -> PretrainResult:
+    """The control: the FLOPs of refinement spent on more masked pre-training instead, in a new learning-rate cycle."""
+    first, flops = pretrained(preset), refined(preset).flops
+    train_set = load_split(preset, "train")
+    config = replace(
+        preset.pretrain,
+        epochs=preset.pretrain.epochs * flops / first.flops,
+        seed=preset.pretrain.seed + 1000,  # other views and masks than in the first cycle
+    )
+    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "longer": config}
+    return _cached_pretrain(
+        "longer",
+        settings,
+        train_set,
+        first.encoder,
+        preset,
+        lambda: pretrain(first.encoder, train_set, config, start_from=first.model),
+    )
+
+
+def sha256_of(encoder: nn.Module) -> str:
+    """Hash of an encoder's weights: names, shapes and bytes in order."""
+    digest = hashlib.sha256()
+    for name, x in sorted(encoder.state_dict().items()):
+        digest.update(f"{name}{tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("MIMREFINER_CACHE", Path.home() / ".cache" / "mimrefiner"))
+
+
+def _cached_pretrain(
+    kind: str, settings: dict, train_set: ImageDataset, encoder: nn.Module, preset: Preset, run: Callable[[], PretrainResult]
+) -> PretrainResult:
+    def train(folder: Path) -> dict:
+        result = run()
+        safetensors.torch.save_file(result.model.state_dict(), folder / "model.safetensors")
+        result.history.to_csv(folder / "history.csv", index=False)
+        return {"flops": result.flops, "seconds": result.seconds}
+
+    folder, facts = _entry(kind, settings, train_set, train)
+    model = build_masked_model(encoder, preset.pretrain)
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return PretrainResult(model.eval(), model.encoder, _read_history(folder), facts["flops"], facts["seconds"])
+
+
+def _entry(kind: str, settings: dict, data: ImageDataset, train: Callable[[Path], dict]) -> tuple[Path, dict]:
+    """The folder of an entry and the facts in its manifest; trained now if it is not there."""
+    described = {
+        "kind": kind,
+        "settings": {name: asdict(x) if dataclasses.is_dataclass(x) else x for name, x in settings.items()},
+        "data": data_hash(data),
+        "code": _code_hash(),
+        "torch": torch.__version__,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{kind}-{key}"
+    if folder.exists():
+        damage = _damage(folder)
+        if damage is None:
+            return folder, json.loads((folder / "manifest.json").read_text())
+        print(f"{folder} is damaged ({damage}): training again", file=sys.stderr)
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        part = Path(temporary) / "entry"
+        part.mkdir()
+        facts = train(part)
+        files = {file.name: _file_hash(file) for file in sorted(part.iterdir())}
+        (part / "manifest.json").write_text(json.dumps({**described, **facts, "files": files}, indent=2))
+        if not folder.exists():  # another process may have been faster; its result is the same
+            part.rename(folder)
+    return folder, json.loads((folder / "manifest.json").read_text())
+
+
+def data_hash(dataset: ImageDataset, images: int = 64) -> str:
+    """Hash of name, rows, labels and a sample of the pixels."""
+    digest = hashlib.sha256(f"{dataset.name.partition(':')[0]} {len(dataset)}".encode())
+    digest.update(dataset.rows.tobytes() + (b"" if dataset.labels is None else dataset.labels.tobytes()))
+    for i in range(0, len(dataset), max(1, len(dataset) // images)):
+        digest.update(dataset[i][0].tobytes())
+    return digest.hexdigest()
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"no readable manifest: {error}"
+    for name, expected in files.items():
+        if not (folder / name).is_file() or _file_hash(folder / name) != expected:
+            return f"{name} is missing or changed"
+    return None
+
+
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    for name in TRAINER_FILES:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_history(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "history.csv", float_precision="round_trip")
