@@ -6,12 +6,13 @@ import mimrefiner._torchvision  # noqa: F401  before anything imports torchvisio
 from mimrefiner.config import PretrainConfig, RefineConfig, ViTConfig, load_preset
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features, extract_features
+from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.losses import multi_view_nna_loss, nna_loss
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.nn_queue import NNQueue
-from mimrefiner.probes.knn import knn_accuracy, knn_predict
+from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_predict
 from mimrefiner.refiner import MIMRefiner
+from mimrefiner.runner import start_run
 from mimrefiner.train import pretrain, refine
 
 __version__ = "0.1.0"
@@ -27,12 +28,15 @@ __all__ = [
     "build_vit",
     "extract_features",
     "knn_accuracy",
+    "knn_hits",
     "knn_predict",
     "load_dataset",
     "load_encoder",
     "load_preset",
     "multi_view_nna_loss",
     "nna_loss",
+    "pixel_features",
     "pretrain",
     "refine",
+    "start_run",
 ]

@@ -7,6 +7,7 @@ which keeps every block's tokens, is the oracle in the tests.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -86,6 +87,13 @@ def pooled_blocks(
         for handle in handles:
             handle.remove()
     return pooled
+
+
+def pixel_features(dataset: Dataset, size: int) -> Features:
+    """The raw-pixel baseline: images resized to ``size`` and flattened, as one "block" with the pooling "pixels"."""
+    rows = [dataset[i] for i in range(len(dataset))]
+    x = torch.stack([torch.from_numpy(np.array(to_pil(image).resize((size, size)))).flatten() for image, _ in rows])
+    return Features({"pixels": x.float()[None] / 255}, torch.tensor([int(label) for _, label in rows]), (0,), 1)
 
 
 class _Transformed(Dataset):

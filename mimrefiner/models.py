@@ -16,6 +16,7 @@ from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
 
 HALF = (0.5, 0.5, 0.5)
+ASSETS = Path(__file__).parent / "assets"
 
 
 def build_vit(config: ViTConfig, *, seed: int = 0, mean=HALF, std=HALF) -> nn.Module:
@@ -56,7 +57,8 @@ def load_encoder(
     views need a transform. Every image size that the patch size divides is accepted in the forward pass.
 
     Args:
-        source: a timm model name (``vit_base_patch16_224.mae``) or the path of a ``.safetensors`` file written by this package.
+        source: a timm model name (``vit_base_patch16_224.mae``), the name of a checkpoint that comes with the package
+            (``simmim_digits``), or the path of a ``.safetensors`` file written by this package.
         image_size: input size in pixels, None for the model's own; position embeddings are resized.
         num_heads: attention heads, where a file does not tell (files of this package do).
         pretrained: False gives random weights of the same shape.
@@ -64,7 +66,8 @@ def load_encoder(
     Raises:
         InputError: unknown name, missing or damaged file, a size the patch size does not divide, or no network.
     """
-    path = Path(source).expanduser()
+    packaged = ASSETS / f"{source}.safetensors"
+    path = packaged if packaged.is_file() else Path(source).expanduser()
     if path.suffix == ".safetensors" or path.exists():
         return _load_file(path, image_size, num_heads, pretrained)
     name = str(source)

@@ -24,8 +24,9 @@ def use_style() -> None:
     sns.set_theme(context="paper", style="ticks", palette=PALETTE)
     mpl.rcParams.update({
         "figure.dpi": 120, "savefig.dpi": 300, "savefig.bbox": "tight", "savefig.facecolor": "white", "pdf.fonttype": 42,
+        "lines.linewidth": 1.4, "lines.markersize": 3.5,
         "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 3.5,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     })  # fmt: skip
 
 
@@ -56,10 +57,7 @@ def plot_blocks(
     """
     figure, axes = plt.subplots(figsize=(COLUMN, 2.6), layout="constrained")
     _draw_lines(axes, rows, mark_best)
-    for i, (name, value) in enumerate((baselines or {}).items()):
-        axes.axhline(
-            100 * value, color="0.45", linewidth=1, linestyle=(0, (4, 2)) if i == 0 else (0, (1, 1.5)), label=name, zorder=1
-        )
+    _draw_baselines(axes, baselines or {})
     _label_blocks(axes, rows["block"].max() + 1)
     axes.set(ylabel=ylabel, title=title)
     _legend_below(figure, axes)
@@ -71,9 +69,7 @@ def plot_block_panels(panels: dict[str, pd.DataFrame], *, title: str, baselines:
     figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.9), sharey=True, layout="constrained")
     for axes, (name, rows) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
         _draw_lines(axes, rows, mark_best=True)
-        for i, (label, value) in enumerate(baselines.get(name, {}).items()):
-            style = (0, (4, 2)) if i == 0 else (0, (1, 1.5))
-            axes.axhline(100 * value, color="0.45", linewidth=1, linestyle=style, label=label, zorder=1)
+        _draw_baselines(axes, baselines.get(name, {}))
         _label_blocks(axes, rows["block"].max() + 1)
         axes.set_title(name)
     np.atleast_1d(all_axes)[0].set_ylabel("k-NN accuracy (%)")
@@ -132,6 +128,11 @@ def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool) -> None:
         if mark_best:
             best = stats["mean"].idxmax()
             axes.plot(best + 1, stats.loc[best, "mean"], "o", markersize=8, markerfacecolor="none", color=colour, zorder=4)
+
+
+def _draw_baselines(axes, baselines: dict[str, float]) -> None:
+    for (name, value), dashes in zip(baselines.items(), ((4, 2), (1, 1.5), (6, 1.5, 1, 1.5)), strict=False):
+        axes.axhline(100 * value, color="0.45", linewidth=1, linestyle=(0, dashes), label=name, zorder=1)
 
 
 def _label_blocks(axes, depth: int) -> None:

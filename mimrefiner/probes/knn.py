@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimrefiner.errors import InputError
+from mimrefiner.features import Features
 
 SEARCH_BYTES = 2**28  # at most this much similarity matrix at a time
 
@@ -56,6 +57,17 @@ def knn_predict(
                     votes = weight.new_zeros(len(label), len(classes)).scatter_add_(1, label[:, :k], weight[:, :k])
                     out[j, i, block, start : start + rows] = classes[votes.argmax(1)]
     return out
+
+
+def knn_hits(
+    train: Features, test: Features, *, k: int = 10, temperature: float = 0.07, standardize: bool = True
+) -> dict[str, Tensor]:
+    """Which test images the k-NN vote gets right after every block: for every pooling, (blocks, test images) bool."""
+    hits = {}
+    for pool in train.x:
+        settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize}
+        hits[pool] = knn_predict(train.x[pool], train.y, test.x[pool], **settings)[0, 0] == test.y
+    return hits
 
 
 def knn_accuracy(
