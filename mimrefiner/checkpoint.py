@@ -1,5 +1,6 @@
 """Files that are whole or absent, and loading that runs no code."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -47,6 +48,15 @@ def save_encoder(encoder: nn.Module, path: Path | str) -> None:
     tensors = {name: x.detach().cpu().contiguous() for name, x in encoder.state_dict().items()}
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
+
+
+def sha256_of(encoder: nn.Module) -> str:
+    """Hash of an encoder's weights: names, shapes and bytes in order."""
+    digest = hashlib.sha256()
+    for name, x in sorted(encoder.state_dict().items()):
+        digest.update(f"{name}{tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_encoder_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

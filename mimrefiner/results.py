@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mimrefiner.checkpoint import atomic_file
+from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.config import Preset
 
 ROW_COLUMNS = (
@@ -53,6 +53,17 @@ class Run:
             raise ValueError(f"expected the columns {ROW_COLUMNS}, got {sorted(row)}")
         self.rows.append({column: row[column] for column in ROW_COLUMNS})
 
+    def add_blocks(self, models: dict, pool: str, seed: int, n_train: int, n_test: int) -> None:
+        """Add k-NN rows for every block; ``models``: name -> (encoder, hits), hits as in :func:`mimrefiner.knn_hits`."""
+        for name, (encoder, hits) in models.items():
+            sha = sha256_of(encoder)
+            for block, right in enumerate(hits):
+                self.add(
+                    model=name, weights_sha256=sha, dataset=self.preset.dataset, n_train=n_train, n_test=n_test, block=block,
+                    pool=pool, protocol="knn_k10_t0.07_standardized", metric="accuracy", seed=seed,
+                    value=right.float().mean().item(), unit="share", seconds=None,
+                )  # fmt: skip
+
     def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
         """Record what was measured about a claim of the paper; ``seen`` None: not decided at this scale. Returns one line."""
         verdict = {True: "seen", False: "not seen", None: "open"}[seen]
@@ -68,6 +79,16 @@ class Run:
         write_csv(self.table(), self.out / "results" / f"{self.name}.csv")
         write_csv(pd.DataFrame(self.claims, columns=CLAIM_COLUMNS), self.out / "claims" / f"{self.name}.csv")
         print(f"{len(self.rows)} rows, {len(self.claims)} claims and the figures are in {_short(self.out)}")
+
+
+def block_rows(hits: dict[str, torch.Tensor], seed: int) -> pd.DataFrame:
+    """Accuracy per block in the form the figures take: label, block, seed, value; ``hits``: label -> (blocks, images) bool."""
+    rows = [
+        {"label": label, "block": block, "seed": seed, "value": right.float().mean().item()}
+        for label, blocks in hits.items()
+        for block, right in enumerate(blocks)
+    ]
+    return pd.DataFrame(rows)
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

@@ -163,7 +163,7 @@ def _execute(notebook: Path, out: Path, parameters: dict) -> float:
     try:
         executed = papermill.execute_notebook(
             notebook, unfinished, parameters, cwd=str(notebook.parent), progress_bar=sys.stderr.isatty(),
-            stdout_file=sys.stdout, stderr_file=sys.stderr,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise InputError(

@@ -81,15 +81,6 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     )
 
 
-def sha256_of(encoder: nn.Module) -> str:
-    """Hash of an encoder's weights: names, shapes and bytes in order."""
-    digest = hashlib.sha256()
-    for name, x in sorted(encoder.state_dict().items()):
-        digest.update(f"{name}{tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def cache_folder() -> Path:
     return Path(os.environ.get("MIMREFINER_CACHE", Path.home() / ".cache" / "mimrefiner"))
 

@@ -1,0 +1,40 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/figures
+
+export MIMREFINER_CACHE ?= $(CURDIR)/runs/cache
+
+.PHONY: help reproduce test figures lint lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	touch $@
+
+reproduce: $(VENV)/installed  ## execute all notebooks at preset tiny; everything lands under runs/tiny
+	$(BIN)/python -m mimrefiner run --preset tiny --out runs/tiny
+
+test: $(VENV)/installed  ## unit tests, golden tests and every notebook at preset smoke
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made if missing) into figures/
+	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --out $(RUN)
+	cp $(RUN)/figures/* $(RUN)/claims.md figures/
+	@echo "figures/ now shows $(RUN)"
+
+lint: $(VENV)/installed  ## style checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock:  ## write requirements.lock anew from pyproject.toml
+	$(PYTHON) -m venv runs/lock-venv
+	runs/lock-venv/bin/python -m pip install --disable-pip-version-check -q ".[dev]" setuptools
+	runs/lock-venv/bin/python -m pip freeze --exclude mimrefiner --all | grep -v -E '^(pip|nvidia|cuda|triton)' | sed -E 's/\+cpu//; s/^(pexpect|ptyprocess)(==.*)/\1\2 ; sys_platform != "win32"/' > requirements.lock
+
+clean:  ## remove the environment and all runs
+	rm -rf $(VENV) runs
