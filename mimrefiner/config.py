@@ -4,8 +4,9 @@ Blocks are 0-based. Learning rates are base rates: the rate used is ``base_lr * 
 """
 
 import math
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from mimrefiner.augment import Views, digit_views, small_views
 from mimrefiner.errors import InputError
@@ -192,6 +193,20 @@ def gpu() -> Preset:
         frozen_blocks=2,
     )
     return Preset("gpu", "cifar10", None, None, encoder, pretrain, refine)
+
+
+def describe(preset: Preset) -> str:
+    """The settings of a preset as a few lines of text."""
+    blocks = ", ".join(str(b) for b in preset.refine.resolve_blocks(preset.encoder.depth))
+    views = preset.refine.views
+    crops = [f"{crop.size} px crops of {crop.scale[0]:g} to {crop.scale[1]:g} of the area" for crop in views.crops]
+    lines = [("heads on", f"blocks {blocks} (0-based)")]
+    lines += [("views", f"{len(views.global_crops)} global, {crops[0]}; {views.n_local} local, {crops[-1]}")]
+    for part in ("encoder", "pretrain", "refine"):
+        values = asdict(getattr(preset, part))
+        text = ", ".join(f"{name} {value}" for name, value in values.items() if name not in ("views", "blocks"))
+        lines += [(part, text)]
+    return "\n".join(textwrap.fill(f"{name:9s} {text}", 120, subsequent_indent=" " * 10) for name, text in lines)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"smoke": smoke, "tiny": tiny, "gpu": gpu}

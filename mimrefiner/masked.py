@@ -88,7 +88,7 @@ class MAE(nn.Module):
         """Predicted normalised pixels of every patch, (batch, patches, patch * patch * 3)."""
         prefix = self.encoder.num_prefix_tokens
         x = self.encoder._pos_embed(self.encoder.patch_embed(images))  # (batch, prefix + patches, dim)
-        order = mask.int().argsort(1, stable=True)  # visible patches first
+        order = mask.int().argsort(dim=1, stable=True)  # visible patches first
         visible = order[:, : int((~mask[0]).sum()), None]
         patches = x[:, prefix:].gather(1, visible.expand(-1, -1, x.shape[-1]))
         x = self.encoder.norm_pre(torch.cat([x[:, :prefix], patches], 1))

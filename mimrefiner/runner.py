@@ -11,7 +11,7 @@ import pandas as pd
 import papermill
 
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.config import load_preset
+from mimrefiner.config import describe, load_preset
 from mimrefiner.errors import InputError
 from mimrefiner.results import CLAIM_COLUMNS, Run, claims_markdown, environment, write_csv, write_json
 
@@ -33,8 +33,7 @@ def start_run(name: str, names: dict) -> Run:
     run = Run(name, preset, parse_seeds(names["seeds"]), Path(names["out"] or _project_folder() / "runs" / "interactive"))
     check_writable(run.out)
     print(f"{name}: preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, run.seeds))}")
-    print(f"encoder {preset.encoder}\n{preset.pretrain}")
-    print(f"heads on blocks {preset.refine.resolve_blocks(preset.encoder.depth)} (0-based), {preset.refine}")
+    print(describe(preset))
     return run
 
 
@@ -158,6 +157,7 @@ def check_writable(folder: Path) -> None:
 
 def _execute(notebook: Path, out: Path, parameters: dict) -> float:
     began = time.monotonic()
+    os.environ["MIMREFINER_PROGRESS"] = "log"  # kernels inherit it: a bar cannot be drawn through papermill
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     unfinished = out / "notebooks" / f"{notebook.stem}.unfinished.ipynb"
     try:

@@ -1,0 +1,190 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import mimrefiner as mr
+from mimrefiner import data
+from mimrefiner.augment import digit_views, uniforms
+
+
+def content(dataset):
+    return [np.asarray(dataset[i][0]).tobytes() for i in range(len(dataset))]
+
+
+def test_digits_are_split_without_a_common_row(digits):
+    rows = {split: set(dataset.rows.tolist()) for split, dataset in digits.items()}
+    assert not rows["train"] & rows["val"]
+    assert not rows["trainval"] & rows["test"]
+    assert rows["train"] | rows["val"] == rows["trainval"]
+    assert len(rows["trainval"] | rows["test"]) == 1797
+
+
+def test_splits_are_fixed_by_their_seed():
+    assert content(mr.load_dataset("digits", split="val")) == content(mr.load_dataset("digits", split="val"))
+    assert content(mr.load_dataset("digits", split="val")) != content(mr.load_dataset("digits", split="val", seed=1))
+
+
+def test_every_class_has_its_share(digits):
+    for dataset in digits.values():
+        counts = np.bincount(dataset.labels)
+        assert counts.max() - counts.min() <= 0.1 * counts.max() + 2
+
+
+def test_digits_are_rgb_images_with_int_labels(digits):
+    image, label = digits["test"][0]
+    assert image.size == (32, 32)
+    assert image.mode == "RGB"
+    assert isinstance(label, int)
+
+
+def test_take_keeps_the_classes_even(digits):
+    some = digits["train"].take(100)
+    assert len(some) == 100
+    assert np.bincount(some.labels).min() >= 9
+    assert digits["train"].take(None) is digits["train"]
+
+
+def test_image_folder_calls_the_official_val_test(image_folder):
+    sizes = {split: len(mr.load_dataset(f"imagefolder:{image_folder}", split=split)) for split in data.SPLITS}
+    assert sizes == {"train": 18, "val": 2, "test": 6, "trainval": 20}
+    parts = {split: set(content(mr.load_dataset(f"imagefolder:{image_folder}", split=split))) for split in ("train", "val", "test")}
+    assert not parts["train"] & parts["val"]
+    assert not (parts["train"] | parts["val"]) & parts["test"]
+
+
+def test_image_folder_with_three_official_splits(image_folder):
+    (image_folder / "test").mkdir()
+    (image_folder / "val" / "bee").rename(image_folder / "test" / "bee")
+    parts = {split: mr.load_dataset(f"imagefolder:{image_folder}", split=split) for split in data.SPLITS}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 20, "val": 3, "test": 3, "trainval": 23}
+    assert set(parts["test"].labels) == {1}  # a class may be missing in a split; labels keep their meaning
+    assert content(parts["trainval"]) == content(parts["train"]) + content(parts["val"])
+
+
+def test_image_folder_without_splits_is_split(image_folder):
+    parts = {split: mr.load_dataset(f"imagefolder:{image_folder}/train", split=split) for split in ("train", "val", "test")}
+    assert sum(len(part) for part in parts.values()) == 20
+    assert len(parts["test"]) == 6
+
+
+def write_parquet(path, n, labels, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
+    pq.write_table(pa.table({"image": rows, "label": labels}), path)
+
+
+def test_parquet_shards(tmp_path):
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", 20, [5, 7] * 10)
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", 20, [5, 7] * 10, seed=1)
+    write_parquet(tmp_path / "val-00000-of-00001.parquet", 6, [5] * 6, seed=2)
+    parts = {split: mr.load_dataset(f"parquet:{tmp_path}", split=split) for split in ("train", "val", "test")}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 36, "val": 4, "test": 6}
+    assert set(parts["train"].labels) == {5, 7}
+    assert parts["test"][0][0].size == (8, 8)
+    assert not set(content(parts["train"])) & set(content(parts["val"]))
+
+
+def test_labels_that_do_not_start_at_zero_work_from_folder_to_knn(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", 40, [5, 7] * 20)
+    write_parquet(tmp_path / "val-0.parquet", 6, [5] * 6, seed=1)
+    train, test = (mr.pixel_features(mr.load_dataset(f"parquet:{tmp_path}", split=s), 8) for s in ("train", "test"))
+    assert mr.knn_hits(train, test)["pixels"].shape == (1, 6)
+
+
+def test_withheld_labels_are_none(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", 20, [0, 1] * 10)
+    write_parquet(tmp_path / "val-0.parquet", 6, [0, 1] * 3, seed=1)
+    write_parquet(tmp_path / "test-0.parquet", 6, [-1] * 6, seed=2)
+    assert len(mr.load_dataset(f"parquet:{tmp_path}", split="test")) == 6
+    assert mr.load_dataset(f"parquet:{tmp_path}", split="test").labels is not None  # the labelled val is what is measured
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "stl10"])
+def test_no_network_is_said_in_one_line(name, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("MIMREFINER_DATA", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(mr.InputError, match=r"could not be downloaded .*check the network"):
+        mr.load_dataset(name, split="train")
+
+
+def test_bad_input_is_named(tmp_path, image_folder):
+    for name, message in [
+        ("mnits", "unknown data set 'mnits': choose one of digits"),
+        (f"imagefolder:{tmp_path}/none", "does not exist"),
+        (f"parquet:{tmp_path}", "holds no train-"),
+    ]:
+        with pytest.raises(mr.InputError, match=message):
+            mr.load_dataset(name, split="train")
+    with pytest.raises(mr.InputError, match="unknown split 'valid'"):
+        mr.load_dataset("digits", split="valid")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(mr.InputError, match="holds no images"):
+        mr.load_dataset(f"imagefolder:{tmp_path}/empty", split="train")
+    (image_folder / "val" / "ant" / "0.png").write_bytes(b"no image")
+    broken = mr.load_dataset(f"imagefolder:{image_folder}", split="test")
+    with pytest.raises(mr.InputError, match=r"0\.png cannot be decoded"):
+        content(broken)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(mr.InputError, match="expected parquet files"):
+        mr.load_dataset(f"parquet:{tmp_path}/bad", split="train")
+
+
+def batches(dataset, **settings):
+    options = {"batch_size": 16, "steps": 5, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, **settings}
+    return list(data.view_batches(dataset, digit_views(32, 8, n_local=2), **options))
+
+
+def test_view_batches_have_the_documented_shapes(digits):
+    views, index, label = batches(digits["train"])[0]
+    assert [tuple(v.shape) for v in views] == [(16, 3, 32, 32)] * 2 + [(16, 3, 16, 16)] * 2
+    assert torch.equal(label, torch.from_numpy(digits["train"].labels)[index])
+    assert min(v.min() for v in views) >= -1
+    assert max(v.max() for v in views) <= 1
+
+
+def test_views_depend_on_seed_epoch_and_image_only(digits):
+    some = digits["train"].subset(range(40))  # two batches an epoch
+    whole = batches(some)
+    again = batches(some, num_workers=2)
+    resumed = batches(some, first_step=3)
+    for a, b in [*zip(whole, again, strict=True), *zip(whole[3:], resumed, strict=True)]:
+        assert torch.equal(a[1], b[1])
+        assert all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    assert not torch.equal(whole[0][1], batches(some, seed=4)[0][1])
+    assert len(set(whole[0][1].tolist() + whole[1][1].tolist())) == 32  # no image twice in an epoch
+
+
+def test_any_map_style_data_set_works(vit):
+    pairs = [(Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)), i % 3) for i in range(12)]
+    tensors = [(torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.tensor(label)) for image, label in pairs]
+    a, b = mr.extract_features(vit, pairs), mr.extract_features(vit, tensors)
+    assert torch.equal(a.x["cls"], b.x["cls"])
+    assert torch.equal(a.y, b.y)
+
+
+def test_a_batch_larger_than_the_data_is_named(digits):
+    with pytest.raises(mr.InputError, match="a batch of 16 needs at least that many images, the data set has 9"):
+        batches(digits["train"].subset(range(9)))
+
+
+def test_uniforms_are_uniform_and_keyed():
+    u = np.concatenate([uniforms(0, 0, i, 4, 50).ravel() for i in range(200)])
+    assert abs(u.mean() - 0.5) < 0.01
+    assert abs(np.histogram(u, 10, (0, 1))[0] / len(u) - 0.1).max() < 0.01
+    assert len(np.unique(u)) > 0.99 * len(u)
+    assert np.array_equal(uniforms(1, 2, 3, 4)[:2], uniforms(1, 2, 3, 2))
+    for other in (uniforms(2, 2, 3, 4), uniforms(1, 3, 3, 4), uniforms(1, 2, 4, 4)):
+        assert not np.array_equal(uniforms(1, 2, 3, 4), other)

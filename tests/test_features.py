@@ -1,0 +1,111 @@
+import pytest
+import timm
+import torch
+
+import mimrefiner as mr
+from mimrefiner.features import available_pools
+
+
+def oracle(encoder, images, norm=False):
+    out = encoder.forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC", norm=norm)
+    return [torch.cat([prefix, patches], 1) if prefix is not None else patches for patches, prefix in out]
+
+
+@pytest.fixture
+def images(digits):
+    return digits["test"].subset(range(10))
+
+
+def stacked(encoder, dataset):
+    transform = mr.models.eval_transform(encoder)
+    return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+def test_every_block_equals_forward_intermediates(vit, images, final_norm):
+    features = mr.extract_features(vit, images, batch_size=4, final_norm=final_norm)
+    with torch.no_grad():
+        tokens = oracle(vit, stacked(vit, images), final_norm)
+    assert features.x["cls"].shape == (3, 10, 32)
+    assert features.blocks == (0, 1, 2)
+    assert torch.equal(features.y, torch.tensor(images.labels))
+    for block, expected in enumerate(tokens):
+        assert torch.allclose(features.x["cls"][block], expected[:, 0], atol=1e-5)
+        assert torch.allclose(features.x["mean"][block], expected[:, 1:].mean(1), atol=1e-5)
+
+
+TIMM_NAMES = ("test_vit", "test_vit2", "test_vit3", "test_vit4", "eva02_tiny_patch14_224", "beit_base_patch16_224")
+
+
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_timm_families(name, images):
+    if name.startswith(("eva", "beit")):
+        size = 56 if "14" in name else 32
+        encoder = timm.create_model(name, num_classes=0, img_size=size, depth=2)
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (3, size, size)}
+    else:
+        encoder = mr.load_encoder(name, pretrained=False, image_size=32)
+    encoder.eval()
+    features = mr.extract_features(encoder, images)
+    with torch.no_grad():
+        tokens = oracle(encoder, stacked(encoder, images))
+    assert tuple(features.x) == available_pools(encoder)
+    for block, expected in enumerate(tokens):
+        patches = expected[:, encoder.num_prefix_tokens :]
+        assert torch.allclose(features.x["mean"][block], patches.mean(1), atol=1e-4)
+        if "cls" in features.x:
+            assert torch.allclose(features.x["cls"][block], expected[:, 0], atol=1e-4)
+
+
+def test_some_blocks_and_pools(vit, images):
+    features = mr.extract_features(vit, images, blocks=(2, 0), pools=("mean",))
+    whole = mr.extract_features(vit, images)
+    assert features.blocks == (0, 2)
+    assert list(features.x) == ["mean"]
+    assert torch.equal(features.x["mean"], whole.x["mean"][[0, 2]])
+
+
+def test_no_hook_stays_and_the_mode_comes_back(vit, images):
+    vit.train()
+    with pytest.raises(RuntimeError):
+        mr.features.pooled_blocks(vit, torch.zeros(1, 4, 32, 32), (0, 1), ("cls",))
+    mr.extract_features(vit, images)
+    assert vit.training
+    assert not any(block._forward_hooks for block in vit.blocks)
+
+
+def test_half_precision_is_close(vit, images):
+    full, half = (mr.extract_features(vit, images, autocast=dtype).x["cls"] for dtype in (None, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert 0 < (full - half).abs().max() < 0.1
+
+
+def test_only_pooled_features_stay_alive(vit):
+    """No tensor with a token axis outlives its block."""
+    pooled = mr.features.pooled_blocks(vit, torch.randn(2, 3, 32, 32), range(3), ("cls", "mean"))
+    assert all(x.shape == (2, 32) for per_block in pooled.values() for x in per_block)
+    assert all(x._base is None or x._base.shape == (2, 32) for x in pooled["mean"])
+
+
+def test_bad_input_is_named(vit, images):
+    with pytest.raises(mr.InputError, match=r"block 3 is out of range: the model has blocks 0 to 2"):
+        mr.extract_features(vit, images, blocks=(1, 3))
+    with pytest.raises(mr.InputError, match="unknown pooling 'max'"):
+        mr.extract_features(vit, images, pools=("max",))
+    without_cls = mr.load_encoder("test_vit2", pretrained=False)
+    if available_pools(without_cls) == ("mean",):
+        with pytest.raises(mr.InputError, match="needs a cls token"):
+            mr.extract_features(without_cls, images, pools=("cls",))
+    with pytest.raises(mr.InputError, match="empty"):
+        mr.extract_features(vit, images.subset([]))
+
+
+def test_a_model_without_cls_token_is_refused_for_cls(images):
+    encoder = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, class_token=False, global_pool="avg"
+    )
+    encoder.pretrained_cfg = mr.build_vit(mr.ViTConfig()).pretrained_cfg
+    assert available_pools(encoder) == ("mean",)
+    with pytest.raises(mr.InputError, match="needs a cls token"):
+        mr.extract_features(encoder, images, pools=("cls",))
+    assert list(mr.extract_features(encoder, images).x) == ["mean"]
