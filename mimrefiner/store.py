@@ -163,4 +163,4 @@ def _file_hash(file: Path) -> str:
 
 
 def _read_history(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "history.csv", float_precision="round_trip")
+    return pd.read_csv(folder / "history.csv")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -158,12 +158,8 @@ def refine_encoder(refiner: MIMRefiner, dataset: Dataset, *, num_workers: int = 
     config = refiner.config
     refiner.encoder.requires_grad_(True).train()
     freeze_first(refiner.encoder, config.frozen_blocks)
-    groups = param_groups_layer_decay(
-        refiner.encoder,
-        weight_decay=config.encoder_weight_decay,
-        no_weight_decay_list=_undecayed(refiner.encoder),
-        layer_decay=config.layer_decay,
-    ) + param_groups_weight_decay(refiner.heads, config.head_weight_decay)
+    groups = layer_decay_groups(refiner.encoder, config.encoder_weight_decay, config.layer_decay)
+    groups += param_groups_weight_decay(refiner.heads, config.head_weight_decay)
     steps = stage_steps(len(dataset), config.batch_size, config.refine_epochs)
     decay = ema_decay(config, steps)
     ema = AveragedModel(refiner.encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -253,6 +249,25 @@ def freeze_first(encoder: nn.Module, blocks: int) -> None:
             if part[0] in ("norm", "fc_norm") or (part[0] == "blocks" and int(part[1]) >= blocks):
                 continue
             x.requires_grad_(False)
+
+
+def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups whose rates shrink towards the input (``layerwise_lr_decay_modifier.py`` of the released code).
+
+    ``lr_scale`` is 1 for the final norm, ``layer_decay ** (depth - i)`` for block i (0-based) and ``layer_decay ** (depth + 1)``
+    for everything before the blocks. Tokens, positions and one-dimensional parameters are not decayed; frozen ones are left out.
+    """
+    depth, undecayed = len(encoder.blocks), _undecayed(encoder)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, x in encoder.named_parameters():
+        part = name.split(".")
+        power = depth - int(part[1]) if part[0] == "blocks" else 0 if part[0] in ("norm", "fc_norm") else depth + 1
+        if x.requires_grad:
+            groups.setdefault((power, x.ndim > 1 and name not in undecayed), []).append(x)
+    return [
+        {"params": params, "lr_scale": layer_decay**power, "weight_decay": weight_decay * decayed}
+        for (power, decayed), params in groups.items()
+    ]
 
 
 def _undecayed(model: nn.Module) -> list[str]:

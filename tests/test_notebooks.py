@@ -1,0 +1,75 @@
+"""Every notebook is executed at preset smoke; what it writes is checked, and its form."""
+
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from mimrefiner import results, runner
+
+NOTEBOOKS = runner.find_notebooks([])
+NAMES = [path.stem for path in NOTEBOOKS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIMREFINER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_notebook_runs_at_smoke(notebook, tmp_path):
+    runner.run_notebooks([notebook.stem], preset="smoke", seeds="0,1", out=tmp_path)
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert tuple(rows.columns) == results.ROW_COLUMNS
+    assert rows.drop(columns=["git_sha", "seconds"]).notna().all(axis=None)
+    assert rows["value"].between(0, 1).all()
+    claims = pd.read_csv(tmp_path / "claims.csv")
+    assert len(claims) > 0
+    assert set(claims["verdict"]) <= {"seen", "not seen", "open"}
+    figures = {path.suffix for path in (tmp_path / "figures").iterdir()}
+    assert figures == {".pdf", ".png", ".csv"}
+    executed = (tmp_path / "notebooks" / notebook.name).read_text()
+    assert str(tmp_path) not in executed.replace(f'out = \\"{tmp_path}\\"', "")
+    assert not list(tmp_path.rglob("*unfinished*"))
+
+
+def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
+    tables = []
+    for name in ("a", "b"):
+        monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / name / "cache"))
+        runner.run_notebooks(["01"], preset="smoke", seeds="0", out=tmp_path / name)
+        tables.append(pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(results.NOT_A_RESULT)))
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_plain_papermill_runs_and_refuses_a_misspelt_parameter(tmp_path):
+    notebook = next(path for path in NOTEBOOKS if path.stem == "00_quickstart")
+    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p", "out", str(tmp_path)]
+    fine = subprocess.run([*command, "-p", "preset", "smoke"], capture_output=True, text=True)
+    assert fine.returncode == 0, fine.stderr
+    wrong = subprocess.run([*command, "-p", "perset", "smoke"], capture_output=True, text=True)
+    assert wrong.returncode != 0
+    assert "unknown parameter 'perset'" in wrong.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_form(notebook):
+    """Prose first, short cells, no outputs, hidden solutions, every declared parameter read."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert cells[0].cell_type == "markdown"
+    assert cells[0].source.startswith(f"# {notebook.stem[:2]} · ")
+    assert "Time on 2 cores" in cells[0].source
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert "parameters" in code[0].metadata.tags
+    assert "start_run" in code[1].source
+    for cell in code:
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        assert len(cell.source.splitlines()) <= 16, cell.source
+        if "solution" in cell.metadata.get("tags", []):
+            assert cell.metadata.jupyter.source_hidden
+    assert set(runner.declared_parameters(notebook)) == {"preset", "seeds", "out"}  # those that start_run reads

@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mimrefiner as mr
+from mimrefiner import plotting, results
+
+
+@pytest.fixture
+def run(tmp_path):
+    return results.Run("99_test", mr.load_preset("smoke"), (0, 1), tmp_path)
+
+
+def test_rows_have_the_fixed_columns(run, vit):
+    run.add_blocks({"before": (vit, torch.tensor([[True, False], [True, True]]))}, "cls", 0, 10, 2)
+    table = run.table()
+    assert tuple(table.columns) == results.ROW_COLUMNS
+    assert list(table["value"]) == [0.5, 1.0]
+    assert list(table["block"]) == [0, 1]
+    with pytest.raises(ValueError, match="expected the columns"):
+        run.add(value=1)
+
+
+def test_run_writes_rows_and_claims(run, vit, capsys):
+    run.add_blocks({"before": (vit, torch.ones(1, 4, dtype=torch.bool))}, "cls", 0, 10, 4)
+    assert run.claim("it works", seen=False, measured="x", n_test=4).startswith("NOT SEEN: it works (x; 2 seed(s), 4 test images)")
+    run.write()
+    assert len(pd.read_csv(run.out / "results" / "99_test.csv")) == 1
+    claims = pd.read_csv(run.out / "claims" / "99_test.csv")
+    assert list(claims["verdict"]) == ["not seen"]
+    assert "**not seen**" in results.claims_markdown(claims)
+
+
+def test_bootstrap_interval_covers_the_truth():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        a, b = rng.random(300) < 0.8, rng.random(300) < 0.7
+        mean, low, high = results.paired_bootstrap(a, b, draws=1000, seed=i)
+        assert mean == pytest.approx(a.mean() - b.mean())
+        covered += low <= 0.1 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_is_paired_and_averages_seeds():
+    right = np.random.default_rng(0).random((3, 100)) < 0.5
+    assert results.paired_bootstrap(right, right) == (0, 0, 0)
+    better = right.copy()
+    better[0] = True
+    mean, low, high = results.paired_bootstrap(better, right)
+    assert mean == pytest.approx((1 - right[0].mean()) / 3)
+    assert 0 < low < mean < high
+
+
+def test_compare_never_copies_a_paper_value():
+    paper = results.paper_values()
+    assert len(paper) == 402
+    table = results.compare(pd.DataFrame())
+    assert len(table) == len(paper)
+    assert table["measured"].isna().all()
+    assert (table["comparable"] == "").all()
+
+
+def test_compare_joins_and_gives_reasons():
+    paper = results.compare(pd.DataFrame())
+    first, second = paper["paper_id"].drop_duplicates()[:2]
+    measured = pd.DataFrame({"paper_id": [first, first, second], "value": [10.0, 12.0, 5.0]})
+    table = results.compare(measured, {second: "other data"}).drop_duplicates("paper_id").set_index("paper_id")
+    assert table.loc[first, "measured"] == 11
+    assert table.loc[first, "n_seeds"] == 2
+    assert table.loc[first, "sd"] == pytest.approx(2**0.5)
+    assert table.loc[first, "difference"] == pytest.approx(11 - table.loc[first, "value"])
+    assert table.loc[first, "comparable"] == "yes"
+    assert (table.loc[second, "comparable"], table.loc[second, "why_not"]) == ("no", "other data")
+
+
+def test_environment_names_no_folder():
+    text = json.dumps(results.environment())
+    assert "/" not in text.replace("CPU (", "")
+    assert results.environment()["versions"]["torch"]
+
+
+def block_rows(seeds=(0, 1)):
+    return pd.concat([results.block_rows({"a": torch.rand(4, 50) < 0.5, "b": torch.rand(4, 50) < 0.8}, seed) for seed in seeds])
+
+
+def test_figures_are_saved_three_ways_and_the_same_twice(tmp_path):
+    rows = block_rows()
+    for name in ("one", "two"):
+        figure = plotting.plot_blocks(rows, title="t", baselines={"raw pixels": 0.5})
+        plotting.save_figure(figure, tmp_path / name, rows)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["one.csv", "one.pdf", "one.png", "two.csv", "two.pdf", "two.png"]
+    for suffix in (".pdf", ".png", ".csv"):
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "one.csv"), rows.reset_index(drop=True))
+
+
+def test_figures_show_what_they_are_given():
+    rows = block_rows()
+    figure = plotting.plot_block_panels({"left": rows, "right": rows}, title="t", baselines={"left": {"raw pixels": 0.5}})
+    left, right = figure.axes
+    means = rows[rows["label"] == "a"].groupby("block")["value"].mean() * 100
+    assert np.allclose(left.lines[0].get_ydata(), means)
+    assert list(left.lines[0].get_xdata()) == [1, 2, 3, 4]  # blocks are labelled from 1
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1", "2", "3", "4"]
+    assert len(left.lines) == len(right.lines) + 1
+
+
+def test_history_figure_has_a_panel_per_metric():
+    history = pd.DataFrame({"stage": [2, 2, 3, 3], "step": [0, 1, 0, 1], "block": [2, 2, 2, 2], "loss": [4.0, 3, 2, 1]})
+    figure = plotting.plot_history(history, {"loss": "loss"}, title="t")
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0, 1, 2, 3]

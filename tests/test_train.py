@@ -1,0 +1,155 @@
+import copy
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pandas as pd
+import pytest
+import torch
+
+import mimrefiner as mr
+from mimrefiner import train
+from mimrefiner.checkpoint import sha256_of
+
+
+@pytest.fixture
+def smoke():
+    return mr.load_preset("smoke")
+
+
+@pytest.fixture
+def some(digits):
+    return digits["train"].take(128)
+
+
+@pytest.fixture
+def refiner(smoke):
+    return mr.MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
+
+
+@pytest.mark.parametrize("method", ["simmim", "mae"])
+def test_pretraining_lowers_the_loss_and_leaves_its_input_alone(smoke, some, method):
+    encoder = mr.build_vit(smoke.encoder)
+    before = sha256_of(encoder)
+    config = replace(smoke.pretrain, method=method, epochs=15, decoder_dim=32, decoder_heads=2)
+    result = mr.pretrain(encoder, some, config)
+    assert sha256_of(encoder) == before != sha256_of(result.encoder)
+    assert result.history["loss"].iloc[-3:].mean() < 0.9 * result.history["loss"].iloc[:3].mean()
+    assert result.flops > 0
+    assert list(result.history["step"])[-1] == 15 * 2 - 1
+
+
+def test_training_repeats_bit_for_bit_and_follows_its_seed(smoke, some):
+    encoder = mr.build_vit(smoke.encoder)
+    one, again = (mr.refine(encoder, some, smoke.refine) for _ in range(2))
+    other = mr.refine(encoder, some, replace(smoke.refine, seed=1))
+    assert sha256_of(one.encoder) == sha256_of(again.encoder) != sha256_of(other.encoder)
+    assert sha256_of(one.ema_encoder) == sha256_of(again.ema_encoder)
+    pd.testing.assert_frame_equal(one.history, again.history)
+
+
+def test_stage_2_changes_the_heads_only(refiner, some):
+    encoder, heads = sha256_of(refiner.encoder), copy.deepcopy(refiner.heads.state_dict())
+    history, flops = train.train_heads(refiner, some)
+    assert sha256_of(refiner.encoder) == encoder
+    assert not torch.equal(heads["projector.0.weight"], refiner.heads.projector[0].weight)
+    assert set(history["stage"]) == {2}
+    assert flops > 0
+
+
+def test_stage_2_would_notice_a_changed_encoder(refiner, some, monkeypatch):
+    step = refiner.step
+
+    def meddle(*args, **kwargs):
+        refiner.encoder.patch_embed.proj.weight.data += 1
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(refiner, "step", meddle)
+    with pytest.raises(AssertionError, match="stage 2 changed the encoder"):
+        train.train_heads(refiner, some)
+
+
+def test_history_has_every_head_and_metric(smoke, some):
+    result = mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine)
+    assert list(result.history.columns) == [
+        "stage", "step", "epoch", "lr", "block", "loss", "nn_similarity", "nn_age", "alignment", "nn_accuracy",
+    ]  # fmt: skip
+    assert set(result.history["block"]) == {2, 3}
+    assert set(result.history["stage"]) == {2, 3}
+    later = result.history[result.history["stage"] == 3]
+    assert later.drop(columns="nn_accuracy").notna().all(axis=None)
+
+
+def test_frozen_blocks_stay_and_keep_no_graph(smoke, some):
+    encoder = mr.build_vit(smoke.encoder)
+    result = mr.refine(encoder, some, replace(smoke.refine, frozen_blocks=2))
+    for name, x in encoder.state_dict().items():
+        frozen = name.split(".")[0] in ("patch_embed", "cls_token", "pos_embed") or name.startswith(("blocks.0.", "blocks.1."))
+        assert torch.equal(x, result.encoder.state_dict()[name]) == frozen, name
+    train.freeze_first(encoder, 2)
+    outputs = []
+    encoder.blocks[1].register_forward_hook(lambda m, i, o: outputs.append(o))
+    encoder(torch.randn(1, 3, 32, 32))
+    assert not outputs[0].requires_grad
+
+
+def test_layer_decay_scales_follow_the_official_formula(smoke):
+    """Block i: decay ** (depth - i); stem: decay ** (depth + 1); final norm: 1. Tokens, positions, biases: no weight decay."""
+    encoder = mr.build_vit(smoke.encoder)
+    groups = train.layer_decay_groups(encoder, 0.05, 0.65)
+    settings = {id(x): (group["lr_scale"], group["weight_decay"]) for group in groups for x in group["params"]}
+    depth = len(encoder.blocks)
+    for name, x in encoder.named_parameters():
+        scale, decay = settings[id(x)]
+        if name.startswith("blocks."):
+            expected = 0.65 ** (depth - int(name.split(".")[1]))
+        else:
+            expected = 1.0 if name.startswith("norm") else 0.65 ** (depth + 1)
+        assert scale == pytest.approx(expected), name
+        assert decay == (0.0 if x.ndim == 1 or name in ("cls_token", "pos_embed") else 0.05), name
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    rates = [train.cosine_lr(step, 100, 10, 1.0, 1e-6) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(1e-6)
+    assert rates[54] == pytest.approx(0.5, abs=0.02)
+
+
+def test_moving_average_is_that_of_the_weights(smoke, some, monkeypatch):
+    """Against a plain recursion over the encoder's weights after every step."""
+    refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), replace(smoke.refine, ema_decay=0.7))
+    seen = []
+    update = train.AveragedModel.update_parameters
+
+    def spy(self, model):
+        seen.append(model.norm.bias.detach().clone())
+        update(self, model)
+
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", spy)
+    ema, _, _ = train.refine_encoder(refiner, some)
+    average = seen[0]
+    for x in seen[1:]:
+        average = 0.7 * average + 0.3 * x
+    assert torch.allclose(ema.norm.bias, average, atol=1e-7)
+
+
+def test_default_horizon_of_the_average_is_a_share_of_training(smoke):
+    assert train.ema_decay(smoke.refine, 1000) == pytest.approx(1 - 1 / 270)
+    assert train.ema_decay(replace(smoke.refine, ema_decay=0.9999), 1000) == 0.9999
+    assert train.ema_decay(smoke.refine, 1) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_training(smoke, some):
+    with pytest.raises(FloatingPointError, match="the loss became nan at step"):
+        mr.pretrain(mr.build_vit(smoke.encoder), some, replace(smoke.pretrain, base_lr=math.inf))
+
+
+def test_pretraining_goes_on_from_a_model(smoke, some):
+    first = mr.pretrain(mr.build_vit(smoke.encoder), some, smoke.pretrain)
+    more = mr.pretrain(first.encoder, some, replace(smoke.pretrain, seed=7), start_from=first.model)
+    assert more.history["loss"].iloc[0] < first.history["loss"].iloc[0]
+    assert sha256_of(more.encoder) != sha256_of(first.encoder)
