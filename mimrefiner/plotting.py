@@ -83,7 +83,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str) 
 
     Args:
         history: of :func:`mimrefiner.refine`, columns stage, step, block and the metrics.
-        metrics: column -> label of the y axis.
+        metrics: column -> title of its panel.
         title: over the figure.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
@@ -98,7 +98,8 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str) 
             axes.plot(step[chosen], history.loc[chosen, metric], color=colour, label=f"block {block + 1}", linewidth=1.1)
         if second.any():
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
-        axes.set(xlabel="step", ylabel=label)
+        axes.set(xlabel="step")
+        axes.set_title(label, fontsize=8)
     figure.suptitle(title, fontsize=9)
     _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(blocks))
     return figure

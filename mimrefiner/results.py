@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import subprocess
+import time
 import uuid
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -40,14 +41,19 @@ class Run:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     rows: list[dict] = field(default_factory=list)
     claims: list[dict] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
     def presets(self) -> list[tuple[int, Preset]]:
         """(seed, the preset with that seed) for every seed."""
         return [(seed, self.preset.with_seed(seed)) for seed in self.seeds]
 
     def add(self, **values) -> None:
-        """Add one result row; every column of ROW_COLUMNS that is not the run's own must be given."""
-        own = {"run_id": self.run_id, "git_sha": git_sha(), "preset": self.preset.name, "device": device_name()}
+        """Add one result row; every column of ROW_COLUMNS that is not the run's own must be given.
+
+        ``seconds`` is the wall time from the start of the run to this row.
+        """
+        seconds = round(time.monotonic() - self.began, 1)
+        own = {"run_id": self.run_id, "git_sha": git_sha(), "preset": self.preset.name, "seconds": seconds, "device": device_name()}
         row = {**own, **values}
         if set(row) != set(ROW_COLUMNS):
             raise ValueError(f"expected the columns {ROW_COLUMNS}, got {sorted(row)}")
@@ -61,7 +67,7 @@ class Run:
                 self.add(
                     model=name, weights_sha256=sha, dataset=self.preset.dataset, n_train=n_train, n_test=n_test, block=block,
                     pool=pool, protocol="knn_k10_t0.07_standardized", metric="accuracy", seed=seed,
-                    value=right.float().mean().item(), unit="share", seconds=None,
+                    value=right.float().mean().item(), unit="share",
                 )  # fmt: skip
 
     def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
@@ -69,7 +75,7 @@ class Run:
         verdict = {True: "seen", False: "not seen", None: "open"}[seen]
         row = (self.name, claim, measured, verdict, len(self.seeds), n_test, self.preset.name)
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-        return f"{verdict.upper()}: {claim} ({measured}; {len(self.seeds)} seed(s), {n_test} test images)"
+        return f"{verdict.upper()}: {claim} ({measured}; {count(len(self.seeds), 'seed')}, {n_test} test images)"
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=ROW_COLUMNS)
@@ -110,6 +116,11 @@ def paired_bootstrap(right_a: np.ndarray, right_b: np.ndarray, *, draws: int = 1
     drawn = rng.multinomial(len(difference), counts / len(difference), size=draws) @ values / len(difference)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(difference.mean()), float(low), float(high)
+
+
+def count(n: int, noun: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{n} {noun}" + "s" * (n != 1)
 
 
 def points(difference: float, low: float, high: float) -> str:
