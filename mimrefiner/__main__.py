@@ -100,6 +100,7 @@ def do_datasets(args) -> None:
     from mimrefiner.data import DOWNLOADED
 
     print("digits             scikit-learn's digits, 1,797 images, 10 classes; embedded, no download")
+    print("fruit64            photos of fruit at 64 px, 1,393 images, 14 classes; embedded, no download")
     for name in DOWNLOADED:
         print(f"{name:18s} downloaded by torchvision when asked for")
     print("imagefolder:PATH   PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (ImageNet's layout), or PATH/CLASS/IMAGE")

@@ -188,3 +188,13 @@ def test_uniforms_are_uniform_and_keyed():
     assert np.array_equal(uniforms(1, 2, 3, 4)[:2], uniforms(1, 2, 3, 2))
     for other in (uniforms(2, 2, 3, 4), uniforms(1, 3, 3, 4), uniforms(1, 2, 4, 4)):
         assert not np.array_equal(uniforms(1, 2, 3, 4), other)
+
+
+def test_fruit64_comes_with_the_package_and_never_shares_a_photo():
+    parts = {split: mr.load_dataset("fruit64", split=split) for split in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [659, 73, 661]
+    photos = [{part[i][0].tobytes() for i in range(len(part))} for part in parts.values()]
+    assert len(set.union(*photos)) == sum(len(part) for part in photos) == 1393
+    for part in parts.values():
+        assert set(part.labels) == set(range(14))
+        assert part[0][0].size == (64, 64)
