@@ -195,6 +195,32 @@ def gpu() -> Preset:
     return Preset("gpu", "cifar10", None, None, encoder, pretrain, refine)
 
 
+def natural() -> Preset:
+    """Natural images at 64 px: MAE ViT-Tiny/8 with a light decoder; for Tiny-ImageNet (``parquet:PATH``), fruit64 by default.
+
+    One epoch of Tiny-ImageNet's 90,000 training images takes about 8 minutes of one CPU core in bfloat16. The paper's 2 + 10
+    views are cut to 2 + 4.
+    """
+    encoder = ViTConfig(image_size=64, patch_size=8, dim=192, depth=12, num_heads=3)
+    pretrain = PretrainConfig(method="mae", mask_ratio=0.75, decoder_depth=2, epochs=10, batch_size=256, base_lr=1e-3)
+    refine = RefineConfig(
+        views=small_views(64, 8, n_local=4),
+        hidden_dim=512,
+        out_dim=128,
+        predictor_dim=1024,
+        queue_size=8192,
+        batch_size=128,
+        heads_epochs=5,
+        refine_epochs=10,
+        warmup_epochs=1,
+        heads_base_lr=2e-3,
+        refine_base_lr=1e-3,
+        layer_decay=0.75,
+        frozen_blocks=2,
+    )
+    return Preset("natural", "fruit64", None, None, encoder, pretrain, refine)
+
+
 def describe(preset: Preset) -> str:
     """The settings of a preset as a few lines of text."""
     blocks = ", ".join(str(b) for b in preset.refine.resolve_blocks(preset.encoder.depth))
@@ -209,7 +235,7 @@ def describe(preset: Preset) -> str:
     return "\n".join(textwrap.fill(f"{name:9s} {text}", 120, subsequent_indent=" " * 10) for name, text in lines)
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"smoke": smoke, "tiny": tiny, "gpu": gpu}
+PRESETS: dict[str, Callable[[], Preset]] = {"smoke": smoke, "tiny": tiny, "natural": natural, "gpu": gpu}
 
 
 def load_preset(name: str, seed: int = 0) -> Preset:
