@@ -12,7 +12,7 @@ from mimrefiner.errors import InputError
 def add_run(commands) -> None:
     parser = _command(commands, "run", do_run, "execute notebooks in batch", "mimrefiner run 01 04 --preset tiny --seeds 0,1,2")
     parser.add_argument("notebooks", nargs="*", metavar="NAME", help="notebooks by name or number; none means all")
-    parser.add_argument("--preset", default="tiny", help="smoke, tiny or gpu (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
     parser.add_argument("--seeds", default="0", help="seeds with commas between (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for all results (default: runs/PRESET)")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters", help="a notebook parameter")
@@ -135,7 +135,7 @@ def _command(commands, name: str, do, what: str, example: str) -> argparse.Argum
 
 def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="data set by name or path (default: the preset's)")
-    parser.add_argument("--preset", default="tiny", help="smoke, tiny or gpu (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and history")
