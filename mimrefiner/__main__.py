@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args.do(args)
     except (InputError, OSError) as error:
-        print(f"mimrefiner: error: {error}", file=sys.stderr)
+        print(f"mimrefiner: error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a library said
         return 2
     except KeyboardInterrupt:
         print("mimrefiner: stopped", file=sys.stderr)
