@@ -78,30 +78,150 @@ def plot_block_panels(panels: dict[str, pd.DataFrame], *, title: str, baselines:
     return figure
 
 
-def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str) -> Figure:
-    """Training curves per head: one small panel per metric, one line per block, stage 3 to the right of the dotted line.
+def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, by: str = "block") -> Figure:
+    """Training curves: one small panel per metric, one line per head (or per value of ``by``).
 
     Args:
-        history: of :func:`mimrefiner.refine`, columns stage, step, block and the metrics.
+        history: of :func:`mimrefiner.refine`, columns stage, step, ``by`` and the metrics; where both stages are in it, stage 3
+            is to the right of the dotted line.
         metrics: column -> title of its panel.
         title: over the figure.
+        by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
-    second = history["stage"] == 2
-    offset = history.loc[second, "step"].max() + 1 if second.any() else 0
-    step = history["step"] + np.where(second, 0, offset)
-    blocks = sorted(history["block"].unique())
-    colours = sns.color_palette("viridis", len(blocks))
+    both = history["stage"].nunique() > 1
+    offset = history.loc[history["stage"] == 2, "step"].max() + 1 if both else 0
+    step = history["step"] + np.where(history["stage"] == 3, offset, 0)
+    values = sorted(history[by].unique())
+    colours = sns.color_palette("viridis", len(values))
     for axes, (metric, label) in zip(np.atleast_1d(all_axes), metrics.items(), strict=True):
-        for block, colour in zip(blocks, colours, strict=True):
-            chosen = history["block"] == block
-            axes.plot(step[chosen], history.loc[chosen, metric], color=colour, label=f"block {block + 1}", linewidth=1.1)
-        if second.any():
+        for value, colour in zip(values, colours, strict=True):
+            chosen = history[by] == value
+            name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
+            axes.plot(step[chosen], history.loc[chosen, metric], color=colour, label=name, linewidth=1.1)
+        if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
         axes.set(xlabel="step")
         axes.set_title(label, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(blocks))
+    _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(values))
+    return figure
+
+
+def plot_ablations(rows: pd.DataFrame, *, title: str, xlabel: str = "k-NN accuracy of the last block (%)") -> Figure:
+    """One small panel per group of variants; a dot per seed, a bar from mean - sd to mean + sd, the recipe as the dashed line.
+
+    Args:
+        rows: columns group, variant, seed, value (a share); the group "recipe" is the reference.
+        title, xlabel: of the figure and its x axis.
+    """
+    reference = 100 * rows.loc[rows["group"] == "recipe", "value"]
+    groups = [(name, part) for name, part in rows.groupby("group", sort=False) if name != "recipe"]
+    heights = [part["variant"].nunique() + 0.7 for _, part in groups]
+    size = (PAGE * 0.75, 0.27 * sum(heights) + 0.8)
+    figure, all_axes = plt.subplots(
+        len(groups), 1, figsize=size, sharex=True, layout="constrained", gridspec_kw={"height_ratios": heights}, squeeze=False
+    )
+    for axes, (group, part) in zip(all_axes[:, 0], groups, strict=True):
+        axes.axvline(reference.mean(), color="0.3", linestyle="--", linewidth=1, zorder=1)
+        if len(reference) > 1:
+            spread = reference.std()
+            axes.axvspan(reference.mean() - spread, reference.mean() + spread, color="0.9", zorder=0)
+        names = []
+        for y, (variant, seeds) in enumerate(part.groupby("variant", sort=False)):
+            values = 100 * seeds["value"]
+            many = len(values) > 1
+            axes.plot(values, [y] * len(values), "o", color=PALETTE[0], markerfacecolor=PALETTE[0] if many else "white", zorder=3)
+            if many:
+                axes.plot([values.mean() - values.std(), values.mean() + values.std()], [y, y], color=PALETTE[0], zorder=2)
+            names.append(f"{variant} ({len(values)} seed{'s' * many})")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_title(group, fontsize=8, loc="left", pad=2)
+    all_axes[-1, 0].set_xlabel(f"{xlabel}; dashed: the recipe, grey: ± sd of its {len(reference)} seeds")
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def plot_timeline(rows: pd.DataFrame, *, title: str) -> Figure:
+    """Accuracy over time (the paper's Figure 1); ``rows``: columns date ("YYYY/MM"), name, value (percent)."""
+    figure, axes = plt.subplots(figsize=(PAGE * 0.75, 2.8), layout="constrained")
+    rows = rows.sort_values("date")
+    dates = pd.to_datetime(rows["date"], format="%Y/%m")
+    axes.plot(dates, rows["value"], color=PALETTE[0], marker="o", drawstyle="steps-post")
+    for date, name, value in zip(dates, rows["name"], rows["value"], strict=True):
+        axes.annotate(f"{name} {value:.1f}", (date, value), xytext=(-3, 5), textcoords="offset points", ha="right", fontsize=7)
+    axes.set(ylabel="ImageNet linear probe (%)", title=title, ylim=(rows["value"].min() - 0.6, rows["value"].max() + 0.7))
+    axes.margins(x=0.28)
+    return figure
+
+
+def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
+    """Groups of models on many benchmarks (the paper's Figure 2); every axis is scaled on its own, lowest to highest value.
+
+    ``rows``: columns axis, group, value (percent).
+    """
+    table = rows.pivot(index="axis", columns="group", values="value")
+    low, high = table.min(1), table.max(1)
+    radius = 0.25 + 0.75 * table.sub(low, axis=0).div(high - low, axis=0)
+    angles = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
+    figure, axes = plt.subplots(figsize=(PAGE * 0.75, PAGE * 0.68), subplot_kw={"projection": "polar"}, layout="constrained")
+    for i, group in enumerate(radius):
+        closed = np.append(radius[group], radius[group].iloc[0])
+        axes.plot(np.append(angles, angles[0]), closed, color=PALETTE[i], marker=MARKERS[i], label=group)
+        axes.fill(angles, radius[group], color=PALETTE[i], alpha=0.08)
+    names = [f"{name}\n{low[name]:.1f} to {high[name]:.1f}" for name in table.index]
+    axes.set_xticks(angles, names, fontsize=6.5)
+    axes.set(yticks=[], ylim=(0, 1.05))
+    axes.tick_params(pad=9)
+    axes.set_title(title, pad=18)
+    _legend_below(figure, axes, columns=radius.shape[1])
+    return figure
+
+
+def plot_circles(panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]], *, title: str) -> Figure:
+    """Unit vectors in the plane and the forces on some of them.
+
+    Args:
+        panels: panel title -> (label -> points (n, 2), starts of arrows (m, 2), arrows (m, 2)).
+        title: over the figure.
+    """
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE * 0.8, 3.2), layout="constrained")
+    angle = np.linspace(0, 2 * np.pi, 200)
+    for axes, (name, (points, starts, arrows)) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
+        axes.plot(np.cos(angle), np.sin(angle), color="0.85", zorder=0)
+        for i, (label, x) in enumerate(points.items()):
+            axes.plot(x[:, 0], x[:, 1], MARKERS[i], color=PALETTE[i], label=label, markersize=5)
+        axes.quiver(*starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.012, color="0.15", zorder=4)
+        axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
+        sns.despine(ax=axes, left=True, bottom=True)
+        axes.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(points))
+    return figure
+
+
+def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, title: str) -> Figure:
+    """Rows of small pictures under each other, such as queries and what was found for them.
+
+    Args:
+        rows: row label -> (image (height, width, 3) uint8, right or wrong or None) for every column; right gets a blue frame, wrong
+            an orange dashed one.
+        title: over the figure.
+    """
+    columns = max(len(row) for row in rows.values())
+    side = PAGE * 0.84 / columns
+    figure, all_axes = plt.subplots(len(rows), columns, figsize=(PAGE, len(rows) * side * 1.12 + 0.35), squeeze=False)
+    for row_axes, (label, row) in zip(all_axes, rows.items(), strict=True):
+        for axes, (image, right) in zip(row_axes, row, strict=True):
+            axes.imshow(image, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(visible=right is not None, linewidth=1.8, color=PALETTE[0] if right else PALETTE[1])
+                spine.set_linestyle("-" if right else "--")
+        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6, fontsize=7)
+    figure.subplots_adjust(left=0.16, right=0.995, bottom=0.01, top=1 - 0.3 / figure.get_figheight(), wspace=0.08, hspace=0.08)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
