@@ -22,6 +22,7 @@ ROW_COLUMNS = (
     "run_id", "git_sha", "preset", "model", "weights_sha256", "dataset", "n_train", "n_test", "block", "pool", "protocol",
     "metric", "seed", "value", "unit", "seconds", "device",
 )  # fmt: skip
+KNN_PROTOCOL = "knn_k10_t0.07_standardized"
 CLAIM_COLUMNS = ("notebook", "claim", "measured", "verdict", "n_seeds", "n_test", "preset")
 NOT_A_RESULT = ("run_id", "git_sha", "seconds")  # differ between two runs that agree
 PAPER_VALUES = Path(__file__).parent / "assets" / "paper_values.csv"
@@ -59,15 +60,28 @@ class Run:
             raise ValueError(f"expected the columns {ROW_COLUMNS}, got {sorted(row)}")
         self.rows.append({column: row[column] for column in ROW_COLUMNS})
 
-    def add_blocks(self, models: dict, pool: str, seed: int, n_train: int, n_test: int) -> None:
-        """Add k-NN rows for every block; ``models``: name -> (encoder, hits), hits as in :func:`mimrefiner.knn_hits`."""
+    def add_blocks(
+        self,
+        models: dict,
+        pool: str,
+        seed: int,
+        n_train: int,
+        n_test: int,
+        *,
+        blocks=None,
+        protocol=KNN_PROTOCOL,
+        metric="accuracy",
+    ) -> None:
+        """Add one row per block; ``models``: name -> (encoder, hits), hits as in :func:`mimrefiner.knn_hits`.
+
+        ``blocks``: the 0-based block of every row of hits where they are not all; ``protocol``, ``metric``: what was measured.
+        """
         for name, (encoder, hits) in models.items():
             sha = sha256_of(encoder)
-            for block, right in enumerate(hits):
+            for block, right in zip(range(len(hits)) if blocks is None else blocks, hits, strict=True):
                 self.add(
                     model=name, weights_sha256=sha, dataset=self.preset.dataset, n_train=n_train, n_test=n_test, block=block,
-                    pool=pool, protocol="knn_k10_t0.07_standardized", metric="accuracy", seed=seed,
-                    value=right.float().mean().item(), unit="share",
+                    pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit="share",
                 )  # fmt: skip
 
     def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
