@@ -26,7 +26,7 @@ def test_rows_have_the_fixed_columns(run, vit):
 
 def test_run_writes_rows_and_claims(run, vit, capsys):
     run.add_blocks({"before": (vit, torch.ones(1, 4, dtype=torch.bool))}, "cls", 0, 10, 4)
-    assert run.claim("it works", seen=False, measured="x", n_test=4).startswith("NOT SEEN: it works (x; 2 seed(s), 4 test images)")
+    assert run.claim("it works", seen=False, measured="x", n_test=4).startswith("NOT SEEN: it works (x; 2 seeds, 4 test images)")
     run.write()
     assert len(pd.read_csv(run.out / "results" / "99_test.csv")) == 1
     claims = pd.read_csv(run.out / "claims" / "99_test.csv")
