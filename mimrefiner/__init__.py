@@ -10,7 +10,10 @@ from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.losses import multi_view_nna_loss, nna_loss
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.nn_queue import NNQueue
+from mimrefiner.probes.clustering import cluster
 from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_predict
+from mimrefiner.probes.linear import linear_probe
+from mimrefiner.probes.logistic import low_shot
 from mimrefiner.refiner import MIMRefiner
 from mimrefiner.runner import start_run
 from mimrefiner.train import pretrain, refine
@@ -26,13 +29,16 @@ __all__ = [
     "RefineConfig",
     "ViTConfig",
     "build_vit",
+    "cluster",
     "extract_features",
     "knn_accuracy",
     "knn_hits",
     "knn_predict",
+    "linear_probe",
     "load_dataset",
     "load_encoder",
     "load_preset",
+    "low_shot",
     "multi_view_nna_loss",
     "nna_loss",
     "pixel_features",

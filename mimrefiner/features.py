@@ -5,7 +5,7 @@ which keeps every block's tokens, is the oracle in the tests.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,39 @@ class Features:
     y: Tensor
     blocks: tuple[int, ...]
     depth: int
+
+    def subset(self, rows) -> "Features":
+        """The images at positions ``rows``, in that order."""
+        rows = torch.as_tensor(rows)
+        return replace(self, x={pool: _stack([x[rows] for x in blocks]) for pool, blocks in self.x.items()}, y=self.y[rows])
+
+    def concatenated(self, last: int = 1) -> "Features":
+        """The poolings joined to wider ones: "cls+mean" of every block and, for ``last`` > 1, of the ``last`` blocks up to it.
+
+        With ``last`` 4 these are the paper's "last 4 blocks" features, called "cls_last4", "mean_last4" and "cls+mean_last4";
+        early blocks that have fewer before them take what there is.
+        """
+        x = {pool: list(blocks) for pool, blocks in self.x.items()}
+        if {"cls", "mean"} <= set(x):
+            x["cls+mean"] = [torch.cat(both, -1) for both in zip(x["cls"], x["mean"], strict=True)]
+        if last > 1:
+            x = {
+                f"{pool}_last{last}": [torch.cat(blocks[max(0, b + 1 - last) : b + 1], -1) for b in range(len(blocks))]
+                for pool, blocks in x.items()
+            }
+        return replace(self, x={pool: _stack(blocks) for pool, blocks in x.items()})
+
+
+def _stack(blocks: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(blocks) if len({x.shape[1] for x in blocks}) == 1 else blocks
+
+
+def block_modules(encoder: nn.Module) -> Sequence[nn.Module]:
+    """What counts as a block: the blocks of a ViT (Hiera too), the stages of a convolutional network."""
+    for name in ("blocks", "stages"):
+        if hasattr(encoder, name):
+            return getattr(encoder, name)
+    raise InputError(f"{type(encoder).__name__} has neither blocks nor stages: expected a timm ViT, Hiera or ConvNeXt")
 
 
 def available_pools(encoder: nn.Module) -> tuple[str, ...]:
@@ -72,15 +105,18 @@ def pooled_blocks(
     def pool_output(position: int, normed: bool):
         def hook(module, inputs, output):
             tokens = output[0] if isinstance(output, tuple) else output  # (batch, tokens, dim)
+            if type(encoder).__name__ == "ConvNeXt":
+                tokens = tokens.flatten(2).mT  # from (batch, dim, rows, columns)
             norm = encoder.norm if normed else nn.Identity()
             if "cls" in pooled:
                 pooled["cls"][position] = norm(tokens[:, 0])
             if "mean" in pooled:
-                pooled["mean"][position] = norm(tokens[:, encoder.num_prefix_tokens :]).mean(1)
+                pooled["mean"][position] = norm(tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]).mean(1)
 
         return hook
 
-    handles = [encoder.blocks[b].register_forward_hook(pool_output(i, b in norm_blocks)) for i, b in enumerate(blocks)]
+    modules = block_modules(encoder)
+    handles = [modules[b].register_forward_hook(pool_output(i, b in norm_blocks)) for i, b in enumerate(blocks)]
     try:
         encoder.forward_features(images)
     finally:
@@ -138,7 +174,7 @@ def extract_features(
     Raises:
         InputError: a block out of range, cls pooling of a model without cls token, an empty data set.
     """
-    depth = len(encoder.blocks)
+    depth = len(block_modules(encoder))
     blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
     pools = check_pools(encoder, pools)
     if len(dataset) == 0:
@@ -166,8 +202,4 @@ def extract_features(
     finally:
         encoder.train(was_training).to(home)
 
-    def join(per_block: list[list[Tensor]]) -> Tensor | list[Tensor]:
-        whole = [torch.cat(part) for part in per_block]
-        return torch.stack(whole) if len({x.shape[1] for x in whole}) == 1 else whole
-
-    return Features({pool: join(parts[pool]) for pool in pools}, torch.cat(labels), blocks, depth)
+    return Features({pool: _stack([torch.cat(part) for part in parts[pool]]) for pool in pools}, torch.cat(labels), blocks, depth)

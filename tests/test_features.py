@@ -109,3 +109,30 @@ def test_a_model_without_cls_token_is_refused_for_cls(images):
     with pytest.raises(mr.InputError, match="needs a cls token"):
         mr.extract_features(encoder, images, pools=("cls",))
     assert list(mr.extract_features(encoder, images).x) == ["mean"]
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "hiera_tiny_224"])
+def test_other_families_pool_their_stages_and_blocks(name, images):
+    size = {"img_size": 64} if name.startswith("hiera") else {}
+    encoder = timm.create_model(name, num_classes=0, **size).eval()
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (3, 64, 64)}
+    features = mr.extract_features(encoder, images.subset(range(3)))
+    options = {"coarse": False} if name.startswith("hiera") else {}
+    with torch.no_grad():
+        maps = encoder.forward_intermediates(stacked(encoder, images.subset(range(3))), intermediates_only=True, **options)
+    assert len(maps) == features.depth == len(features.blocks)
+    for found, expected in zip(features.x["mean"], maps, strict=True):
+        assert torch.allclose(found, expected.flatten(2).mean(-1), atol=1e-4)
+    assert mr.knn_hits(features, features, k=1)["mean"].all()
+
+
+def test_joined_poolings_and_subsets(vit, images):
+    features = mr.extract_features(vit, images)
+    joined = features.concatenated(last=2)
+    assert set(joined.x) == {"cls_last2", "mean_last2", "cls+mean_last2"}
+    last = torch.cat([features.x["cls"][1], features.x["mean"][1], features.x["cls"][2], features.x["mean"][2]], -1)
+    assert torch.equal(joined.x["cls+mean_last2"][2], last)
+    assert features.concatenated().x["cls+mean"].shape == (3, 10, 64)
+    part = features.subset([3, 1])
+    assert torch.equal(part.y, features.y[[3, 1]])
+    assert torch.equal(part.x["cls"], features.x["cls"][:, [3, 1]])

@@ -63,11 +63,16 @@ def knn_hits(
     train: Features, test: Features, *, k: int = 10, temperature: float = 0.07, standardize: bool = True
 ) -> dict[str, Tensor]:
     """Which test images the k-NN vote gets right after every block: for every pooling, (blocks, test images) bool."""
-    hits = {}
-    for pool in train.x:
-        settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize}
-        hits[pool] = knn_predict(train.x[pool], train.y, test.x[pool], **settings)[0, 0] == test.y
-    return hits
+    settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize}
+    return {
+        pool: torch.stack(
+            [
+                knn_predict(bank, train.y, queries, **settings)[0, 0] == test.y
+                for bank, queries in zip(train.x[pool], test.x[pool], strict=True)
+            ]
+        )
+        for pool in train.x
+    }
 
 
 def knn_accuracy(

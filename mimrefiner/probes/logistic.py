@@ -1,0 +1,187 @@
+"""Low-shot classification by logistic regression, all blocks, splits and strengths of regularisation at once.
+
+The paper's protocol (record of ``offline_logreg_callback.py``): every row is centred and normalised, no intercept, L2 penalty
+0.00025 / N on mean loss, which is scikit-learn's C = 4000.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mimrefiner.data import stratified_split
+from mimrefiner.errors import InputError
+from mimrefiner.features import Features
+from mimrefiner.probes.checks import check_finite, check_labels, each_block, tidy
+
+STRENGTHS = (4000.0,)
+
+
+def low_shot(
+    train: Features,
+    test: Features,
+    *,
+    shots: Sequence[int | float] = (1, 2, 5),
+    splits: int = 3,
+    strengths: Sequence[float] = STRENGTHS,
+    val: Features | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> pd.DataFrame:
+    """Accuracy of logistic regression on a few labelled images, for every block, pooling and split.
+
+    Args:
+        train: the pool that the splits are drawn from.
+        test: what is reported.
+        shots: images per class (integers), or shares of ``train`` (0.01, 0.1: the same share of every class).
+        splits: how many draws; draw s uses seed ``seed + s``.
+        strengths: scikit-learn's C; with several, ``val`` chooses per block and split.
+        val: needed for that choice only.
+        seed: of the first draw.
+
+    Returns:
+        One row per block, pooling, shots and split, columns as :data:`mimrefiner.probes.checks.COLUMNS`; ``seed`` is the draw's.
+
+    Raises:
+        InputError: labels missing or of one class, a class with fewer images than shots, several strengths without ``val``.
+    """
+    check_finite(train, test)
+    classes = check_labels(train, "low-shot classification")
+    if len(strengths) > 1 and val is None:
+        raise InputError(f"choosing among {len(strengths)} strengths needs validation features: pass val=")
+    rows = []
+    for shot in shots:
+        draws = torch.stack([draw_shots(train.y, classes, shot, seed + s) for s in range(splits)])  # (splits, images)
+        y = torch.searchsorted(classes, train.y[draws]).to(device)
+        for pool, block, x in each_block(train):
+            base = _rows_normalised(x.to(device)[draws.to(device)].float())
+            parts = {"test": test, **({"val": val} if val is not None else {})}
+            queries = {name: (part.x[pool][part.blocks.index(block)].float().to(device), part.y) for name, part in parts.items()}
+            weights = torch.stack([fit_logistic(base, y, len(classes), strength) for strength in strengths])
+            right = {name: _accuracy(weights, x_part, y_part, classes) for name, (x_part, y_part) in queries.items()}
+            best = right["val"].argmax(0) if len(strengths) > 1 else torch.zeros(splits, dtype=torch.long)
+            for s in range(splits):
+                rows.append({
+                    "block": block, "pool": pool, "protocol": f"logistic_{shot}{'' if shot < 1 else 'shot'}", "metric": "accuracy",
+                    "seed": seed + s, "value": right["test"][best[s], s].item(), "n_train": draws.shape[1], "n_test": len(test.y),
+                    "setting": f"C={strengths[best[s]]:g}",
+                })  # fmt: skip
+    return tidy(rows)
+
+
+def draw_shots(y: Tensor, classes: Tensor, shot: int | float, seed: int) -> Tensor:
+    """Rows of one split, (images,): ``shot`` images of every class, or a share of all below 1."""
+    if 0 < shot < 1:
+        labelled = np.flatnonzero(np.isin(y.numpy(), classes.numpy()))
+        n = max(len(classes), round(shot * len(labelled)))
+        return torch.from_numpy(labelled[stratified_split(y.numpy()[labelled], len(labelled), n, seed)[0]])
+    if shot < 1 or shot != int(shot):
+        raise InputError(f"shots must be whole numbers >= 1 or shares between 0 and 1, got {shot}")
+    rng = np.random.default_rng(seed)
+    rows = []
+    for label in classes.tolist():
+        members = np.flatnonzero(y.numpy() == label)
+        if len(members) < shot:
+            raise InputError(f"class {label} has {len(members)} images, fewer than {shot} shots: use fewer shots or more images")
+        rows.append(rng.choice(members, int(shot), replace=False))
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def fit_logistic(x: Tensor, y: Tensor, classes: int, strength: float, *, tolerance: float = 1e-5, iterations: int = 1000) -> Tensor:
+    """Multinomial logistic regression without intercept, many problems at once, by L-BFGS.
+
+    Minimises mean cross-entropy + |w|^2 / (2 C n), scikit-learn's objective divided by C n. Where there are fewer images than
+    dimensions it is solved in the span of the images, in which the solution lies.
+
+    Args:
+        x: (problems, images, dim).
+        y: class indices, (problems, images).
+        classes: number of classes.
+        strength: C.
+        tolerance: of the largest component of the gradient.
+        iterations: at most.
+
+    Returns:
+        Weights, (problems, dim, classes), of ``x``'s type.
+    """
+    problems, n, dim = x.shape
+    basis = None
+    if n < dim:
+        basis, triangle = torch.linalg.qr(x.double().mT)  # (problems, dim, n), (problems, n, n)
+        small = triangle.mT  # x = small @ basis.T
+    else:
+        small = x.double()
+    target = F.one_hot(y, classes).double()
+    penalty = 1 / (strength * n)
+
+    def objective(w: Tensor) -> tuple[Tensor, Tensor]:
+        w = w.view(problems, -1, classes)
+        logits = small @ w
+        loss = (logits.logsumexp(-1) - (logits * target).sum(-1)).mean(-1) + 0.5 * penalty * w.square().sum((1, 2))
+        gradient = small.mT @ (logits.softmax(-1) - target) / n + penalty * w
+        return loss, gradient.flatten(1)
+
+    start = x.new_zeros(problems, small.shape[-1] * classes, dtype=torch.double)
+    w = minimise(objective, start, tolerance=tolerance, iterations=iterations).view(problems, -1, classes)
+    return (w if basis is None else basis @ w).to(x.dtype)
+
+
+def minimise(
+    objective: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *, tolerance: float, iterations: int, memory: int = 10
+) -> Tensor:
+    """L-BFGS (Nocedal and Wright, algorithm 7.4) with backtracking, on many convex problems at once.
+
+    ``objective``: (problems, size) -> values (problems,) and gradients (problems, size). A problem that has converged stays put
+    while others go on.
+    """
+    value, gradient = objective(x)
+    steps, changes, scales = [], [], []
+    for _ in range(iterations):
+        open_ = gradient.abs().amax(1) > tolerance
+        if not open_.any():
+            break
+        direction, alphas = gradient.clone(), []
+        for s, c, r in zip(reversed(steps), reversed(changes), reversed(scales), strict=True):
+            alphas.append(r * (s * direction).sum(1, keepdim=True))
+            direction -= alphas[-1] * c
+        if steps:
+            gamma = (steps[-1] * changes[-1]).sum(1, keepdim=True) / changes[-1].square().sum(1, keepdim=True).clamp_min(1e-30)
+            direction *= torch.where(gamma > 0, gamma, 1.0)
+        for s, c, r, alpha in zip(steps, changes, scales, reversed(alphas), strict=True):
+            direction += s * (alpha - r * (c * direction).sum(1, keepdim=True))
+        slope = (direction * gradient).sum(1)
+        length = torch.where(open_, 1.0, 0.0).to(x) if steps else open_ / gradient.norm(dim=1).clamp_min(1.0)
+        for _ in range(30):
+            trial = x - length[:, None] * direction
+            trial_value, trial_gradient = objective(trial)
+            fine = trial_value <= value - 1e-4 * length * slope
+            if fine.all():
+                break
+            length = torch.where(fine, length, 0.5 * length)
+        better = trial_value <= value
+        trial, trial_value = torch.where(better[:, None], trial, x), torch.where(better, trial_value, value)
+        trial_gradient = torch.where(better[:, None], trial_gradient, gradient)
+        s, c = trial - x, trial_gradient - gradient
+        curvature = (s * c).sum(1, keepdim=True)
+        steps.append(s)
+        changes.append(c)
+        scales.append(torch.where(curvature > 1e-20, 1 / curvature.clamp_min(1e-20), 0.0))
+        if len(steps) > memory:
+            steps, changes, scales = steps[1:], changes[1:], scales[1:]
+        if not (s != 0).any():  # rounding stops every problem
+            break
+        x, value, gradient = trial, trial_value, trial_gradient
+    return x
+
+
+def _rows_normalised(x: Tensor) -> Tensor:
+    return F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
+
+
+def _accuracy(weights: Tensor, x: Tensor, y: Tensor, classes: Tensor) -> Tensor:
+    """(strengths, splits); ``weights``: (strengths, splits, dim, classes)."""
+    predicted = classes[(_rows_normalised(x) @ weights).argmax(-1).cpu()]
+    return (predicted == y).float().mean(-1)

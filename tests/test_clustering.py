@@ -1,0 +1,45 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import mimrefiner as mr
+from mimrefiner.features import Features
+from mimrefiner.probes.clustering import matched_accuracy
+
+
+@pytest.fixture
+def features():
+    y = torch.arange(60) % 3
+    tight = torch.eye(3)[y] * 5 + 0.1 * torch.randn(60, 3)
+    return Features({"mean": torch.stack([torch.randn(60, 3), tight])}, y, (4, 7), 8)
+
+
+def test_tight_classes_are_found(features):
+    table = mr.cluster(features).pivot(index="block", columns="metric", values="value")
+    assert (table.loc[7, ["ACC", "NMI", "AMI", "ARI"]] > 0.99).all()
+    assert (table.loc[4, ["ACC", "AMI"]] < table.loc[7, ["ACC", "AMI"]]).all()
+    assert table.loc[7, "silhouette"] > 0.8 > table.loc[4, "silhouette"]
+    assert table.loc[7, "davies_bouldin"] < table.loc[4, "davies_bouldin"]
+
+
+def test_matching_equals_the_best_permutation():
+    rng = np.random.default_rng(0)
+    labels, found = rng.integers(4, size=50), rng.integers(4, size=50)
+    best = max((np.array(order)[found] == labels).mean() for order in itertools.permutations(range(4)))
+    assert matched_accuracy(labels, found) == pytest.approx(best)
+    assert matched_accuracy(labels, labels * 10 + 3) == 1.0
+
+
+def test_without_labels_the_clusters_judge_themselves(features):
+    features.y[:] = -1
+    rows = mr.cluster(features, clusters=3)
+    assert set(rows["metric"]) == {"cluster_silhouette", "cluster_davies_bouldin"}
+    with pytest.raises(mr.InputError, match="say how many clusters"):
+        mr.cluster(features)
+
+
+def test_more_clusters_than_images_are_refused(features):
+    with pytest.raises(mr.InputError, match="between 2 and the number of images 60, got 61"):
+        mr.cluster(features, clusters=61)

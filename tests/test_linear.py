@@ -1,0 +1,84 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mimrefiner as mr
+from mimrefiner.features import Features
+from mimrefiner.probes.linear import JointProbes, linear_probe_augmented, schedule
+
+
+@pytest.fixture
+def features():
+    """Two blocks: one that tells the classes apart, one of noise."""
+    y = torch.arange(90) % 3
+    good = torch.eye(3)[y] @ torch.randn(3, 8) + 0.3 * torch.randn(90, 8)
+    return Features({"cls": torch.stack([torch.randn(90, 8), good])}, y, (0, 1), 2)
+
+
+def test_joint_probes_equal_separate_torch_modules():
+    x, y = torch.randn(2, 32, 8), torch.randint(3, (32,))
+    rates = torch.tensor([0.05, 0.5])
+    joint = JointProbes(2, 8, 3, rates, seed=0, device=torch.device("cpu"))
+    modules = {}
+    for kind in range(2):
+        for r, rate in enumerate(rates.tolist()):
+            model = nn.Sequential(nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
+            with torch.no_grad():
+                model[1].weight.copy_(joint.weight[kind, :, r].T)
+                model[1].bias.zero_()
+            modules[kind, r] = model, torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    for step in range(5):
+        joint.step(x, y, schedule(step, 5))
+        for (kind, r), (model, optimizer) in modules.items():
+            optimizer.param_groups[0]["lr"] = schedule(step, 5) * rates[r].item()
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[kind]), y).backward()
+            optimizer.step()
+    joint.norm.eval()
+    logits = joint.logits(x)
+    for (kind, r), (model, _) in modules.items():
+        assert torch.allclose(model.eval()(x[kind]), logits[kind, :, r], atol=1e-5)
+
+
+def test_finds_the_good_block_and_reports_once(features):
+    rows = mr.linear_probe(features, features.subset(range(30)), epochs=20, batch_size=32)
+    value = rows.set_index("block")["value"]
+    assert value[1] > 0.9
+    assert value[0] < 0.8
+    assert rows["setting"].str.startswith("lr=").all()
+    assert rows["n_train"].tolist() == [81, 81]  # a tenth held out
+    again = mr.linear_probe(features, features.subset(range(30)), epochs=20, batch_size=32)
+    assert rows.equals(again)
+
+
+def test_widths_may_differ(features):
+    wide = features.concatenated(last=2)
+    assert [x.shape[1] for x in wide.x["cls_last2"]] == [8, 16]
+    rows = mr.linear_probe(wide, wide, epochs=5)
+    assert rows[["pool", "block"]].to_numpy().tolist() == [["cls_last2", 0], ["cls_last2", 1]]
+
+
+def test_unknown_test_classes_count_as_wrong(features):
+    test = features.subset(range(30))
+    test.y = test.y + 100
+    assert (mr.linear_probe(features, test, epochs=2)["value"] == 0).all()
+
+
+def test_constant_features_do_not_break_it(features):
+    features.x["cls"][0] = 1.0
+    rows = mr.linear_probe(features, features, epochs=5)
+    assert rows["value"].between(0, 1).all()
+
+
+def test_one_class_is_refused(features):
+    features.y[:] = 7
+    with pytest.raises(mr.InputError, match="at least two classes, and all labels are 7"):
+        mr.linear_probe(features, features)
+
+
+def test_augmented_probe_runs_on_every_block(vit, digits):
+    train, test = digits["train"].take(64), mr.extract_features(vit, digits["test"].take(40))
+    rows = linear_probe_augmented(vit, train, test, test, epochs=2, batch_size=32, learning_rates=(0.1,))
+    assert len(rows) == 6
+    assert rows["value"].between(0, 1).all()

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import mimrefiner as mr
+from mimrefiner.features import Features
+from mimrefiner.probes.logistic import draw_shots, fit_logistic
+
+
+def problem(seed, n, dim, classes=4, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    centres = torch.randn(classes, dim, generator=generator)
+    x = centres[y] + spread * torch.randn(n, dim, generator=generator)
+    return torch.nn.functional.normalize(x - x.mean(-1, keepdim=True), dim=-1), y
+
+
+@pytest.mark.parametrize(("n", "dim"), [(12, 40), (60, 16)])
+@pytest.mark.parametrize("strength", [1.0, 4000.0])
+def test_batched_solution_equals_scikit_learns(n, dim, strength):
+    problems = [problem(seed, n, dim) for seed in range(3)]
+    x, y = torch.stack([p[0] for p in problems]), torch.stack([p[1] for p in problems])
+    weights = fit_logistic(x, y, 4, strength, iterations=5000, tolerance=1e-7)
+    for (x_one, y_one), weight in zip(problems, weights, strict=True):
+        exact = LogisticRegression(C=strength, fit_intercept=False, tol=1e-8, max_iter=20_000).fit(x_one.numpy(), y_one.numpy())
+        queries = torch.randn(500, dim)
+        theirs = exact.decision_function(queries.numpy())
+        ours = (queries @ weight).numpy()
+        assert np.allclose(
+            ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=1e-2 * abs(theirs).max()
+        )
+        assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.995
+
+
+@pytest.fixture
+def features():
+    x, y = problem(0, 120, 16, spread=0.6)
+    return Features({"cls": torch.stack([x, torch.randn_like(x)])}, y, (0, 1), 2)
+
+
+def test_rows_for_every_block_shots_and_split(features):
+    rows = mr.low_shot(features, features.subset(range(40)), shots=(1, 5, 0.1))
+    assert len(rows) == 2 * 3 * 3
+    assert rows["value"].between(0, 1).all()
+    assert set(rows["protocol"]) == {"logistic_1shot", "logistic_5shot", "logistic_0.1"}
+    five = rows[rows["protocol"] == "logistic_5shot"].groupby("block")["value"].mean()
+    assert five[0] > 0.8 > five[1]
+    assert set(rows[rows["protocol"] == "logistic_5shot"]["n_train"]) == {20}
+
+
+def test_same_seed_same_rows(features):
+    tables = [mr.low_shot(features, features, shots=(2,), seed=3) for _ in range(2)]
+    assert tables[0].equals(tables[1])
+
+
+def test_strength_is_chosen_on_validation(features):
+    rows = mr.low_shot(features, features, shots=(5,), strengths=(1e-6, 100.0), val=features)
+    assert set(rows["setting"]) <= {"C=1e-06", "C=100"}
+    with pytest.raises(mr.InputError, match="needs validation features"):
+        mr.low_shot(features, features, strengths=(1.0, 2.0))
+
+
+def test_splits_are_balanced_and_fixed():
+    y = torch.arange(40) % 4
+    rows = draw_shots(y, torch.arange(4), 3, 0)
+    assert torch.bincount(y[rows]).tolist() == [3, 3, 3, 3]
+    assert torch.equal(rows, draw_shots(y, torch.arange(4), 3, 0))
+    assert not torch.equal(rows, draw_shots(y, torch.arange(4), 3, 1))
+    assert torch.bincount(y[draw_shots(y, torch.arange(4), 0.1, 0)]).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(120, dtype=torch.long)}, "needs at least two classes"),
+        ({"y": torch.full((120,), -1)}, "this data set has none"),
+        ({"y": torch.tensor([0] * 118 + [1] * 2)}, "class 1 has 2 images, fewer than 5 shots"),
+    ],
+)
+def test_bad_labels_are_named(features, change, message):
+    features.y = change["y"]
+    with pytest.raises(mr.InputError, match=message):
+        mr.low_shot(features, features)
+
+
+def test_shots_and_features_are_checked(features):
+    with pytest.raises(mr.InputError, match="whole numbers >= 1 or shares"):
+        mr.low_shot(features, features, shots=(1.5,))
+    features.x["cls"][1, 3, 2] = float("nan")
+    with pytest.raises(mr.InputError, match=r"cls features of block 1 \(0-based\) hold NaN"):
+        mr.low_shot(features, features)
