@@ -67,6 +67,47 @@ class SimMIM(nn.Module):
         return (error * mask).sum() / mask.sum()
 
 
+class Decoder(nn.Module):
+    """A light transformer that predicts the pixels of every patch from the tokens of some (MAE, arXiv 2111.06377).
+
+    Args:
+        dim_in: width of the encoder's tokens.
+        depth, dim, heads: of the decoder.
+        grid: patches along height and width.
+        patch: side of a patch in pixels.
+        first_norm: a LayerNorm before the first linear layer, for tokens that have not passed one.
+    """
+
+    def __init__(self, dim_in: int, depth: int, dim: int, heads: int, grid: tuple[int, int], patch: int, *, first_norm=False):
+        super().__init__()
+        self.first_norm = nn.LayerNorm(dim_in) if first_norm else nn.Identity()
+        self.embed = nn.Linear(dim_in, dim)
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("positions", _sincos_positions(grid, dim), persistent=False)
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, patch**2 * 3)
+        nn.init.normal_(self.mask_token, std=0.02)
+        timm.models.vision_transformer.init_weights_vit_timm(self.head)
+
+    def forward(self, x: Tensor, visible: Tensor | None, patches: int, prefix: int) -> Tensor:
+        """Predicted pixels of every patch, (batch, patches, patch * patch * 3).
+
+        Args:
+            x: prefix tokens, then those of the patches ``visible`` (batch, visible), or of all for None, (batch, tokens, dim_in).
+            patches: number of all patches; mask tokens stand for those that are not visible.
+            prefix: number of prefix tokens.
+        """
+        x = self.embed(self.first_norm(x))
+        tokens = x[:, prefix:]
+        if visible is not None:
+            where = visible[:, :, None].expand(-1, -1, x.shape[-1])
+            tokens = self.mask_token.to(x.dtype).expand(len(x), patches, -1).scatter(1, where, tokens)
+        tokens = tokens + self.positions.to(x.dtype)
+        x = self.norm(self.blocks(torch.cat([x[:, :prefix], tokens], 1)))
+        return self.head(x[:, prefix:])
+
+
 class MAE(nn.Module):
     """MAE (arXiv 2111.06377): the encoder sees visible patches, a decoder rebuilds the masked ones, MSE on normalised patches."""
 
@@ -75,34 +116,34 @@ class MAE(nn.Module):
         _check_encoder(encoder)
         self.encoder = encoder
         self.patch = encoder.patch_embed.patch_size[0]
-        self.embed = nn.Linear(encoder.embed_dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(decoder_dim))
-        self.register_buffer("positions", _sincos_positions(encoder.patch_embed.grid_size, decoder_dim), persistent=False)
-        self.decoder = nn.Sequential(*(Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)))
-        self.norm = nn.LayerNorm(decoder_dim)
-        self.head = nn.Linear(decoder_dim, self.patch**2 * 3)
-        nn.init.normal_(self.mask_token, std=0.02)
-        timm.models.vision_transformer.init_weights_vit_timm(self.head)
+        grid = encoder.patch_embed.grid_size
+        self.decoder = Decoder(encoder.embed_dim, decoder_depth, decoder_dim, decoder_heads, grid, self.patch)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predicted normalised pixels of every patch, (batch, patches, patch * patch * 3)."""
-        prefix = self.encoder.num_prefix_tokens
-        x = self.encoder._pos_embed(self.encoder.patch_embed(images))  # (batch, prefix + patches, dim)
-        order = mask.int().argsort(dim=1, stable=True)  # visible patches first
-        visible = order[:, : int((~mask[0]).sum()), None]
-        patches = x[:, prefix:].gather(1, visible.expand(-1, -1, x.shape[-1]))
-        x = self.encoder.norm_pre(torch.cat([x[:, :prefix], patches], 1))
-        x = self.embed(self.encoder.norm(self.encoder.blocks(x)))
-
-        tokens = self.mask_token.to(x.dtype).expand(*mask.shape, -1)
-        tokens = tokens.scatter(1, visible.expand(-1, -1, x.shape[-1]), x[:, prefix:]) + self.positions.to(x.dtype)
-        x = self.norm(self.decoder(torch.cat([x[:, :prefix], tokens], 1)))
-        return self.head(x[:, prefix:])
+        x, visible = visible_tokens(self.encoder, images, mask)
+        x = self.encoder.norm(self.encoder.blocks(x))
+        return self.decoder(x, visible, mask.shape[1], self.encoder.num_prefix_tokens)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over the normalised pixels of masked patches."""
-        error = (self.predict(images, mask).float() - normalise_patches(patchify(images, self.patch))).square().mean(-1)
-        return (error * mask).sum() / mask.sum()
+        return masked_pixel_loss(self.predict(images, mask), images, mask, self.patch)
+
+
+def visible_tokens(encoder: nn.Module, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What MAE's first block sees: prefix tokens and visible patches (batch, tokens, dim), and which these are (batch, visible)."""
+    prefix = encoder.num_prefix_tokens
+    x = encoder._pos_embed(encoder.patch_embed(images))  # (batch, prefix + patches, dim)
+    order = mask.int().argsort(dim=1, stable=True)  # visible patches first
+    visible = order[:, : int((~mask[0]).sum())]
+    patches = x[:, prefix:].gather(1, visible[:, :, None].expand(-1, -1, x.shape[-1]))
+    return encoder.norm_pre(torch.cat([x[:, :prefix], patches], 1)), visible
+
+
+def masked_pixel_loss(predicted: Tensor, images: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """Mean squared error over the normalised pixels of masked patches (MAE's loss)."""
+    error = (predicted.float() - normalise_patches(patchify(images, patch))).square().mean(-1)
+    return (error * mask).sum() / mask.sum()
 
 
 def build_masked_model(encoder: nn.Module, config: PretrainConfig) -> SimMIM | MAE:
