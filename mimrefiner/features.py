@@ -132,7 +132,9 @@ def pixel_features(dataset: Dataset, size: int) -> Features:
     return Features({"pixels": x.float()[None] / 255}, torch.tensor([int(label) for _, label in rows]), (0,), 1)
 
 
-class _Transformed(Dataset):
+class Transformed(Dataset):
+    """(transformed image, label) of a map-style data set of (image, label)."""
+
     def __init__(self, dataset: Dataset, transform):
         self.dataset, self.transform = dataset, transform
 
@@ -182,7 +184,7 @@ def extract_features(
     device = torch.device(device) if device is not None else default_device()
     home, was_training = next(encoder.parameters()).device, encoder.training
     loader = DataLoader(
-        _Transformed(dataset, eval_transform(encoder)),
+        Transformed(dataset, eval_transform(encoder)),
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
