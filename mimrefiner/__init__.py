@@ -15,6 +15,7 @@ from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_predict
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import low_shot
 from mimrefiner.refiner import MIMRefiner
+from mimrefiner.report import probe
 from mimrefiner.runner import start_run
 from mimrefiner.train import pretrain, refine
 
@@ -43,6 +44,7 @@ __all__ = [
     "nna_loss",
     "pixel_features",
     "pretrain",
+    "probe",
     "refine",
     "start_run",
 ]

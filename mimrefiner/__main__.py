@@ -92,6 +92,36 @@ def do_refine(args) -> None:
     print(f"{result.seconds:.0f} s; encoder.safetensors, ema_encoder.safetensors and history.csv are in {args.out}")
 
 
+def add_probe(commands) -> None:
+    example = "mimrefiner probe vit_base_patch16_224.mae imagefolder:PATH --probes knn,linear --out runs/report"
+    parser = _command(commands, "probe", do_probe, "report how good every block of a model is", example)
+    parser.add_argument("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
+    parser.add_argument("data", metavar="DATA", help="data set by name or path")
+    parser.add_argument("--blocks", default="all", help="all, or 0-based blocks with commas between (default: all)")
+    parser.add_argument("--probes", default="knn", help="of knn,linear,low_shot,cluster,rank with commas between (default: knn)")
+    parser.add_argument("--no-pretrained", action="store_true", help="random weights")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and random weights")
+    parser.add_argument("--resume", action="store_true", help="keep the probes that are finished in --out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for the report (default: runs/report)")
+
+
+def do_probe(args) -> None:
+    from mimrefiner.report import markdown, probe
+    from mimrefiner.runner import check_writable
+
+    check_writable(args.out)
+    table = probe(
+        args.model, args.data, blocks=args.blocks if args.blocks == "all" else _integers("--blocks", args.blocks),
+        probes=args.probes.split(","), out=args.out, resume=args.resume, pretrained=not args.no_pretrained,
+        baselines=not args.no_baselines, seed=args.seed, batch_size=args.batch_size, num_workers=args.workers,
+    )  # fmt: skip
+    print(markdown(table, args.data))
+    print(f"report.csv, report.md, report.png and report.pdf are in {args.out}")
+
+
 def add_datasets(commands) -> None:
     _command(commands, "datasets", do_datasets, "list the data sets that can be named", "mimrefiner datasets")
 
@@ -111,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; errors a person can mend are one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser("mimrefiner", description="See and repair masked-image models, block by block.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_run, add_pretrain, add_refine, add_datasets):
+    for add in (add_run, add_pretrain, add_refine, add_probe, add_datasets):
         add(commands)
     args = parser.parse_args(arguments)
     if not sys.stderr.isatty():

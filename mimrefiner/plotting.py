@@ -225,6 +225,40 @@ def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, ti
     return figure
 
 
+def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
+    """The block report: one panel per protocol, one line per pooling with its spread, the best block ringed.
+
+    Random weights are the thin dashed line of the same colour, raw pixels the dotted grey one. ``stats``: of
+    :func:`mimrefiner.report.summary`.
+    """
+    panels = list(stats.groupby(["protocol", "metric"], sort=False))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    width = PAGE if columns > 1 else COLUMN
+    figure, all_axes = plt.subplots(rows, columns, figsize=(width, 2.3 * rows + 0.5), layout="constrained", squeeze=False)
+    colours = dict(zip(stats.loc[stats["model"] == "model", "pool"].unique(), PALETTE, strict=False))
+    for axes in all_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, ((protocol, metric), part) in zip(all_axes.flat, panels, strict=False):
+        scale, unit = (100, " (%)") if metric in ("accuracy", "ACC") else (1, "")
+        for (model, pool), line in part.groupby(["model", "pool"], sort=False):
+            x, y, spread = line["block"].to_numpy() + 1, scale * line["value"].to_numpy(), scale * line["spread"].to_numpy()
+            if model == "raw pixels":
+                axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", label="raw pixels")
+            elif model == "random weights":
+                axes.plot(x, y, color=colours[pool], linewidth=0.9, linestyle="--", label=f"{pool}, random weights")
+            else:
+                axes.plot(x, y, color=colours[pool], marker="o", label=pool, zorder=3)
+                axes.fill_between(x, y - spread, y + spread, color=colours[pool], alpha=0.18, linewidth=0)
+                axes.plot(x[y.argmax()], y.max(), "o", markersize=8, markerfacecolor="none", color=colours[pool], zorder=4)
+        _label_blocks(axes, int(part["block"].max()) + 1)
+        axes.set_ylabel(f"{metric.replace('_', ' ')}{unit}")
+        axes.set_title(protocol.replace("_", " "), fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _legend_below(figure, all_axes[0, 0], columns=3)
+    return figure
+
+
 def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
     """A row of images, (height, width, 3) uint8 each, with a word under each."""
     figure, all_axes = plt.subplots(1, len(images), figsize=(PAGE, PAGE / len(images) + 0.5), layout="constrained")

@@ -1,0 +1,216 @@
+"""The block report: how good every block of an encoder is, by every probe, as a table and one figure.
+
+Every probe writes its rows when it ends, so that an interrupted report goes on where it stopped.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from mimrefiner import plotting
+from mimrefiner.checkpoint import atomic_file, sha256_of
+from mimrefiner.data import load_dataset
+from mimrefiner.errors import InputError
+from mimrefiner.features import Features, extract_features, pixel_features
+from mimrefiner.models import load_encoder
+from mimrefiner.probes.checks import COLUMNS, check_finite, tidy
+from mimrefiner.probes.clustering import cluster
+from mimrefiner.probes.knn import knn_hits
+from mimrefiner.probes.linear import hold_out, linear_probe
+from mimrefiner.probes.logistic import low_shot
+from mimrefiner.probes.similarity import effective_rank
+from mimrefiner.results import KNN_PROTOCOL, environment, standard_error, write_csv, write_json
+
+PROBES = ("knn", "linear", "low_shot", "cluster", "rank")
+HEADLINE = {"knn": "accuracy", "linear": "accuracy", "low_shot": "accuracy", "cluster": "ACC", "rank": "effective_rank"}
+
+
+def probe(
+    encoder: nn.Module | str,
+    data: str | tuple[Dataset, Dataset],
+    *,
+    blocks: str | Sequence[int] = "all",
+    probes: Sequence[str] = ("knn",),
+    out: Path | str | None = None,
+    resume: bool = False,
+    pretrained: bool = True,
+    baselines: bool = True,
+    seed: int = 0,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+) -> pd.DataFrame:
+    """Probe every block of an encoder.
+
+    Args:
+        encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
+        data: what :func:`mimrefiner.load_dataset` takes, or (train, test), map-style data sets of (image, label).
+        blocks: "all" or 0-based blocks.
+        probes: of knn, linear, low_shot, cluster, rank.
+        out: folder for report.csv, report.md, report.png and .pdf, and for the rows of every probe; None writes nothing.
+        resume: take the finished probes from ``out``; they must be of the same weights, data and settings.
+        pretrained: False probes random weights.
+        baselines: also raw pixels and the same network with random weights.
+        seed: of drawn splits and starts.
+        batch_size, num_workers, device: see :func:`mimrefiner.extract_features`.
+
+    Returns:
+        Tidy rows: model ("model", "random weights", "raw pixels"), probe and the columns of the probes.
+
+    Raises:
+        InputError: an unknown probe, model, data set or block; no labels where a probe needs them; other settings in ``out``.
+    """
+    for name in probes:
+        if name not in PROBES:
+            raise InputError(f"unknown probe {name!r}: choose from {', '.join(PROBES)}")
+    if isinstance(encoder, str):
+        encoder = load_encoder(encoder, pretrained=pretrained)
+    train, test = (load_dataset(data, split=part) for part in ("trainval", "test")) if isinstance(data, str) else data
+    folder = None if out is None else Path(out)
+    settings = {
+        "weights_sha256": sha256_of(encoder), "data": data if isinstance(data, str) else [len(train), len(test)],
+        "blocks": blocks if isinstance(blocks, str) else list(blocks), "seed": seed,
+    }  # fmt: skip
+    if folder is not None:
+        _open_folder(folder, settings, resume)
+    models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
+    if baselines:
+        models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
+    tables = []
+    for model, build in models.items():
+        missing = [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
+        features = _features(build(), train, test, encoder, blocks, batch_size, num_workers, device) if missing else ()
+        for name in probes:
+            if name in missing:
+                rows = _run(name, *features, seed=seed).assign(model=model, probe=name)
+                if folder is not None:
+                    write_csv(rows, _rows_file(folder, model, name))
+            else:
+                rows = pd.read_csv(_rows_file(folder, model, name), keep_default_na=False)
+            tables.append(rows)
+    table = pd.concat(tables, ignore_index=True)[["model", "probe", *COLUMNS]]
+    if folder is not None:
+        _write(table, folder, settings, data if isinstance(data, str) else "own data")
+    return table
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over draws of every probe's main metric, per model, block and pooling.
+
+    Where nothing was drawn, ``spread`` is the binomial standard error of an accuracy on the test images.
+    """
+    main = table[table["metric"] == table["probe"].map(HEADLINE)]
+    keys = ["model", "probe", "protocol", "metric", "pool", "block"]
+    stats = main.groupby(keys, sort=False)["value"].agg(value="mean", spread="std", draws="size").reset_index()
+    stats["n_test"] = main.groupby(keys, sort=False)["n_test"].first().to_numpy()
+    alone = (stats["draws"] == 1) & (stats["metric"] == "accuracy")
+    stats.loc[alone, "spread"] = [
+        standard_error(v, n) for v, n in zip(stats.loc[alone, "value"], stats.loc[alone, "n_test"], strict=True)
+    ]
+    return stats
+
+
+def markdown(table: pd.DataFrame, title: str) -> str:
+    """The report as text: per probe and pooling the best block, the last block and the baselines."""
+    stats = summary(table)
+    lines = [
+        f"# Block report: {title}",
+        "",
+        "Blocks are counted from 1. ± is the standard deviation over draws, or the standard error of",
+    ]
+    lines += ["an accuracy where nothing was drawn. The best block is the best on these test images: an optimistic choice.", ""]
+    lines += [
+        "| probe | pooling | best block | its value | last block | random weights, best | raw pixels | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ours = stats[stats["model"] == "model"]
+    for (protocol, metric, pool), rows in ours.groupby(["protocol", "metric", "pool"], sort=False):
+        best, last = rows.loc[rows["value"].idxmax()], rows.iloc[-1]
+        same = stats[(stats["protocol"] == protocol) & (stats["metric"] == metric)]
+        random = same[(same["model"] == "random weights") & (same["pool"] == pool)]
+        pixels = same[same["model"] == "raw pixels"]
+        cells = [protocol, pool, str(best["block"] + 1), _number(best), _number(last)]
+        cells += [_number(part.loc[part["value"].idxmax()]) if len(part) else "" for part in (random, pixels)]
+        lines.append("| " + " | ".join([*cells, str(best["n_test"])]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(row) -> str:
+    scale = 100 if row["metric"] in ("accuracy", "ACC") else 1
+    spread = f" ± {scale * row['spread']:.1f}" if pd.notna(row["spread"]) else ""
+    return f"{scale * row['value']:.1f}{spread}"
+
+
+def _features(encoder, train, test, original, blocks, batch_size, num_workers, device) -> tuple[Features, Features]:
+    if encoder is None:
+        size = original.pretrained_cfg["input_size"][-1]
+        pair = pixel_features(train, min(size, 64)), pixel_features(test, min(size, 64))
+    else:
+        options = {"blocks": blocks, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+        pair = extract_features(encoder, train, **options), extract_features(encoder, test, **options)
+    check_finite(*pair)
+    return pair
+
+
+def _run(name: str, train: Features, test: Features, *, seed: int) -> pd.DataFrame:
+    if name == "knn":
+        common = {"protocol": KNN_PROTOCOL, "metric": "accuracy", "seed": seed, "n_train": len(train.y), "n_test": len(test.y)}
+        return tidy([
+            {**common, "block": block, "pool": pool, "value": right.float().mean().item()}
+            for pool, hits in knn_hits(train, test, k=min(10, len(train.y))).items()
+            for block, right in zip(test.blocks, hits, strict=True)
+        ])  # fmt: skip
+    if name == "linear":
+        val, rest = hold_out(train, seed)
+        return linear_probe(rest, test, val=val, seed=seed)
+    if name == "low_shot":
+        return low_shot(train, test, seed=seed)
+    return cluster(test, seed=seed) if name == "cluster" else effective_rank(test)
+
+
+def _random_twin(encoder: nn.Module) -> nn.Module:
+    """The same architecture with fresh random weights."""
+    twin = copy.deepcopy(encoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if hasattr(twin, "init_weights"):
+            twin.init_weights()
+        else:
+            for module in twin.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+    return twin
+
+
+def _open_folder(folder: Path, settings: dict, resume: bool) -> None:
+    file = folder / "settings.json"
+    if resume and file.is_file():
+        there = json.loads(file.read_text())
+        different = [name for name, value in settings.items() if there.get(name) != value]
+        if different:
+            raise InputError(
+                f"{folder} holds a report of other {', '.join(different)}: choose another folder or leave out --resume"
+            )
+    elif folder.is_dir():
+        for old in folder.glob("rows_*.csv"):
+            old.unlink()
+    write_json(settings, file)
+
+
+def _rows_file(folder: Path, model: str, name: str) -> Path:
+    return folder / f"rows_{name}_{model.replace(' ', '_')}.csv"
+
+
+def _write(table: pd.DataFrame, folder: Path, settings: dict, title: str) -> None:
+    write_csv(table, folder / "report.csv")
+    with atomic_file(folder / "report.md") as temporary:
+        temporary.write_text(markdown(table, title))
+    plotting.use_style()
+    plotting.save_figure(plotting.plot_report(summary(table), title=f"Block report: {title}"), folder / "report", table)
+    write_json({**environment(), **settings}, folder / "manifest.json")

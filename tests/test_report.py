@@ -1,0 +1,65 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import mimrefiner as mr
+from mimrefiner import report
+from mimrefiner.__main__ import main
+
+
+@pytest.fixture
+def data(digits):
+    return digits["train"].take(120), digits["test"].take(60)
+
+
+def test_one_call_writes_rows_table_and_figure(vit, data, tmp_path):
+    table = mr.probe(vit, data, probes=("knn", "low_shot", "cluster", "rank"), out=tmp_path)
+    assert {p.name for p in tmp_path.glob("report.*")} == {"report.csv", "report.md", "report.png", "report.pdf"}
+    assert set(table["model"]) == {"model", "random weights", "raw pixels"}
+    assert set(table.loc[table["model"] == "model", "block"]) == {0, 1, 2}
+    knn = table[(table["probe"] == "knn") & (table["model"] == "model") & (table["pool"] == "cls")]["value"].tolist()
+    hits = mr.knn_hits(*(mr.extract_features(vit, part) for part in data))["cls"]
+    assert knn == pytest.approx(hits.float().mean(1).tolist())
+    text = (tmp_path / "report.md").read_text()
+    assert "| knn_k10_t0.07_standardized | cls |" in text
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "report.csv", keep_default_na=False), table, check_dtype=False)
+
+
+def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
+    first = mr.probe(vit, data, probes=("knn",), out=tmp_path)
+    ran = []
+    monkeypatch.setattr(report, "_run", lambda name, *a, run=report._run, **k: ran.append(name) or run(name, *a, **k))
+    both = mr.probe(vit, data, probes=("knn", "rank"), out=tmp_path, resume=True)
+    assert ran == ["rank"] * 3
+    assert both[both["probe"] == "knn"]["value"].tolist() == first["value"].tolist()
+    with pytest.raises(mr.InputError, match="holds a report of other weights_sha256"):
+        mr.probe(mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2), seed=5), data, out=tmp_path, resume=True)
+    mr.probe(vit, data, probes=("knn",), out=tmp_path, baselines=False)
+    assert [p.name for p in tmp_path.glob("rows_*.csv")] == ["rows_knn_model.csv"]  # without resume old rows are gone
+    assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())
+
+
+def test_random_baseline_has_other_weights(vit):
+    twin = report._random_twin(vit)
+    assert mr.checkpoint.sha256_of(twin) != mr.checkpoint.sha256_of(vit)
+    assert mr.checkpoint.sha256_of(twin) == mr.checkpoint.sha256_of(report._random_twin(vit))
+    assert twin(torch.randn(1, 3, 32, 32)).shape == (1, 32)
+
+
+def test_command_line(tmp_path, capsys):
+    options = ["--probes", "knn", "--blocks", "3,11", "--no-baselines", "--out", str(tmp_path)]
+    assert main(["probe", "simmim_digits", "digits", *options]) == 0
+    assert "| knn_k10_t0.07_standardized | cls |" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "report.csv")["block"]) == {3, 11}
+    assert main(["probe", "simmim_digits", "digits", "--probes", "magic", "--out", str(tmp_path)]) == 2
+    assert "unknown probe 'magic': choose from knn, linear" in capsys.readouterr().err
+
+
+def test_data_without_labels_still_has_a_rank(vit, data, tmp_path):
+    unlabelled = [[(image, -1) for image, _ in (part[i] for i in range(len(part)))] for part in data]
+    rows = mr.probe(vit, tuple(unlabelled), probes=("rank",), baselines=False)
+    assert len(rows) == 6
+    with pytest.raises(mr.InputError, match="needs labels"):
+        mr.probe(vit, tuple(unlabelled), probes=("knn",))
