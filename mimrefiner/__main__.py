@@ -102,6 +102,7 @@ def add_probe(commands) -> None:
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
     parser.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and random weights")
     parser.add_argument("--resume", action="store_true", help="keep the probes that are finished in --out")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the features, to go on after a kill (default: memory)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
@@ -115,7 +116,7 @@ def do_probe(args) -> None:
     check_writable(args.out)
     table = probe(
         args.model, args.data, blocks=args.blocks if args.blocks == "all" else _integers("--blocks", args.blocks),
-        probes=args.probes.split(","), out=args.out, resume=args.resume, pretrained=not args.no_pretrained,
+        probes=args.probes.split(","), out=args.out, resume=args.resume, cache=args.cache, pretrained=not args.no_pretrained,
         baselines=not args.no_baselines, seed=args.seed, batch_size=args.batch_size, num_workers=args.workers,
     )  # fmt: skip
     print(markdown(table, args.data))

@@ -4,19 +4,24 @@ Tokens are pooled as each block ends, so that only (batch, dim) per block stays 
 which keeps every block's tokens, is the oracle in the tests.
 """
 
-from collections.abc import Collection, Sequence
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mimrefiner.config import check_blocks
 from mimrefiner.data import to_pil
 from mimrefiner.errors import InputError
 from mimrefiner.models import default_device, eval_transform
 from mimrefiner.progress import progress
+
+LONG_SECONDS, LARGE_GIB = 120, 4  # from here on an estimate is printed
 
 
 @dataclass
@@ -146,7 +151,6 @@ class Transformed(Dataset):
         return self.transform(to_pil(image)), int(label)
 
 
-@torch.no_grad()
 def extract_features(
     encoder: nn.Module,
     dataset: Dataset,
@@ -159,9 +163,10 @@ def extract_features(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
 ) -> Features:
-    """Features of every image of ``dataset`` after every block of ``encoder``.
+    """Features of every image of ``dataset`` after every block of ``encoder``, in memory.
 
-    The paper's protocol is the default: raw block outputs, before any LayerNorm.
+    The paper's protocol is the default: raw block outputs, before any LayerNorm. In a process group every process takes its share
+    of the images and all of them return the whole, in the data set's order.
 
     Args:
         encoder: from :func:`mimrefiner.load_encoder`, or any timm ViT; its ``pretrained_cfg`` says how images are prepared.
@@ -176,32 +181,100 @@ def extract_features(
     Raises:
         InputError: a block out of range, cls pooling of a model without cls token, an empty data set.
     """
-    depth = len(block_modules(encoder))
-    blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
-    pools = check_pools(encoder, pools)
+    blocks, pools = resolve(encoder, blocks, pools)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    n = len(dataset)
+    shares = [range(n * r // world, n * (r + 1) // world) for r in range(world)]
+    parts: dict[str, list[list[Tensor]]] = {pool: [[] for _ in blocks] for pool in pools}
+    labels = []
+    options = {
+        "final_norm": final_norm,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+        "autocast": autocast,
+    }
+    for pooled, label in feature_batches(encoder, dataset, shares[rank], blocks, pools, **options):
+        for pool in pools:
+            for part, x in zip(parts[pool], pooled[pool], strict=True):
+                part.append(x)
+        labels.append(label)
+
+    def whole(part: list[Tensor]) -> Tensor:
+        return gather_rows(torch.cat(part), [len(share) for share in shares])
+
+    return Features({pool: _stack([whole(part) for part in parts[pool]]) for pool in pools}, whole(labels), blocks, _depth(encoder))
+
+
+def resolve(
+    encoder: nn.Module, blocks: str | Sequence[int], pools: Sequence[str] | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """0-based blocks and poolings as tuples, checked against the encoder."""
+    depth = _depth(encoder)
+    return (tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)), check_pools(encoder, pools)
+
+
+@torch.no_grad()
+def feature_batches(
+    encoder: nn.Module,
+    dataset: Dataset,
+    rows: range,
+    blocks: Sequence[int],
+    pools: Sequence[str],
+    *,
+    final_norm: bool = False,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> Iterator[tuple[dict[str, list[Tensor]], Tensor]]:
+    """Pooled features and labels of the images ``rows``, batch by batch, float32 on the CPU; see :func:`extract_features`."""
     if len(dataset) == 0:
         raise InputError("the data set is empty")
     device = torch.device(device) if device is not None else default_device()
     home, was_training = next(encoder.parameters()).device, encoder.training
     loader = DataLoader(
-        Transformed(dataset, eval_transform(encoder)),
+        Subset(Transformed(dataset, eval_transform(encoder)), rows),
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
-    parts: dict[str, list[list[Tensor]]] = {pool: [[] for _ in blocks] for pool in pools}
-    labels = []
     encoder.eval().to(device)
+    began = time.monotonic()
     try:
-        for images, label in progress(loader, "features", unit="batch"):
+        for i, (images, label) in enumerate(progress(loader, "features", unit="batch")):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 images = images.to(device, non_blocking=True)
                 pooled = pooled_blocks(encoder, images, blocks, pools, norm_blocks=blocks if final_norm else ())
-            for pool in pools:
-                for part, x in zip(parts[pool], pooled[pool], strict=True):
-                    part.append(x.float().cpu())
-            labels.append(label)
+            pooled = {pool: [x.float().cpu() for x in pooled[pool]] for pool in pools}
+            if i == 0:
+                _announce(pooled, len(rows), len(label), time.monotonic() - began)
+            yield pooled, label
     finally:
         encoder.train(was_training).to(home)
 
-    return Features({pool: _stack([torch.cat(part) for part in parts[pool]]) for pool in pools}, torch.cat(labels), blocks, depth)
+
+def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows of all processes behind each other; ``counts``: how many each has. Without a process group ``x`` itself."""
+    if len(counts) == 1:
+        return x
+    home = x.device
+    if dist.get_backend() == "nccl":
+        x = x.cuda()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(home)
+
+
+def _depth(encoder: nn.Module) -> int:
+    return len(block_modules(encoder))
+
+
+def _announce(pooled: dict[str, list[Tensor]], images: int, batch: int, seconds: float) -> None:
+    """Say what a long extraction will take, judged by its first batch."""
+    size = images / batch * sum(4 * x.numel() for blocks in pooled.values() for x in blocks) / 2**30
+    if seconds * images / batch > LONG_SECONDS or size > LARGE_GIB:
+        minutes = seconds * images / batch / 60
+        print(f"features of {images:,} images: {size:.1f} GiB as float32, about {minutes:.0f} minutes", file=sys.stderr)

@@ -17,6 +17,7 @@ from mimrefiner import plotting
 from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
+from mimrefiner.feature_cache import cached_features
 from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.models import load_encoder
 from mimrefiner.probes.checks import COLUMNS, check_finite, tidy
@@ -39,6 +40,7 @@ def probe(
     probes: Sequence[str] = ("knn",),
     out: Path | str | None = None,
     resume: bool = False,
+    cache: Path | str | None = None,
     pretrained: bool = True,
     baselines: bool = True,
     seed: int = 0,
@@ -55,6 +57,8 @@ def probe(
         probes: of knn, linear, low_shot, cluster, rank.
         out: folder for report.csv, report.md, report.png and .pdf, and for the rows of every probe; None writes nothing.
         resume: take the finished probes from ``out``; they must be of the same weights, data and settings.
+        cache: folder that keeps the features on disk (:func:`mimrefiner.feature_cache.cached_features`), so that an interrupted
+            extraction goes on at the next image; None keeps them in memory.
         pretrained: False probes random weights.
         baselines: also raw pixels and the same network with random weights.
         seed: of drawn splits and starts.
@@ -82,10 +86,12 @@ def probe(
     models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
     if baselines:
         models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
+    options = {"blocks": blocks, "batch_size": batch_size, "num_workers": num_workers, "device": device}
     tables = []
     for model, build in models.items():
         missing = [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
-        features = _features(build(), train, test, encoder, blocks, batch_size, num_workers, device) if missing else ()
+        kept = None if cache is None else Path(cache) / model.replace(" ", "_")
+        features = _features(build(), train, test, encoder, kept, options) if missing else ()
         for name in probes:
             if name in missing:
                 rows = _run(name, *features, seed=seed).assign(model=model, probe=name)
@@ -147,13 +153,14 @@ def _number(row) -> str:
     return f"{scale * row['value']:.1f}{spread}"
 
 
-def _features(encoder, train, test, original, blocks, batch_size, num_workers, device) -> tuple[Features, Features]:
+def _features(encoder, train, test, original, cache: Path | None, options: dict) -> tuple[Features, Features]:
     if encoder is None:
-        size = original.pretrained_cfg["input_size"][-1]
-        pair = pixel_features(train, min(size, 64)), pixel_features(test, min(size, 64))
-    else:
-        options = {"blocks": blocks, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+        size = min(original.pretrained_cfg["input_size"][-1], 64)
+        return pixel_features(train, size), pixel_features(test, size)
+    if cache is None:
         pair = extract_features(encoder, train, **options), extract_features(encoder, test, **options)
+    else:
+        pair = tuple(cached_features(encoder, x, cache / part, **options) for x, part in ((train, "train"), (test, "test")))
     check_finite(*pair)
     return pair
 

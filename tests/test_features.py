@@ -1,3 +1,4 @@
+import group_workers
 import pytest
 import timm
 import torch
@@ -136,3 +137,19 @@ def test_joined_poolings_and_subsets(vit, images):
     part = features.subset([3, 1])
     assert torch.equal(part.y, features.y[[3, 1]])
     assert torch.equal(part.x["cls"], features.x["cls"][:, [3, 1]])
+
+
+def test_processes_share_the_images_and_all_return_the_whole(vit, digits, tmp_path):
+    torch.multiprocessing.spawn(group_workers.extract, (2, tmp_path / "rendezvous", tmp_path), nprocs=2)
+    alone = mr.extract_features(vit, digits["test"].subset(range(7)))
+    for rank in range(2):
+        there = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(there["y"], alone.y)
+        for pool, x in alone.x.items():
+            assert torch.allclose(there["x"][pool], x, atol=1e-5)
+
+
+def test_a_long_extraction_says_what_it_takes(vit, images, capsys, monkeypatch):
+    monkeypatch.setattr("mimrefiner.features.LONG_SECONDS", 0)
+    mr.extract_features(vit, images)
+    assert "features of 10 images: 0.0 GiB as float32, about 0 minutes" in capsys.readouterr().err

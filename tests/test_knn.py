@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import mimrefiner as mr
+from mimrefiner.probes import knn
 
 
 @pytest.fixture
@@ -67,3 +68,22 @@ def test_data_without_labels_are_refused(knn_file):
     _, (train_x, train_y, test_x, test_y) = knn_file
     with pytest.raises(mr.InputError, match="needs labels"):
         mr.knn_accuracy(train_x, torch.full_like(train_y, -1), test_x, test_y)
+
+
+def test_search_in_pieces_and_in_low_precision_finds_the_same(knn_file, monkeypatch):
+    _, (train_x, train_y, test_x, _) = knn_file
+    settings = {"ks": (1, 10, 20), "temperatures": (0.07,)}
+    exact = mr.knn_predict(train_x, train_y, test_x, **settings)
+    assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.bfloat16, **settings))
+    monkeypatch.setattr("mimrefiner.probes.knn.BANK_ROWS", 37)
+    assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, **settings))
+    assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.float16, **settings))
+
+
+def test_rescored_similarities_are_float32(knn_file):
+    _, (train_x, _, test_x, _) = knn_file
+    bank, queries = (torch.nn.functional.normalize(x, dim=-1) for x in (train_x, test_x))
+    exact, rows = knn._nearest(queries, bank, bank, 5)
+    coarse, coarse_rows = knn._nearest(queries, bank, bank.bfloat16(), 5)
+    assert torch.equal(rows, coarse_rows)
+    assert torch.allclose(exact, coarse, atol=1e-6)

@@ -63,3 +63,10 @@ def test_data_without_labels_still_has_a_rank(vit, data, tmp_path):
     assert len(rows) == 6
     with pytest.raises(mr.InputError, match="needs labels"):
         mr.probe(vit, tuple(unlabelled), probes=("knn",))
+
+
+def test_cached_features_give_the_same_report(vit, data, tmp_path):
+    probes = {"probes": ("knn", "low_shot"), "baselines": False}
+    kept = mr.probe(vit, data, cache=tmp_path / "cache", **probes)
+    pd.testing.assert_frame_equal(kept, mr.probe(vit, data, **probes))
+    assert (tmp_path / "cache" / "model" / "test" / "cls_block02.bin").is_file()

@@ -10,6 +10,8 @@ from mimrefiner.errors import InputError
 from mimrefiner.features import Features
 
 SEARCH_BYTES = 2**28  # at most this much similarity matrix at a time
+BANK_ROWS = 2**18  # at most this much of the bank at a time
+SPARE = 16  # neighbours found beyond k in low precision, among which float32 decides
 
 
 def knn_predict(
@@ -20,6 +22,8 @@ def knn_predict(
     ks: Sequence[int] = (10,),
     temperatures: Sequence[float] = (0.07,),
     standardize: bool = True,
+    search_dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Predicted labels for every k and temperature, from one search at the largest k.
 
@@ -29,6 +33,10 @@ def knn_predict(
     Args:
         train_x, test_x: (images, dim), or (blocks, images, dim) for many blocks at once.
         train_y: labels, (images,), any integers.
+        ks, temperatures, standardize: of the vote.
+        search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are scored again in float32.
+        device: where to search, one block at a time; None where the features are. A bank of 1.28 M x 1024 takes 5.2 GB there,
+            7.9 GB with a search in 16 bits.
 
     Returns:
         Labels, (len(ks), len(temperatures), [blocks,] test images).
@@ -39,24 +47,46 @@ def knn_predict(
     _check(train_x, train_y, test_x, ks, temperatures)
     if train_x.ndim == 2:
         options = {"ks": ks, "temperatures": temperatures, "standardize": standardize}
+        options |= {"search_dtype": search_dtype, "device": device}
         return knn_predict(train_x[None], train_y, test_x[None], **options)[:, :, 0]
-    classes, votes_for = train_y.unique(return_inverse=True)
-    out = torch.empty(len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype, device=train_y.device)
-    rows = max(1, SEARCH_BYTES // (4 * train_x.shape[1]))
-    for block, (bank, queries) in enumerate(zip(train_x.float(), test_x.float(), strict=True)):
+    device = train_x.device if device is None else torch.device(device)
+    classes, votes_for = train_y.to(device).unique(return_inverse=True)
+    out = torch.empty(len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype)
+    rows = max(1, SEARCH_BYTES // (4 * min(BANK_ROWS, train_x.shape[1])))
+    for block in range(len(train_x)):
+        bank, queries = train_x[block].to(device).float(), test_x[block].to(device).float()
         if standardize:
             mean, std = bank.mean(0), bank.std(0) + 1e-6
             bank, queries = (bank - mean) / std, (queries - mean) / std
         bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
+        coarse = bank if search_dtype == torch.float32 else bank.to(search_dtype)
         for start in range(0, len(queries), rows):
-            similarity, neighbour = (queries[start : start + rows] @ bank.T).topk(max(ks), dim=-1)
+            similarity, neighbour = _nearest(queries[start : start + rows], bank, coarse, max(ks))
             label = votes_for[neighbour]  # (rows, k)
             for i, temperature in enumerate(temperatures):
                 weight = (similarity / temperature).exp()
                 for j, k in enumerate(ks):
                     votes = weight.new_zeros(len(label), len(classes)).scatter_add_(1, label[:, :k], weight[:, :k])
-                    out[j, i, block, start : start + rows] = classes[votes.argmax(1)]
-    return out
+                    out[j, i, block, start : start + rows] = classes[votes.argmax(1)].cpu()
+    return out.to(train_y.device)
+
+
+def _nearest(queries: Tensor, bank: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and rows of the ``k`` nearest, (queries, k), best first; ``coarse``: the bank in the precision of the search."""
+    low = coarse.dtype != bank.dtype
+    wanted = min(k + SPARE if low else k, len(bank))
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(bank), BANK_ROWS):
+        part = coarse[start : start + BANK_ROWS]
+        similarity, row = (queries.to(part.dtype) @ part.T).topk(min(wanted, len(part)), dim=-1)
+        found.append((similarity.float(), row + start))
+    similarity, row = (torch.cat(x, -1) for x in zip(*found, strict=True))
+    if low:
+        similarity = torch.einsum("qd,qkd->qk", queries, bank[row])
+    if low or len(found) > 1:
+        similarity, order = similarity.topk(k, dim=-1)
+        row = row.gather(-1, order)
+    return similarity[:, :k], row[:, :k]
 
 
 def knn_hits(

@@ -1,0 +1,105 @@
+import json
+import os
+
+import pytest
+import torch
+
+import mimrefiner as mr
+from mimrefiner import feature_cache
+from mimrefiner.feature_cache import cached_features
+
+
+@pytest.fixture
+def images(digits):
+    return digits["test"].subset(range(20))
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD", 8)
+
+
+def same(a, b):
+    return torch.equal(a.y, b.y) and all(
+        torch.allclose(x, y, atol=1e-5) for pool in b.x for x, y in zip(a.x[pool], b.x[pool], strict=True)
+    )
+
+
+def test_equal_to_features_in_memory_and_not_extracted_twice(vit, images, tmp_path, monkeypatch):
+    expected = mr.extract_features(vit, images)
+    first = cached_features(vit, images, tmp_path / "f", batch_size=3)
+    assert same(first, expected)
+    assert mr.knn_hits(first, first, k=1)["cls"].all()
+    monkeypatch.setattr(feature_cache, "feature_batches", None)
+    assert same(cached_features(vit, images, tmp_path / "f"), expected)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4])
+def test_goes_on_at_the_next_image_after_a_kill(vit, images, tmp_path, monkeypatch, batches):
+    def until_killed(*args, run=feature_cache.feature_batches, **options):
+        for i, batch in enumerate(run(*args, **options)):
+            if i == batches:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "feature_batches", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            cached_features(vit, images, tmp_path / "f", batch_size=3)
+    assert json.loads((tmp_path / "f" / "state.json").read_text())["done"] == 3 * batches
+    started = []
+    real = feature_cache.feature_batches
+    monkeypatch.setattr(feature_cache, "feature_batches", lambda *a, **o: started.append(a[2].start) or real(*a, **o))
+    assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
+    assert started == [3 * batches]
+
+
+def test_other_weights_data_or_version_are_announced_and_filled_anew(vit, images, tmp_path, capsys):
+    folder = tmp_path / "f"
+    cached_features(vit, images, folder)
+    other = mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2), seed=3)
+    assert same(cached_features(other, images, folder), mr.extract_features(other, images))
+    assert "holds features of other weights_sha256: extracting anew" in capsys.readouterr().err
+    cached_features(other, images.subset(range(5)), folder)
+    assert "other data_sha256, images" in capsys.readouterr().err
+    state = json.loads((folder / "state.json").read_text())
+    state["made_of"]["format"] = "mimrefiner-features-0"
+    (folder / "state.json").write_text(json.dumps(state))
+    cached_features(other, images.subset(range(5)), folder)
+    assert "other format" in capsys.readouterr().err
+    (folder / "state.json").write_text("{")
+    cached_features(other, images.subset(range(5)), folder)
+    assert "other state.json" in capsys.readouterr().err
+
+
+def test_a_flipped_byte_or_a_short_file_is_found_and_mended(vit, images, tmp_path, capsys):
+    folder = tmp_path / "f"
+    cached_features(vit, images, folder, batch_size=4)
+    expected = mr.extract_features(vit, images)
+    file = folder / "mean_block01.bin"
+    content = bytearray(file.read_bytes())
+    content[10 * 32 * 4] ^= 1  # image 10, in the shard that starts at 8
+    file.write_bytes(content)
+    assert same(cached_features(vit, images, folder), expected)
+    assert "damaged from image 8 on" in capsys.readouterr().err
+    os.truncate(file, 100)
+    assert same(cached_features(vit, images, folder), expected)
+    assert "damaged from image 0 on" in capsys.readouterr().err
+    cached_features(vit, images, folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(vit, images, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(mr.InputError, match=r"need 0\.00 GiB, which .* has not \(No space left on device\)"):
+        cached_features(vit, images, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_the_space(vit, images, tmp_path):
+    features = cached_features(vit, images, tmp_path / "f", dtype="float16")
+    assert features.x["cls"][0].dtype == torch.float16
+    assert torch.allclose(features.x["cls"][2].float(), mr.extract_features(vit, images).x["cls"][2], atol=1e-2)
