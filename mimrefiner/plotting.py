@@ -259,6 +259,18 @@ def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
+def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str) -> Figure:
+    """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the one on x), values 0 to 1."""
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
+    image = axes.imshow(table, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    for axis, blocks in ((axes.xaxis, table.shape[1]), (axes.yaxis, table.shape[0])):
+        shown = [b for b in range(blocks) if blocks <= 12 or b == 0 or (b + 1) % 4 == 0]
+        axis.set_ticks(shown, [str(b + 1) for b in shown])
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    figure.colorbar(image, ax=axes, label="linear CKA")
+    return figure
+
+
 def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
     """A row of images, (height, width, 3) uint8 each, with a word under each."""
     figure, all_axes = plt.subplots(1, len(images), figsize=(PAGE, PAGE / len(images) + 0.5), layout="constrained")

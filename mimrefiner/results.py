@@ -189,10 +189,12 @@ def claims_markdown(claims: pd.DataFrame) -> str:
 
 def environment() -> dict:
     """Versions and hardware for a manifest; nothing that names the machine or its folders."""
-    names = ("mimrefiner", "torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "papermill")
+    from mimrefiner import __version__  # late: the package imports this module
+
+    names = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pandas", "papermill")
     return {
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {"mimrefiner": __version__, **{name: version(name) for name in names}},
         "git_sha": git_sha(),
         "device": device_name(),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,48 @@
+"""Times side by side: every contender in turn, several rounds, ratios of medians. Nothing here is asserted."""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def compare(title: str, contenders: dict[str, Callable[[], object]], *, rounds: int = 5) -> str:
+    """A Markdown table: median seconds and the ratio to the first contender; one warm-up each, then turns."""
+    for run in contenders.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    first = statistics.median(next(iter(seconds.values())))
+    lines = [f"**{title}** ({rounds} rounds)", "", "| | median s | min to max | ratio to the first |", "|---|---|---|---|"]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        lines.append(f"| {name} | {median:.3f} | {min(values):.3f} to {max(values):.3f} | {median / first:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def peak_memory(module: str, case: str) -> float:
+    """Peak resident memory in MiB of ``python -m MODULE --memory CASE``, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", module, "--memory", case], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def own_peak() -> float:
+    """Peak resident memory of this process in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> str:
+    """What the numbers were measured on, without naming it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,142 @@
+"""Benchmarks of features and probes: ``python -m tests.benchmarks.probing`` prints the tables of docs/benchmarks.md."""
+
+import sys
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+import mimrefiner as mr
+from mimrefiner.features import Features, pooled_blocks
+from mimrefiner.probes.linear import linear_probe
+from mimrefiner.probes.logistic import draw_shots, fit_logistic
+from tests.benchmarks.harness import compare, machine, own_peak, peak_memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def encoder_and_images():
+    encoder = mr.load_encoder("vit_small_patch16_224", pretrained=False).to(DEVICE)
+    return encoder, torch.randn(64, 3, 224, 224, device=DEVICE)
+
+
+@torch.no_grad()
+def plain(encoder, images):
+    return encoder.forward_features(images)
+
+
+@torch.no_grad()
+def pooled(encoder, images):
+    return pooled_blocks(encoder, images, range(12), ("cls", "mean"))
+
+
+@torch.no_grad()
+def intermediates(encoder, images):
+    kept = encoder.forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC")
+    return [(prefix[:, 0], patches.mean(1)) for patches, prefix in kept]
+
+
+EXTRACTION = {"plain forward": plain, "all blocks, pooled inside": pooled, "forward_intermediates, then pooled": intermediates}
+
+
+def extraction() -> str:
+    encoder, images = encoder_and_images()
+    runs = {name: (lambda run=run: run(encoder, images)) for name, run in EXTRACTION.items()}
+    text = compare("Features of 64 images, ViT-S/16, 224 px, 12 blocks x 2 poolings", runs)
+    peaks = {name: peak_memory("tests.benchmarks.probing", name) for name in EXTRACTION}
+    lines = ["| | peak memory of the process, MiB |", "|---|---|", *(f"| {name} | {value:.0f} |" for name, value in peaks.items())]
+    return text + "\n" + "\n".join(lines) + "\n"
+
+
+def one_hot_knn(train_x, train_y, test_x, k, temperature):
+    """The straightforward version: one search per setting, votes as one-hot vectors."""
+    similarity, neighbour = (F.normalize(test_x, dim=-1) @ F.normalize(train_x, dim=-1).T).topk(k)
+    votes = F.one_hot(train_y[neighbour], 100) * (similarity / temperature).exp()[..., None]
+    return votes.sum(1).argmax(1)
+
+
+def knn() -> str:
+    train_x, test_x = torch.randn(24, 5000, 192), torch.randn(24, 1000, 192)
+    train_y = torch.randint(100, (5000,))
+    ks, temperatures = (1, 5, 10, 20), (0.04, 0.07, 0.2)
+
+    def naive():
+        for block in range(24):
+            for k in ks:
+                for temperature in temperatures:
+                    one_hot_knn(train_x[block], train_y, test_x[block], k, temperature)
+
+    def scikit():
+        for block in range(24):
+            bank, queries = (F.normalize(x[block], dim=-1).numpy() for x in (train_x, test_x))
+            for k in ks:
+                for t in temperatures:
+                    classifier = KNeighborsClassifier(
+                        k, algorithm="brute", metric="cosine", weights=lambda d, t=t: np.exp((1 - d) / t)
+                    )
+                    classifier.fit(bank, train_y.numpy()).predict(queries)
+
+    runs = {
+        "one search for all": lambda: mr.knn_predict(train_x, train_y, test_x, ks=ks, temperatures=temperatures, standardize=False),
+        "one-hot votes, one search per setting": naive,
+        "scikit-learn, one search per setting": scikit,
+    }
+    return compare("k-NN, 4 k x 3 temperatures x 24 blocks, 5,000 x 1,000 images, dim 192", runs, rounds=3)
+
+
+def linear() -> str:
+    y = torch.randint(20, (2000,))
+    features = Features({"cls": torch.randn(12, 2000, 192), "mean": torch.randn(12, 2000, 192)}, y, tuple(range(12)), 12)
+    rates = (0.001, 0.01, 0.1)
+
+    def one_by_one():
+        for pool in ("cls", "mean"):
+            for block in range(12):
+                one = Features({pool: features.x[pool][block : block + 1]}, y, (block,), 12)
+                for rate in rates:
+                    linear_probe(one, one, epochs=5, batch_size=256, learning_rates=(rate,))
+
+    runs = {
+        "all probes together": lambda: linear_probe(features, features, epochs=5, batch_size=256, learning_rates=rates),
+        "one probe after another": one_by_one,
+    }
+    return compare("Linear probes, 12 blocks x 2 poolings x 3 rates, 2,000 images, 5 epochs", runs, rounds=3)
+
+
+def logistic() -> str:
+    y = torch.arange(4000) % 20
+    x = torch.randn(12, 4000, 192) + torch.randn(12, 20, 192)[:, y]
+    x = F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
+    rows = torch.stack([draw_shots(y, torch.arange(20), shot, split) for shot in (5,) for split in range(9)])
+
+    def scikit():
+        for block in range(12):
+            for part in rows:
+                LogisticRegression(C=4000, fit_intercept=False, tol=1e-5, max_iter=1000).fit(
+                    x[block][part].numpy(), y[part].numpy()
+                )
+
+    def batched():
+        for block in range(12):
+            fit_logistic(x[block][rows], y[rows], 20, 4000.0)
+
+    runs = {"batched L-BFGS": batched, "scikit-learn, one after another": scikit}
+    return compare("Logistic regression, 12 blocks x 9 splits, 20 classes x 5 images, dim 192", runs, rounds=3)
+
+
+def main() -> None:
+    if "--memory" in sys.argv:
+        EXTRACTION[sys.argv[-1]](*encoder_and_images())
+        print(own_peak())
+        return
+    warnings.simplefilter("ignore")
+    print(f"Measured on: {machine()}\n")
+    for table in (extraction, knn, linear, logistic):
+        print(table(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
