@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -50,6 +51,8 @@ def probe(
 ) -> pd.DataFrame:
     """Probe every block of an encoder.
 
+    In a process group (``torchrun``) all processes extract features; the first one probes and writes, the others return no rows.
+
     Args:
         encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
         data: what :func:`mimrefiner.load_dataset` takes, or (train, test), map-style data sets of (image, label).
@@ -76,13 +79,19 @@ def probe(
     if isinstance(encoder, str):
         encoder = load_encoder(encoder, pretrained=pretrained)
     train, test = (load_dataset(data, split=part) for part in ("trainval", "test")) if isinstance(data, str) else data
+    grouped = dist.is_initialized() and dist.get_world_size() > 1
+    first = not grouped or dist.get_rank() == 0
+    if grouped and cache is not None:
+        raise InputError("features on disk are filled by one process: leave out the cache, or start without torchrun")
     folder = None if out is None else Path(out)
     settings = {
         "weights_sha256": sha256_of(encoder), "data": data if isinstance(data, str) else [len(train), len(test)],
         "blocks": blocks if isinstance(blocks, str) else list(blocks), "seed": seed,
     }  # fmt: skip
-    if folder is not None:
+    if folder is not None and first:
         _open_folder(folder, settings, resume)
+    if grouped:
+        dist.barrier()
     models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
     if baselines:
         models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
@@ -92,7 +101,7 @@ def probe(
         missing = [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
         kept = None if cache is None else Path(cache) / model.replace(" ", "_")
         features = _features(build(), train, test, encoder, kept, options) if missing else ()
-        for name in probes:
+        for name in probes if first else ():
             if name in missing:
                 rows = _run(name, *features, seed=seed).assign(model=model, probe=name)
                 if folder is not None:
@@ -100,6 +109,8 @@ def probe(
             else:
                 rows = pd.read_csv(_rows_file(folder, model, name), keep_default_na=False)
             tables.append(rows)
+    if not first:
+        return pd.DataFrame(columns=["model", "probe", *COLUMNS])
     table = pd.concat(tables, ignore_index=True)[["model", "probe", *COLUMNS]]
     if folder is not None:
         _write(table, folder, settings, data if isinstance(data, str) else "own data")

@@ -14,6 +14,7 @@ import mimrefiner as mr
 ROOT = Path(__file__).parent.parent
 FIXED_NAMES = (
     "nna_loss", "multi_view_nna_loss", "NNQueue", "load_encoder", "load_dataset", "extract_features", "knn_accuracy", "refine",
+    "linear_probe", "low_shot", "cluster", "probe",
 )  # fmt: skip
 
 

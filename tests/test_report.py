@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -70,3 +72,14 @@ def test_cached_features_give_the_same_report(vit, data, tmp_path):
     kept = mr.probe(vit, data, cache=tmp_path / "cache", **probes)
     pd.testing.assert_frame_equal(kept, mr.probe(vit, data, **probes))
     assert (tmp_path / "cache" / "model" / "test" / "cls_block02.bin").is_file()
+
+
+def test_torchrun_gives_the_report_of_one_process(tmp_path):
+    command = ["-m", "mimrefiner", "probe", "simmim_digits", "digits", "--blocks", "0,11", "--no-baselines", "--out"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *command, str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("# Block report") == 1
+    assert main([*command[2:], str(tmp_path / "one")]) == 0
+    one, two = (pd.read_csv(tmp_path / name / "report.csv", keep_default_na=False) for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two, atol=2 / 539)
