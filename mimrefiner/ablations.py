@@ -100,12 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m mimrefiner.ablations", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--seeds", default="0,1,2", help="of the core ablations; the exploratory ones take the first")
+    parser.add_argument("--core", action="store_true", help="leave out the exploratory ones")
     args = parser.parse_args()
     preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
     run = Run("05_ablations", preset, seeds, ASSETS)
     chosen = ablations(preset)
     measure(preset, [a for a in chosen if a.core], seeds, run)
-    measure(preset, [a for a in chosen if not a.core], seeds[:1], run)
+    if not args.core:
+        measure(preset, [a for a in chosen if not a.core], seeds[:1], run)
     rows = run.table().drop_duplicates(["model", "block", "pool", "seed"])
     write_csv(rows, ASSETS / f"ablations_{args.preset}.csv")
 

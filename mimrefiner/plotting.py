@@ -64,15 +64,17 @@ def plot_blocks(
     return figure
 
 
-def plot_block_panels(panels: dict[str, pd.DataFrame], *, title: str, baselines: dict[str, dict[str, float]]) -> Figure:
-    """:func:`plot_blocks` side by side on one y axis: a panel per entry, baselines per panel."""
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.9), sharey=True, layout="constrained")
+def plot_block_panels(
+    panels: dict[str, pd.DataFrame], *, title: str, baselines: dict[str, dict[str, float]], ylabel: str = "k-NN accuracy (%)"
+) -> Figure:
+    """:func:`plot_blocks` side by side: a panel per entry, baselines per panel; two panels share one y axis."""
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.9), sharey=len(panels) == 2, layout="constrained")
     for axes, (name, rows) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
         _draw_lines(axes, rows, mark_best=True)
         _draw_baselines(axes, baselines.get(name, {}))
         _label_blocks(axes, rows["block"].max() + 1)
         axes.set_title(name)
-    np.atleast_1d(all_axes)[0].set_ylabel("k-NN accuracy (%)")
+    np.atleast_1d(all_axes)[0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=9)
     _legend_below(figure, np.atleast_1d(all_axes)[0], columns=4)
     return figure
@@ -225,6 +227,24 @@ def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, ti
     return figure
 
 
+def plot_two_curves(curves: pd.DataFrame, left: str, right: str, *, title: str) -> Figure:
+    """Two quantities per block on two axes, mean and ± one standard deviation over seeds; ``left`` is a share, drawn in percent.
+
+    ``curves``: columns block (0-based), seed, ``left`` and ``right``.
+    """
+    figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.7), layout="constrained")
+    _label_blocks(axes, curves["block"].max() + 1)
+    for i, (name, scale, side) in enumerate(((left, 100, axes), (right, 1, axes.twinx()))):
+        stats = scale * curves.groupby("block")[name].agg(["mean", "std"])
+        x, spread = stats.index.to_numpy() + 1, stats["std"].fillna(0)
+        side.plot(x, stats["mean"], color=PALETTE[i], marker=MARKERS[i], label=name)
+        side.fill_between(x, stats["mean"] - spread, stats["mean"] + spread, color=PALETTE[i], alpha=0.18, linewidth=0)
+        side.set_ylabel(f"{name} (%)" if scale == 100 else name, color=PALETTE[i])
+        side.tick_params(axis="y", colors=PALETTE[i])
+    axes.set_title(title)
+    return figure
+
+
 def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
     """The block report: one panel per protocol, one line per pooling with its spread, the best block ringed.
 
@@ -271,6 +291,82 @@ def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str) 
     return figure
 
 
+def plot_protocols(rows: pd.DataFrame, *, order: Sequence[str], models: Sequence[str], title: str) -> Figure:
+    """Accuracy by protocol, one marker per model; the bar is ± one standard deviation over seeds.
+
+    ``rows``: columns protocol, model, value (a share), one row per seed; ``order`` and ``models`` give the order of both.
+    """
+    figure, axes = plt.subplots(figsize=(PAGE * 0.8, 2.8), layout="constrained")
+    for i, model in enumerate(models):
+        stats = 100 * rows[rows["model"] == model].groupby("protocol")["value"].agg(["mean", "std"]).loc[list(order)]
+        x = np.arange(len(order)) + 0.14 * (i - (len(models) - 1) / 2)
+        grey = model == "raw pixels"
+        colour = "0.45" if grey else PALETTE[i]
+        axes.errorbar(
+            x, stats["mean"], stats["std"].fillna(0), fmt=MARKERS[i], color=colour, label=model, elinewidth=1, markersize=4.5
+        )
+    axes.set_xticks(range(len(order)), order)
+    axes.grid(axis="y", color="0.92", linewidth=0.6)
+    axes.set(ylabel="accuracy (%)", title=title)
+    _legend_below(figure, axes, columns=len(models))
+    return figure
+
+
+def plot_maps(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str, columns: int = 2) -> Figure:
+    """Points in the plane, one panel per entry, one colour and marker per class.
+
+    Args:
+        maps: panel title -> (images, 2).
+        labels: (images,) indices into ``classes``.
+        classes, title, columns: names of the classes, title of the figure, panels per row.
+    """
+    rows = -(-len(maps) // columns)
+    side = PAGE / columns
+    figure, all_axes = plt.subplots(rows, columns, figsize=(PAGE, rows * side * 0.9 + 0.7), layout="constrained", squeeze=False)
+    for axes in all_axes.flat[len(maps) :]:
+        axes.remove()
+    for axes, (name, xy) in zip(all_axes.flat, maps.items(), strict=False):
+        _draw_map(axes, xy, labels, classes)
+        axes.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _legend_below(figure, all_axes[0, 0], columns=min(len(classes), 7))
+    return figure
+
+
+def plot_thumbnails(xy: np.ndarray, images: Sequence[np.ndarray], labels, *, title: str, most: int = 250) -> Figure:
+    """A map drawn with the images themselves, framed in their class's colour; images that would cover another are left out."""
+    figure, axes = plt.subplots(figsize=(PAGE * 0.8, PAGE * 0.8), layout="constrained")
+    low, span = xy.min(0), np.ptp(xy, axis=0).max()
+    places = (xy - low) / span
+    taken: list[np.ndarray] = []
+    for place, image, label in zip(places, images, labels, strict=True):
+        if len(taken) >= most or any(np.abs(place - other).max() < 0.038 for other in taken):
+            continue
+        taken.append(place)
+        box = (place[0] - 0.018, place[0] + 0.018, place[1] - 0.018, place[1] + 0.018)
+        axes.imshow(image, extent=box, interpolation="nearest", zorder=2)
+        colour = _class_colours(int(max(labels)) + 1)[int(label)]
+        axes.add_patch(plt.Rectangle((box[0], box[2]), 0.036, 0.036, fill=False, edgecolor=colour, linewidth=1.2, zorder=3))
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[], yticks=[], aspect="equal")
+    sns.despine(ax=axes, left=True, bottom=True)
+    axes.set_title(f"{title}; {len(taken)} of {len(images)} images", fontsize=9)
+    return figure
+
+
+def block_slider(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str) -> None:
+    """A slider over maps, shown in the notebook; needs ipywidgets and a live kernel."""
+    import ipywidgets
+
+    def show(panel: str) -> None:
+        axes = plt.figure(figsize=(COLUMN * 1.4, COLUMN * 1.4), layout="constrained").add_subplot()
+        _draw_map(axes, maps[panel], labels, classes)
+        axes.set_title(f"{title}: {panel}")
+        plt.show()
+
+    slider = ipywidgets.SelectionSlider(options=list(maps), description="after", continuous_update=False)
+    ipywidgets.interact(show, panel=slider)
+
+
 def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
     """A row of images, (height, width, 3) uint8 each, with a word under each."""
     figure, all_axes = plt.subplots(1, len(images), figsize=(PAGE, PAGE / len(images) + 0.5), layout="constrained")
@@ -281,6 +377,20 @@ def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: s
         sns.despine(ax=axes, left=True, bottom=True)
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
+    for i, colour in enumerate(_class_colours(len(classes))):
+        chosen = np.asarray(labels) == i
+        marker = MARKERS[i % len(MARKERS)]
+        axes.scatter(*xy[chosen].T, s=7, color=[colour], marker=marker, linewidths=0, label=classes[i])
+    axes.set(xticks=[], yticks=[])
+    sns.despine(ax=axes, left=True, bottom=True)
+
+
+def _class_colours(classes: int) -> list:
+    """As many colours as classes; beyond the palette markers tell classes apart."""
+    return list(PALETTE) if classes <= len(PALETTE) else sns.color_palette("husl", classes)
 
 
 def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool) -> None:
@@ -304,7 +414,9 @@ def _draw_baselines(axes, baselines: dict[str, float]) -> None:
 
 def _label_blocks(axes, depth: int) -> None:
     axes.set_xlabel("after block (1 = first)")
-    axes.set_xticks(range(1, depth + 1), [str(b) if depth <= 12 or b % 4 == 0 or b == 1 else "" for b in range(1, depth + 1)])
+    narrow = axes.figure.get_figwidth() / len(axes.figure.axes) < 2
+    every = 4 if depth > 12 or (narrow and depth > 6) else 1
+    axes.set_xticks(range(1, depth + 1), [str(b) if b % every == 0 or b == 1 else "" for b in range(1, depth + 1)])
     axes.grid(axis="y", color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
 

@@ -71,17 +71,19 @@ class Run:
         blocks=None,
         protocol=KNN_PROTOCOL,
         metric="accuracy",
+        unit="share",
     ) -> None:
         """Add one row per block; ``models``: name -> (encoder, hits), hits as in :func:`mimrefiner.knn_hits`.
 
-        ``blocks``: the 0-based block of every row of hits where they are not all; ``protocol``, ``metric``: what was measured.
+        ``blocks``: the 0-based block of every row of hits where they are not all; ``protocol``, ``metric``, ``unit``: what was
+        measured; a row of hits may also be one value.
         """
         for name, (encoder, hits) in models.items():
             sha = sha256_of(encoder)
             for block, right in zip(range(len(hits)) if blocks is None else blocks, hits, strict=True):
                 self.add(
                     model=name, weights_sha256=sha, dataset=self.preset.dataset, n_train=n_train, n_test=n_test, block=block,
-                    pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit="share",
+                    pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit=unit,
                 )  # fmt: skip
 
     def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:

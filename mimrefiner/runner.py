@@ -13,7 +13,7 @@ import papermill
 from mimrefiner.checkpoint import atomic_file
 from mimrefiner.config import describe, load_preset
 from mimrefiner.errors import InputError
-from mimrefiner.results import CLAIM_COLUMNS, Run, claims_markdown, environment, write_csv, write_json
+from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS, Run, claims_markdown, environment, write_csv, write_json
 
 INJECTED = "# Parameters"  # papermill's first line of the cell it adds
 
@@ -137,7 +137,7 @@ def declared_parameters(notebook: Path) -> dict:
 
 def collect(out: Path) -> None:
     """Join the rows and claims of all notebooks in ``out``."""
-    for what, columns in (("results", None), ("claims", CLAIM_COLUMNS)):
+    for what, columns in (("results", ROW_COLUMNS), ("claims", CLAIM_COLUMNS)):
         frames = [pd.read_csv(file) for file in sorted((out / what).glob("*.csv"))]
         frames = [frame for frame in frames if len(frame)]
         write_csv(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns), out / f"{what}.csv")
