@@ -154,7 +154,7 @@ def plot_timeline(rows: pd.DataFrame, *, title: str) -> Figure:
     for date, name, value in zip(dates, rows["name"], rows["value"], strict=True):
         axes.annotate(f"{name} {value:.1f}", (date, value), xytext=(-3, 5), textcoords="offset points", ha="right", fontsize=7)
     axes.set(ylabel="ImageNet linear probe (%)", title=title, ylim=(rows["value"].min() - 0.6, rows["value"].max() + 0.7))
-    axes.margins(x=0.28)
+    axes.set_xlim(dates.min() - pd.Timedelta(days=560), dates.max() + pd.Timedelta(days=120))
     return figure
 
 
@@ -174,8 +174,11 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
         axes.fill(angles, radius[group], color=PALETTE[i], alpha=0.08)
     names = [f"{name}\n{low[name]:.1f} to {high[name]:.1f}" for name in table.index]
     axes.set_xticks(angles, names, fontsize=6.5)
+    for tick, angle in zip(axes.get_xticklabels(), angles, strict=True):  # labels grow away from the circle
+        across = np.cos(angle)
+        tick.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
     axes.set(yticks=[], ylim=(0, 1.05))
-    axes.tick_params(pad=9)
+    axes.tick_params(pad=4)
     axes.set_title(title, pad=18)
     _legend_below(figure, axes, columns=radius.shape[1])
     return figure
@@ -329,15 +332,14 @@ def plot_maps(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, ti
         _draw_map(axes, xy, labels, classes)
         axes.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _legend_below(figure, all_axes[0, 0], columns=min(len(classes), 7))
+    _legend_below(figure, all_axes[0, 0], columns=min(len(classes), 10))
     return figure
 
 
 def plot_thumbnails(xy: np.ndarray, images: Sequence[np.ndarray], labels, *, title: str, most: int = 250) -> Figure:
     """A map drawn with the images themselves, framed in their class's colour; images that would cover another are left out."""
     figure, axes = plt.subplots(figsize=(PAGE * 0.8, PAGE * 0.8), layout="constrained")
-    low, span = xy.min(0), np.ptp(xy, axis=0).max()
-    places = (xy - low) / span
+    places = (xy - xy.min(0)) / np.ptp(xy, axis=0)  # UMAP's axes have no unit
     taken: list[np.ndarray] = []
     for place, image, label in zip(places, images, labels, strict=True):
         if len(taken) >= most or any(np.abs(place - other).max() < 0.038 for other in taken):
@@ -345,7 +347,7 @@ def plot_thumbnails(xy: np.ndarray, images: Sequence[np.ndarray], labels, *, tit
         taken.append(place)
         box = (place[0] - 0.018, place[0] + 0.018, place[1] - 0.018, place[1] + 0.018)
         axes.imshow(image, extent=box, interpolation="nearest", zorder=2)
-        colour = _class_colours(int(max(labels)) + 1)[int(label)]
+        colour, _ = _class_style(int(label))
         axes.add_patch(plt.Rectangle((box[0], box[2]), 0.036, 0.036, fill=False, edgecolor=colour, linewidth=1.2, zorder=3))
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[], yticks=[], aspect="equal")
     sns.despine(ax=axes, left=True, bottom=True)
@@ -380,17 +382,16 @@ def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: s
 
 
 def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
-    for i, colour in enumerate(_class_colours(len(classes))):
-        chosen = np.asarray(labels) == i
-        marker = MARKERS[i % len(MARKERS)]
-        axes.scatter(*xy[chosen].T, s=7, color=[colour], marker=marker, linewidths=0, label=classes[i])
+    for i, name in enumerate(classes):
+        colour, marker = _class_style(i)
+        axes.scatter(*xy[np.asarray(labels) == i].T, s=9, color=colour, marker=marker, linewidths=0, label=name)
     axes.set(xticks=[], yticks=[])
     sns.despine(ax=axes, left=True, bottom=True)
 
 
-def _class_colours(classes: int) -> list:
-    """As many colours as classes; beyond the palette markers tell classes apart."""
-    return list(PALETTE) if classes <= len(PALETTE) else sns.color_palette("husl", classes)
+def _class_style(i: int) -> tuple[str, str]:
+    """Colour and marker of class ``i``: colours repeat after seven, pairs of both after 49."""
+    return PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)]
 
 
 def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool) -> None:
