@@ -7,7 +7,7 @@ pairing of views that the method's description implies against that of the relea
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ def ablations(preset: Preset) -> list[Ablation]:
     spaced = tuple(range(last, heads[0] - 1, -2))[::-1]
     rng = np.random.default_rng(preset.refine.seed)
     anywhere = tuple(int(b) for b in np.sort(rng.choice(depth, len(heads), replace=False)))
-    return [
+    variants = [
         Ablation("recipe", f"{len(heads)} heads, {preset.refine.pairing} pairing, top-{preset.refine.refine_top_k}"),
         Ablation("pairing of views", other, {"pairing": other}),
         Ablation("number of heads", "1 (last block)", {"blocks": (last,)}),
@@ -62,6 +62,8 @@ def ablations(preset: Preset) -> list[Ablation]:
         Ablation("augmentation", "2 global views only", {"views": replace(views, n_local=0)}, core=False),
         Ablation("augmentation", "crops only", {"views": _crops_only(views)}, core=False),
     ]
+    recipe = asdict(preset.refine)
+    return [a for a in variants if not a.change or asdict(changed(preset, a).refine) != recipe]
 
 
 def measure(preset: Preset, chosen: Sequence[Ablation], seeds: Sequence[int], run: Run) -> None:

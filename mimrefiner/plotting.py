@@ -164,7 +164,7 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
     ``rows``: columns axis, group, value (percent).
     """
     table = rows.pivot(index="axis", columns="group", values="value")
-    low, high = table.min(1), table.max(1)
+    low, high = table.min(axis=1), table.max(axis=1)
     radius = 0.25 + 0.75 * table.sub(low, axis=0).div(high - low, axis=0)
     angles = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
     figure, axes = plt.subplots(figsize=(PAGE * 0.75, PAGE * 0.68), subplot_kw={"projection": "polar"}, layout="constrained")

@@ -1,0 +1,43 @@
+from dataclasses import replace
+
+import pytest
+
+import mimrefiner as mr
+from mimrefiner import ablations, results
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny", "natural", "gpu"])
+def test_every_variant_is_a_valid_recipe_that_differs(name):
+    preset = mr.load_preset(name)
+    chosen = ablations.ablations(preset)
+    assert len({a.name for a in chosen}) == len(chosen)
+    recipes = [ablations.changed(preset, a).refine for a in chosen]
+    assert recipes[0] == preset.refine
+    for ablation, recipe in zip(chosen[1:], recipes[1:], strict=True):
+        recipe.resolve_blocks(preset.encoder.depth)
+        changed = {f for f in ablation.change if getattr(recipe, f) != getattr(preset.refine, f)}
+        assert changed == set(ablation.change), ablation.name
+
+
+def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
+    smoke = mr.load_preset("smoke")
+    preset = replace(smoke, n_train=128, n_test=64, pretrain=replace(smoke.pretrain, epochs=1))
+    chosen = ablations.ablations(preset)
+    pair = [chosen[0], next(a for a in chosen if a.group == "pairing of views")]
+    run = results.Run("05_ablations", preset, (0, 1), tmp_path)
+    ablations.measure(preset, pair, (0, 1), run)
+    rows = run.table()
+    assert set(rows["model"]) == {"before", "recipe: 2 heads, intended pairing, top-5", "pairing of views: published"}
+    assert len(rows) == 3 * 2 * 2 * 4  # models, seeds, poolings, blocks
+    assert rows.groupby(["model", "seed"])["weights_sha256"].nunique().eq(1).all()
+    assert rows["weights_sha256"].nunique() == 6
+
+
+def test_kept_rows_have_the_fixed_columns():
+    rows = ablations.committed_rows("tiny")
+    if len(rows):
+        assert tuple(rows.columns) == results.ROW_COLUMNS
+        names = {a.name for a in ablations.ablations(mr.load_preset("tiny"))} | {"before"}
+        assert set(rows["model"]) <= names
+    assert len(ablations.committed_rows("no_such_preset")) == 0

@@ -1,0 +1,85 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from mimrefiner import plotting, results
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    plotting.use_style()
+    yield
+    plt.close("all")
+
+
+def block_lines(seeds):
+    rows = [
+        {"label": label, "block": block, "seed": seed, "value": 0.1 * block + 0.01 * seed}
+        for label in ("a", "b") for block in range(4) for seed in seeds
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_blocks_are_labelled_from_one_and_values_are_percent():
+    figure = plotting.plot_blocks(block_lines((0, 1)), title="t", baselines={"raw pixels": 0.25})
+    axes = figure.axes[0]
+    line = next(line for line in axes.lines if line.get_label() == "a")
+    assert line.get_xdata().tolist() == [1, 2, 3, 4]
+    assert line.get_ydata().tolist() == pytest.approx([0.5, 10.5, 20.5, 30.5])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "4"]
+    assert len(axes.collections) == 2  # one band per line, as there are two seeds
+    assert next(line for line in axes.lines if line.get_label() == "raw pixels").get_ydata()[0] == 25
+
+
+def test_one_seed_has_no_band():
+    assert len(plotting.plot_blocks(block_lines((0,)), title="t").axes[0].collections) == 0
+
+
+def test_figures_are_saved_three_times_and_repeat(tmp_path):
+    for name in ("a", "b"):
+        plotting.save_figure(plotting.plot_blocks(block_lines((0,)), title="t"), tmp_path / name, block_lines((0,)))
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n}.{kind}" for n in "ab" for kind in ("pdf", "png", "csv")}
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_history_sets_stage_three_behind_stage_two():
+    rows = [{"stage": s, "step": t, "block": b, "loss": float(t)} for s in (2, 3) for t in range(3) for b in (0, 1)]
+    figure = plotting.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t")
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    assert [line.get_label() for line in figure.axes[0].lines[:2]] == ["block 1", "block 2"]
+
+
+def test_ablations_show_every_seed_and_the_recipe():
+    rows = pd.DataFrame({
+        "group": ["recipe"] * 2 + ["heads"] * 3, "variant": ["4"] * 2 + ["1", "1", "2"], "seed": [0, 1, 0, 1, 0],
+        "value": [0.5, 0.6, 0.4, 0.5, 0.45],
+    })  # fmt: skip
+    axes = plotting.plot_ablations(rows, title="t").axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1 (2 seeds)", "2 (1 seed)"]
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(55)
+    assert axes.lines[1].get_xdata().tolist() == [40, 50]
+
+
+def test_spider_scales_every_axis_on_its_own():
+    rows = pd.DataFrame({"axis": ["x", "x", "y", "y"], "group": ["a", "b"] * 2, "value": [1.0, 3.0, 90.0, 80.0]})
+    figure = plotting.plot_spider(rows, title="t")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.25, 1.0, 0.25]
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "x\n1.0 to 3.0"
+
+
+def test_maps_tell_many_classes_apart():
+    assert len({plotting._class_style(i) for i in range(49)}) == 49
+    xy, labels = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10
+    figure = plotting.plot_maps({"one": xy}, labels, [str(i) for i in range(10)], title="t", columns=1)
+    assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 30
+    images = [np.zeros((4, 4, 3), np.uint8)] * 30
+    shown = plotting.plot_thumbnails(xy, images, labels, title="t")
+    assert "of 30 images" in shown.axes[0].get_title()
+
+
+def test_paper_figures_use_the_published_numbers():
+    paper = results.paper_values()
+    line = paper[paper["table_or_figure"] == "Figure 1 (timeline)"].assign(date="2024/02", name="m")
+    drawn = plotting.plot_timeline(line, title="t").axes[0].lines[0].get_ydata()
+    assert sorted(drawn) == sorted(line["value"])
