@@ -42,12 +42,15 @@ def save_encoder(encoder: nn.Module, path: Path | str) -> None:
     metadata = {
         "format": "mimrefiner-encoder-1",
         "architecture": cfg["architecture"],
-        "vit": json.dumps(asdict(vit_config(encoder))),
+        "vit": json.dumps(cfg.get("vit") or asdict(vit_config(encoder))),
         "data": json.dumps({key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}),
     }
     tensors = {name: x.detach().cpu().contiguous() for name, x in encoder.state_dict().items()}
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # its word for a full disk
+            raise OSError(f"could not write {path}: {error}") from error
 
 
 def sha256_of(encoder: nn.Module) -> str:
@@ -57,6 +60,17 @@ def sha256_of(encoder: nn.Module) -> str:
         digest.update(f"{name}{tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this package wrote ``path``; a damaged .safetensors file counts as its own, so that it is called damaged."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == "mimrefiner-encoder-1"
+    except safetensors.SafetensorError:
+        return True
 
 
 def read_encoder_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

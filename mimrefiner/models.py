@@ -1,4 +1,4 @@
-"""Encoders: by timm name, or from a file that this package wrote."""
+"""Encoders: by timm name, by the name of a packaged checkpoint, or from a file."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,10 @@ import timm.data
 import torch
 from torch import nn
 
-from mimrefiner.checkpoint import read_encoder_file
+from mimrefiner.checkpoint import is_own_file, read_encoder_file
 from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
+from mimrefiner.layouts import PlainViT, load_published
 
 HALF = (0.5, 0.5, 0.5)
 ASSETS = Path(__file__).parent / "assets"
@@ -58,7 +59,8 @@ def load_encoder(
 
     Args:
         source: a timm model name (``vit_base_patch16_224.mae``), the name of a checkpoint that comes with the package
-            (``simmim_digits``), or the path of a ``.safetensors`` file written by this package.
+            (``simmim_digits``), or the path of a file: written by this package, or in a published layout
+            (:func:`mimrefiner.layouts.load_published`).
         image_size: input size in pixels, None for the model's own; position embeddings are resized.
         num_heads: attention heads, where a file does not tell (files of this package do).
         pretrained: False gives random weights of the same shape.
@@ -100,13 +102,21 @@ def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
 
 def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretrained: bool) -> nn.Module:
     if not path.is_file():
-        raise InputError(f"{path} does not exist or is no file: expected a .safetensors file or a timm model name")
+        raise InputError(f"{path} does not exist or is no file: expected a checkpoint or a timm model name")
+    if not is_own_file(path):
+        encoder = load_published(path, num_heads=num_heads)
+        if not pretrained:
+            encoder = PlainViT(**encoder.pretrained_cfg["vit"]).build()
+        return _with_size(encoder, image_size)
     tensors, metadata = read_encoder_file(path)
-    config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
+    sizes, data = json.loads(metadata["vit"]), json.loads(metadata["data"])
+    config = PlainViT(**sizes) if metadata["architecture"] == "plain_vit" else ViTConfig(**sizes)
     if num_heads not in (None, config.num_heads):
         raise InputError(f"{path} has {config.num_heads} attention heads, got num_heads={num_heads}")
     if metadata["architecture"] == "mimrefiner_vit":
         encoder = build_vit(config)
+    elif metadata["architecture"] == "plain_vit":
+        encoder = config.build()
     else:
         encoder = _create(metadata["architecture"], config.image_size, pretrained=False)
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": metadata["architecture"]}
