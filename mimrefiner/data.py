@@ -303,8 +303,11 @@ def view_batches(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
     first_step: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
     """Batches of normalised views, epoch after epoch, incomplete last batches dropped.
+
+    ``first_step`` starts later in the same sequence; ``part`` (i, n) yields the i-th of n equal shares of every batch.
 
     Yields:
         views: one tensor per view in the order of ``views.crops``, (batch, 3, size, size), on ``device``.
@@ -315,12 +318,17 @@ def view_batches(
     if per_epoch == 0:
         raise InputError(f"a batch of {batch_size} needs at least that many images, the data set has {len(dataset)}")
 
+    if batch_size % part[1]:
+        raise InputError(f"a batch of {batch_size} cannot be shared equally by {part[1]} processes")
+    share = batch_size // part[1]
+
     def keys() -> Iterator[list[tuple[int, int]]]:
         for step in range(first_step, steps):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0 or step == first_step:
                 order = epoch_order(len(dataset), epoch, seed)
-            yield [(epoch, int(i)) for i in order[batch * batch_size : (batch + 1) * batch_size]]
+            start = batch * batch_size + part[0] * share
+            yield [(epoch, int(i)) for i in order[start : start + share]]
 
     device = torch.device(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
@@ -329,6 +337,7 @@ def view_batches(
         batch_sampler=keys(),
         num_workers=num_workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # a loader's own draw must not move the global state, or a resumed run would differ
         pin_memory=device.type == "cuda",
     )
     for pixels, draws, index, label in loader:

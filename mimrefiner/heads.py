@@ -7,6 +7,8 @@ heads. Values, gradients and running statistics equal those of separate heads.
 import torch
 from torch import Tensor, nn
 
+from mimrefiner import distributed
+
 
 class StackedLinear(nn.Module):
     """One bias-free linear layer per head: (rows, heads, inputs) -> (rows, heads, outputs)."""
@@ -22,12 +24,14 @@ class StackedLinear(nn.Module):
 
 
 class StackedBatchNorm(nn.BatchNorm1d):
-    """One batch norm per head over the rows of (rows, heads, dim); no statistic crosses heads."""
+    """One batch norm per head over the rows of (rows, heads, dim), those of all processes; no statistic crosses heads."""
 
     def __init__(self, heads: int, dim: int):
         super().__init__(heads * dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and distributed.world() > 1:
+            return distributed.batch_norm(x.flatten(1), self).view(x.shape)
         return super().forward(x.flatten(1)).view(x.shape)
 
 

@@ -36,15 +36,23 @@ class NNQueue(nn.Module):
     def size(self) -> int:
         return self.z.shape[1]
 
-    def lookup(self, z: Tensor, index: Tensor | None, *, top_k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    def lookup(self, z: Tensor, index: Tensor | None, **options) -> Tensor:
         """Neighbours of ``z`` (heads, batch, views, dim) in the queue, un-normalised and without gradient: the shape of ``z``.
 
         See :meth:`lookup_slots` for the arguments.
         """
-        return self.gather(self.lookup_slots(z, index, top_k=top_k, generator=generator))
+        return self.gather(self.lookup_slots(z, index, **options))
 
     @torch.no_grad()
-    def lookup_slots(self, z: Tensor, index: Tensor | None, *, top_k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    def lookup_slots(
+        self,
+        z: Tensor,
+        index: Tensor | None,
+        *,
+        top_k: int = 1,
+        generator: torch.Generator | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> Tensor:
         """Slots of the neighbours of ``z`` by cosine similarity: (heads, batch, views), integers.
 
         Args:
@@ -52,6 +60,8 @@ class NNQueue(nn.Module):
             index: which image each row is, (batch,); entries of the same image are passed over. None excludes nothing.
             top_k: draw uniformly among this many nearest entries; 1 takes the nearest.
             generator: source of the draw (a CPU generator serves any device).
+            part: (i, n) when ``z`` is the i-th of n equal parts of the batch: draws are made for the whole of it, so that they
+                do not depend on the number of processes.
         """
         heads, batch, views, dim = z.shape
         if heads != self.z.shape[0] or dim != self.z.shape[2]:
@@ -60,19 +70,20 @@ class NNQueue(nn.Module):
             raise ValueError(f"top_k must be between 1 and the queue's size {self.size}, got {top_k}")
         if top_k > 1:
             device = z.device if generator is None else generator.device
-            pick = torch.randint(top_k, (heads, batch, views, 1), generator=generator, device=device).to(z.device)
+            pick = torch.randint(top_k, (heads, batch * part[1], views, 1), generator=generator, device=device)
+            pick = pick[:, part[0] * batch : (part[0] + 1) * batch].to(z.device)
         rows = max(1, LOOKUP_BYTES // (4 * heads * views * self.size))
         slots = []
         with torch.autocast(z.device.type, enabled=False):
             for start in range(0, batch, rows):
-                part = slice(start, start + rows)
-                query = F.normalize(z[:, part].float(), dim=-1).flatten(1, 2)  # (heads, rows * views, dim)
+                some = slice(start, start + rows)
+                query = F.normalize(z[:, some].float(), dim=-1).flatten(1, 2)  # (heads, rows * views, dim)
                 similarity = (query @ self.unit.mT).unflatten(1, (-1, views))  # (heads, rows, views, size)
                 if index is not None:
-                    own = index[part, None] == self.index  # (rows, size)
+                    own = index[some, None] == self.index  # (rows, size)
                     similarity.masked_fill_(own[:, None], -1.0)
                 nearest = similarity.topk(top_k, dim=-1).indices
-                slots.append(nearest[..., 0] if top_k == 1 else nearest.gather(-1, pick[:, part])[..., 0])
+                slots.append(nearest[..., 0] if top_k == 1 else nearest.gather(-1, pick[:, some])[..., 0])
         return torch.cat(slots, dim=1)
 
     def gather(self, slots: Tensor) -> Tensor:
@@ -99,7 +110,7 @@ class NNQueue(nn.Module):
             raise ValueError(f"a batch of {batch} does not fit a queue of {self.size}")
         slots = (self.ptr + torch.arange(batch, device=self.ptr.device)) % self.size
         self.z[:, slots] = z.to(self.z.dtype)
-        self.unit[:, slots] = F.normalize(z.float(), dim=-1).to(self.unit.dtype)
+        self.unit[:, slots] = F.normalize(self.z[:, slots], dim=-1)  # from z as stored, so that a loaded queue equals this one
         self.index[slots] = index
         self.label[slots] = -1 if label is None else label
         self.age[slots] = 0

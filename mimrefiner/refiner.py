@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimrefiner import distributed
 from mimrefiner.config import RefineConfig
 from mimrefiner.errors import InputError
 from mimrefiner.features import check_pools, pooled_blocks
@@ -61,7 +62,11 @@ class MIMRefiner(nn.Module):
             self.queue = NNQueue(len(self.blocks), config.queue_size, config.out_dim)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Projections and predictions of all views, each (heads, batch, views, out_dim).
+        """Projections and predictions of all views, each (heads, batch, views, out_dim); ``views`` as for :meth:`features`."""
+        return self.project(self.features(views))
+
+    def features(self, views: Sequence[Tensor]) -> Tensor:
+        """What the heads read: pooled features of their blocks, (views, batch, heads, dim).
 
         ``views``: (batch, 3, size, size) each, crops of one size next to each other; they pass the encoder together.
         """
@@ -74,9 +79,12 @@ class MIMRefiner(nn.Module):
             pools = pooled_blocks(self.encoder, images, self.blocks, (self.config.pool,), norm_blocks=(self.depth - 1,))
             pooled.append(torch.stack(pools[self.config.pool], 1))  # (views * batch, heads, dim)
             start = stop
-        z, p = self.heads(torch.cat(pooled))  # batch norm sees all views together
-        shape = (len(views), views[0].shape[0], *z.shape[1:])
-        return z.view(shape).permute(2, 1, 0, 3), p.view(shape).permute(2, 1, 0, 3)
+        return torch.cat(pooled).unflatten(0, (len(views), -1))
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections and predictions, each (heads, batch, views, out_dim), of :meth:`features`."""
+        z, p = self.heads(features.flatten(0, 1))  # batch norm sees all views together
+        return tuple(x.unflatten(0, features.shape[:2]).permute(2, 1, 0, 3) for x in (z, p))
 
     def step(
         self,
@@ -86,23 +94,32 @@ class MIMRefiner(nn.Module):
         *,
         top_k: int,
         generator: torch.Generator | None = None,
+        features: Tensor | None = None,
     ) -> StepResult:
         """Loss and metrics of one batch of views; look up neighbours first, then enqueue the first view's projections.
+
+        With several processes each gives its share of the batch: the loss is that of its own images against the predictions
+        of all, and the mean over processes is the loss of the batch.
 
         Args:
             views: global views first, (batch, 3, size, size) each.
             index, label: which image each row is, and its class (-1: none), (batch,); labels serve metrics only.
             top_k, generator: see :meth:`NNQueue.lookup_slots`.
+            features: of the views, where they were computed before (:meth:`features`).
         """
-        config = self.config
-        z, p = self(views)
+        config, rank, world = self.config, distributed.rank(), distributed.world()
+        z, p = self.project(self.features(views) if features is None else features)
         z = z[:, :, : len(config.views.global_crops)].detach().float()
-        slots = self.queue.lookup_slots(z, index, top_k=top_k, generator=generator)
+        slots = self.queue.lookup_slots(z, index, top_k=top_k, generator=generator, part=(rank, world))
         neighbours = self.queue.gather(slots)
-        terms = nna_terms(z, neighbours, p, temperature=config.temperature, swap_negatives=config.swap_negatives)
+        p = distributed.gather(p.transpose(0, 1)).transpose(0, 1)  # (heads, batch of all processes, views, dim)
+        terms = nna_terms(
+            z, neighbours, p, temperature=config.temperature, swap_negatives=config.swap_negatives, offset=rank * z.shape[1]
+        )
         with torch.no_grad():
             metrics = self._metrics(z, neighbours, slots, terms, label)
-            self.queue.enqueue(z[:, :, 0], index, label)
+            first = distributed.gather(z[:, :, 0].transpose(0, 1)).transpose(0, 1)
+            self.queue.enqueue(first, distributed.gather(index), None if label is None else distributed.gather(label))
         return StepResult(average_pairs(terms, config.pairing), metrics)
 
     def _metrics(self, z: Tensor, neighbours: Tensor, slots: Tensor, terms: Tensor, label: Tensor | None) -> dict[str, Tensor]:

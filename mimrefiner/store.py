@@ -28,7 +28,10 @@ from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine
 
-TRAINER_FILES = ("augment", "config", "data", "features", "heads", "losses", "masked", "models", "nn_queue", "refiner", "train")
+TRAINER_FILES = (
+    "augment", "config", "data", "distributed", "features", "heads", "losses", "masked", "models", "nn_queue", "optim", "refiner",
+    "train",
+)  # fmt: skip
 
 
 def load_split(preset: Preset, split: str) -> ImageDataset:

@@ -1,28 +1,34 @@
 """The three training stages as plain loops: pretrain (1), heads only (2), heads and encoder (3)."""
 
 import copy
-import math
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
+from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from mimrefiner import distributed
 from mimrefiner.augment import Crop, Views
+from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data import view_batches
+from mimrefiner.errors import InputError
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.models import default_device, normalisation
+from mimrefiner.monitor import Meter, Monitor
+from mimrefiner.optim import cosine_lr, ema_decay, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
 from mimrefiner.progress import progress
-from mimrefiner.refiner import MIMRefiner
+from mimrefiner.refiner import MIMRefiner, StepResult
+from mimrefiner.resume import Run, Saving, sigterm_stops
 
 LOG_POINTS = 100  # history rows per stage, so that metrics do not stop the GPU at every step
-EMA_HORIZON = 0.27  # as a share of training
 
 
 @dataclass
@@ -43,7 +49,8 @@ class PretrainResult:
 class RefineResult:
     """``encoder`` (raw weights) and ``ema_encoder`` (their moving average, which the paper evaluates), on the CPU.
 
-    ``history``: one row per logged step and head; ``flops`` and ``seconds`` of both stages together.
+    ``history``: one row per logged step and head; ``flops`` and ``seconds`` of both stages together; ``epochs``: what a
+    :class:`~mimrefiner.monitor.Monitor` measured, one row per epoch.
     """
 
     encoder: nn.Module
@@ -51,6 +58,25 @@ class RefineResult:
     history: pd.DataFrame
     flops: float
     seconds: float
+    epochs: pd.DataFrame | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What trades time for memory; none of it changes what is computed.
+
+    Attributes:
+        micro_batch: images of each process that pass the encoder at a time; batch norm and negatives still see the whole batch
+            (gradient caching, arXiv 2101.06983: the encoder runs twice). None: all.
+        recompute: keep only the input of every block and compute the rest again in the backward pass (activation checkpointing).
+    """
+
+    micro_batch: int | None = None
+    recompute: bool = False
+
+    def __post_init__(self):
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise InputError(f"micro_batch must be at least 1, got {self.micro_batch}")
 
 
 def pretrain(
@@ -61,6 +87,7 @@ def pretrain(
     start_from: SimMIM | MAE | None = None,
     device: torch.device | str | None = None,
     num_workers: int = 0,
+    saving: Saving | None = None,
 ) -> PretrainResult:
     """Stage 1: masked-image pre-training of a copy of ``encoder``.
 
@@ -70,40 +97,54 @@ def pretrain(
         config: recipe; everything random follows from ``config.seed``.
         start_from: go on from this pre-training model (its encoder replaces ``encoder``) with a new learning-rate cycle.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
+        saving: checkpoints and resuming; None for none.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        mimrefiner.resume.Stopped: SIGTERM came.
     """
     device = torch.device(device) if device is not None else default_device()
     model = copy.deepcopy(start_from) if start_from is not None else build_masked_model(copy.deepcopy(encoder), config)
+    run = Run(saving, {} if saving is None else _settings(config, dataset, model))
     model.train().to(device)
     size = model.encoder.patch_embed.img_size[0]
     crop = Crop(size, config.crop_scale, flip_p=0.5 * config.flip, jitter_p=0.0, grey_p=0.0)
     per_epoch = max(1, len(dataset) // config.batch_size)
     steps = max(1, round(config.epochs * per_epoch))
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=_undecayed(model))
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed(model))
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=device.type == "cuda")
     peak = config.base_lr * config.batch_size / 256
     mean, std = normalisation(model.encoder)
+    first = run.begin(1, steps, model=model, optimizer=optimizer)
+    part = (distributed.rank(), distributed.world())
     batches = view_batches(
         dataset, Views((crop,), crop, 0), batch_size=config.batch_size, steps=steps, seed=config.seed, mean=mean, std=std,
-        device=device, num_workers=num_workers,
+        device=device, num_workers=num_workers, first_step=first, part=part,
     )  # fmt: skip
     generator = torch.Generator()
-    rows, flops, began = [], 0, time.perf_counter()
-    for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps)):
-        lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
-        images = views[0]
-        generator.manual_seed(_step_seed(config.seed, 1, step))
-        mask = random_mask(len(images), (size // model.patch) ** 2, config.mask_ratio, generator).to(device)
-        with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
-            with _autocast(device, model.encoder):
-                loss = model(images, mask)
-            optimizer.zero_grad()
-            loss.backward()
-        flops += counter.get_total_flops() * steps if step == 0 else 0
-        optimizer.step()
-        if _is_logged(step, steps):
-            rows.append({"stage": 1, "step": step, "epoch": step / per_epoch, "lr": lr, "loss": _finite(loss, step)})
+    with sigterm_stops(), _advice_on_memory():
+        for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps - first), first):
+            lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
+            images = views[0]
+            generator.manual_seed(_step_seed(config.seed, 1, step))
+            mask = random_mask(config.batch_size, (size // model.patch) ** 2, config.mask_ratio, generator)
+            mask = mask.chunk(part[1])[part[0]].to(device)
+            with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
+                with _autocast(device, model.encoder):
+                    loss = model(images, mask)
+                optimizer.zero_grad()
+                loss.backward()
+            run.flops += counter.get_total_flops() * steps * part[1] if step == 0 else 0
+            distributed.average_gradients(model.parameters())
+            optimizer.step()
+            loss = distributed.mean(loss)
+            run.watch(step, loss[None])
+            if _is_logged(step, steps):
+                run.check_finite([""])
+                run.rows.append({"stage": 1, "step": step, "epoch": step / per_epoch, "lr": lr, "loss": loss.item()})
+            run.end_step(step, [""])
     model.eval().cpu()
-    return PretrainResult(model, model.encoder, pd.DataFrame(rows), flops, time.perf_counter() - began)
+    return PretrainResult(model, model.encoder, run.history, run.flops, run.seconds)
 
 
 def refine(
@@ -113,6 +154,9 @@ def refine(
     *,
     device: torch.device | str | None = None,
     num_workers: int = 0,
+    saving: Saving | None = None,
+    memory: Memory = Memory(),  # noqa: B008  frozen
+    monitor: Monitor | None = None,
 ) -> RefineResult:
     """Stages 2 and 3 on a copy of ``encoder``: prepare the heads, then train encoder and heads.
 
@@ -121,159 +165,205 @@ def refine(
         dataset: map-style, (image, label); labels are used for metrics only.
         config: recipe; everything random follows from ``config.seed``.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
+        saving: checkpoints and resuming; None for none.
+        memory: what trades time for memory.
+        monitor: what to measure at the end of every epoch; None for nothing.
 
     Raises:
         InputError: see :class:`mimrefiner.refiner.MIMRefiner`.
+        FloatingPointError: the loss of a head is not finite.
+        mimrefiner.resume.Stopped: SIGTERM came.
     """
     device = torch.device(device) if device is not None else default_device()
-    began = time.perf_counter()
-    refiner = MIMRefiner(copy.deepcopy(encoder), config).to(device)
-    history, flops = train_heads(refiner, dataset, num_workers=num_workers)
-    ema_encoder, more_history, more_flops = refine_encoder(refiner, dataset, num_workers=num_workers)
-    history = pd.concat([history, more_history], ignore_index=True)
+    refiner = MIMRefiner(copy.deepcopy(encoder), config)
+    run = Run(saving, {} if saving is None else _settings(config, dataset, encoder))
+    refiner.to(device)
+    how = {"num_workers": num_workers, "run": run, "memory": memory, "monitor": monitor}
+    train_heads(refiner, dataset, **how)
+    ema_encoder, _, _ = refine_encoder(refiner, dataset, **how)
     raw = refiner.encoder.eval().requires_grad_(True).cpu()
-    return RefineResult(raw, ema_encoder, history, flops + more_flops, time.perf_counter() - began)
+    epochs = pd.DataFrame(run.epochs) if monitor is not None else None
+    return RefineResult(raw, ema_encoder, run.history, run.flops, run.seconds, epochs)
 
 
-def train_heads(refiner: MIMRefiner, dataset: Dataset, *, num_workers: int = 0) -> tuple[pd.DataFrame, float]:
-    """Stage 2: train the heads of ``refiner`` in place on a frozen encoder; returns history and FLOPs.
+def train_heads(
+    refiner: MIMRefiner,
+    dataset: Dataset,
+    *,
+    num_workers: int = 0,
+    run: Run | None = None,
+    memory: Memory = Memory(),  # noqa: B008
+    monitor: Monitor | None = None,
+) -> tuple[pd.DataFrame, float]:
+    """Stage 2: train the heads of ``refiner`` in place on a frozen encoder; returns history and FLOPs of the run.
 
     Raises:
         AssertionError: should the encoder have changed.
     """
     config = refiner.config
+    run = Run(None, {}) if run is None else run
     before = [x.clone() for x in refiner.encoder.state_dict().values()]
     refiner.encoder.requires_grad_(False).eval()
     groups = param_groups_weight_decay(refiner.heads, config.head_weight_decay)
-    result = _contrastive_stage(
-        refiner, dataset, groups, 2, config.heads_epochs, config.heads_base_lr, config.heads_top_k, num_workers
-    )
+    recipe = Recipe(2, config.heads_epochs, config.heads_base_lr, config.heads_top_k)
+    _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor)
     after = refiner.encoder.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "stage 2 changed the encoder"
-    return result
+    return run.history, run.flops
 
 
-def refine_encoder(refiner: MIMRefiner, dataset: Dataset, *, num_workers: int = 0) -> tuple[nn.Module, pd.DataFrame, float]:
+def refine_encoder(
+    refiner: MIMRefiner,
+    dataset: Dataset,
+    *,
+    num_workers: int = 0,
+    run: Run | None = None,
+    memory: Memory = Memory(),  # noqa: B008
+    monitor: Monitor | None = None,
+) -> tuple[nn.Module, pd.DataFrame, float]:
     """Stage 3: train encoder and heads of ``refiner`` in place; returns the encoder's moving average, history and FLOPs."""
     config = refiner.config
+    run = Run(None, {}) if run is None else run
     refiner.encoder.requires_grad_(True).train()
     freeze_first(refiner.encoder, config.frozen_blocks)
     groups = layer_decay_groups(refiner.encoder, config.encoder_weight_decay, config.layer_decay)
     groups += param_groups_weight_decay(refiner.heads, config.head_weight_decay)
-    steps = stage_steps(len(dataset), config.batch_size, config.refine_epochs)
-    decay = ema_decay(config, steps)
+    decay = ema_decay(config, stage_steps(len(dataset), config.batch_size, config.refine_epochs))
     ema = AveragedModel(refiner.encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    history, flops = _contrastive_stage(
-        refiner, dataset, groups, 3, config.refine_epochs, config.refine_base_lr, config.refine_top_k, num_workers, ema
-    )
-    return ema.module.eval().requires_grad_(True).cpu(), history, flops
+    recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k)
+    if memory.recompute:
+        refiner.encoder.set_grad_checkpointing(True)
+    _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema)
+    if memory.recompute:
+        refiner.encoder.set_grad_checkpointing(False)
+    return ema.module.eval().requires_grad_(True).cpu(), run.history, run.flops
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between stages 2 and 3."""
+
+    stage: int
+    epochs: float
+    base_lr: float
+    top_k: int
 
 
 def _contrastive_stage(
     refiner: MIMRefiner,
     dataset: Dataset,
     groups: list[dict],
-    stage: int,
-    epochs: float,
-    base_lr: float,
-    top_k: int,
+    recipe: Recipe,
+    run: Run,
     num_workers: int,
+    memory: Memory,
+    monitor: Monitor | None,
     ema: AveragedModel | None = None,
-) -> tuple[pd.DataFrame, float]:
-    config = refiner.config
+) -> None:
+    config, stage = refiner.config, recipe.stage
     device = next(refiner.parameters()).device
-    steps = stage_steps(len(dataset), config.batch_size, epochs)
+    steps = stage_steps(len(dataset), config.batch_size, recipe.epochs)
     per_epoch = len(dataset) // config.batch_size
-    peak = base_lr * config.batch_size / 256
+    peak = recipe.base_lr * config.batch_size / 256
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=device.type == "cuda")
     mean, std = normalisation(refiner.encoder)
+    parts = {"refiner": refiner, "optimizer": optimizer} | ({"ema": ema} if ema is not None else {})
+    first = run.begin(stage, steps, **parts)
     batches = view_batches(
         dataset, config.views, batch_size=config.batch_size, steps=steps, seed=8 * config.seed + stage, mean=mean, std=std,
-        device=device, num_workers=num_workers,
+        device=device, num_workers=num_workers, first_step=first, part=(distributed.rank(), distributed.world()),
     )  # fmt: skip
     generator = torch.Generator()
     refiner.heads.train()
-    rows, flops = [], 0
-    for step, (views, index, label) in enumerate(progress(batches, f"stage {stage}", steps)):
-        lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
-        generator.manual_seed(_step_seed(config.seed, stage, step))
-        with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
-            with _autocast(device, refiner.encoder):
-                result = refiner.step(views, index, label, top_k=top_k, generator=generator)
-            optimizer.zero_grad()
-            result.loss.sum().backward()
-        flops += counter.get_total_flops() * steps if step == 0 else 0
-        optimizer.step()
-        if ema is not None:
-            ema.update_parameters(refiner.encoder)
-        if _is_logged(step, steps):
-            _finite(result.loss.sum(), step)
-            columns = {"loss": result.loss.detach(), **result.metrics}
-            columns = {name: x.tolist() for name, x in columns.items()}
-            for head, block in enumerate(refiner.blocks):
-                values = {name: x[head] for name, x in columns.items()}
-                rows.append({"stage": stage, "step": step, "epoch": step / per_epoch, "lr": lr, "block": block, **values})
-    return pd.DataFrame(rows), flops
+    names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
+    meter = Meter(config.batch_size)
+    with sigterm_stops(), _advice_on_memory():
+        for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
+            lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
+            generator.manual_seed(_step_seed(config.seed, stage, step))
+            with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
+                optimizer.zero_grad()
+                result = forward_backward(refiner, *batch, top_k=recipe.top_k, generator=generator, micro_batch=memory.micro_batch)
+            run.flops += counter.get_total_flops() * steps * distributed.world() if step == 0 else 0
+            distributed.average_gradients(refiner.parameters())
+            optimizer.step()
+            if ema is not None:
+                ema.update_parameters(refiner.encoder)
+            loss = distributed.mean(result.loss.detach())
+            run.watch(step, loss)
+            if _is_logged(step, steps):
+                run.check_finite(names)
+                columns = {"loss": loss, **{name: distributed.mean(x) for name, x in result.metrics.items()}}
+                columns = {name: x.tolist() for name, x in columns.items()}
+                for head, block in enumerate(refiner.blocks):
+                    values = {name: x[head] for name, x in columns.items()}
+                    run.rows.append({"stage": stage, "step": step, "epoch": step / per_epoch, "lr": lr, "block": block, **values})
+            if monitor is not None and (step + 1) % per_epoch == 0:
+                run.epochs.append({"stage": stage, "epoch": (step + 1) // per_epoch, **meter.read()})
+                monitor.measure(refiner, run.epochs)
+            run.end_step(step, names)
 
 
-def stage_steps(images: int, batch_size: int, epochs: float) -> int:
-    """Steps of a stage: whole batches only, at least one step."""
-    return max(1, round(epochs * (images // batch_size)))
+def forward_backward(
+    refiner: MIMRefiner,
+    views: Sequence[Tensor],
+    index: Tensor,
+    label: Tensor | None = None,
+    *,
+    top_k: int,
+    generator: torch.Generator | None = None,
+    micro_batch: int | None = None,
+) -> StepResult:
+    """One batch forward and back: adds the gradients of the summed head losses to the parameters.
 
-
-def cosine_lr(step: int, steps: int, warmup: float, peak: float, low: float) -> float:
-    """Linear warm-up over ``warmup`` steps to ``peak``, then half a cosine to ``low``."""
-    warmup = min(warmup, steps / 2)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set every group's rate to ``lr`` times its layer's scale (timm's ``lr_scale``); returns ``lr``."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
-
-
-def ema_decay(config: RefineConfig, steps: int) -> float:
-    """The configured decay, or the one that averages over 27 % of training."""
-    return config.ema_decay if config.ema_decay is not None else max(0.0, 1 - 1 / (EMA_HORIZON * steps))
-
-
-def freeze_first(encoder: nn.Module, blocks: int) -> None:
-    """Freeze patch embedding, cls token, positions and the first ``blocks`` blocks (0: nothing); no graph is kept for them."""
-    if blocks:
-        for name, x in encoder.named_parameters():
-            part = name.split(".")
-            if part[0] in ("norm", "fc_norm") or (part[0] == "blocks" and int(part[1]) >= blocks):
-                continue
-            x.requires_grad_(False)
-
-
-def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameter groups whose rates shrink towards the input (``layerwise_lr_decay_modifier.py`` of the released code).
-
-    ``lr_scale`` is 1 for the final norm, ``layer_decay ** (depth - i)`` for block i (0-based) and ``layer_decay ** (depth + 1)``
-    for everything before the blocks. Tokens, positions and one-dimensional parameters are not decayed; frozen ones are left out.
+    With ``micro_batch`` the encoder first runs without a graph, that many images at a time; heads and loss see all of them; then
+    the encoder runs again, part by part, and the features' gradients go back through it. Arguments: :meth:`MIMRefiner.step`.
     """
-    depth, undecayed = len(encoder.blocks), _undecayed(encoder)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, x in encoder.named_parameters():
-        part = name.split(".")
-        power = depth - int(part[1]) if part[0] == "blocks" else 0 if part[0] in ("norm", "fc_norm") else depth + 1
-        if x.requires_grad:
-            groups.setdefault((power, x.ndim > 1 and name not in undecayed), []).append(x)
-    return [
-        {"params": params, "lr_scale": layer_decay**power, "weight_decay": weight_decay * decayed}
-        for (power, decayed), params in groups.items()
-    ]
+    encoder, rest = refiner.encoder, {"top_k": top_k, "generator": generator}
+    device = views[0].device
+    if micro_batch is None or micro_batch >= len(index):
+        with _autocast(device, encoder):
+            result = refiner.step(views, index, label, **rest)
+        result.loss.sum().backward()
+        return result
+    trains = any(x.requires_grad for x in encoder.parameters())
+    if trains and any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in encoder.modules() if _is_dropout(m)):
+        raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
+    parts = range(0, len(index), micro_batch)
+    with torch.no_grad(), _autocast(device, encoder):
+        features = [refiner.features([x[i : i + micro_batch] for x in views]) for i in parts]
+    features = torch.cat(features, 1).requires_grad_(trains)  # (views, batch, heads, dim)
+    with _autocast(device, encoder):
+        result = refiner.step(views, index, label, features=features, **rest)
+    result.loss.sum().backward()
+    if trains:
+        for i in parts:
+            with _autocast(device, encoder):
+                again = refiner.features([x[i : i + micro_batch] for x in views])
+            again.backward(features.grad[:, i : i + micro_batch])
+    return result
 
 
-def _undecayed(model: nn.Module) -> list[str]:
-    """Tokens and positions are not decayed; one-dimensional parameters are not either, which timm sees to."""
-    tokens = ("cls_token", "pos_embed", "reg_token", "mask_token")
-    return [name for name, _ in model.named_parameters() if name.split(".")[-1] in tokens]
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Dropout, DropPath))
+
+
+@contextmanager
+def _advice_on_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): freeze the first blocks (--freeze-first), use fewer "
+            "heads (--heads), recompute activations (--recompute), pass fewer images through the encoder at a time "
+            "(--micro-batch), or use more GPUs; batches below about 256 may cost quality"
+        ) from error
+
+
+def _settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
+    """What a resumed run must share with the interrupted one."""
+    name = getattr(dataset, "name", "").partition(":")[0]  # data may have moved to another folder
+    return {**asdict(config), "data": name, "images": len(dataset), "first weights": sha256_of(model)}
 
 
 def _autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
@@ -287,10 +377,3 @@ def _step_seed(seed: int, stage: int, step: int) -> int:
 
 def _is_logged(step: int, steps: int) -> bool:
     return step % max(1, steps // LOG_POINTS) == 0 or step == steps - 1
-
-
-def _finite(loss: Tensor, step: int) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss became {value} at step {step}: lower the learning rate or raise the temperature")
-    return value

@@ -1,0 +1,135 @@
+"""What is measured at the end of every epoch of stages 2 and 3: k-NN accuracies, collapse, throughput, memory."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mimrefiner import distributed
+from mimrefiner.checkpoint import atomic_file
+from mimrefiner.features import extract_features
+from mimrefiner.probes.knn import knn_accuracy
+from mimrefiner.refiner import MIMRefiner
+
+COLLAPSED = 0.2  # of the spread of N(0, 1) vectors
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """k-NN of the last block (before the final LayerNorm) and of every head's first projector layer, the authors' proxy for
+    downstream quality, and the spread of the queue.
+
+    Attributes:
+        reference, held_out: labelled data sets; the images of ``held_out`` are classified by those of ``reference``.
+        folder: ``epochs.csv`` is rewritten there after every epoch; None for no file.
+        tensorboard: also write TensorBoard events to ``folder`` (needs the ``tensorboard`` package).
+        k: neighbours.
+    """
+
+    reference: Dataset
+    held_out: Dataset
+    folder: Path | None = None
+    tensorboard: bool = False
+    k: int = 10
+
+    def measure(self, refiner: MIMRefiner, epochs: list[dict]) -> None:
+        """Add this epoch's values to the last row of ``epochs``, warn of collapse, write the files (process 0)."""
+        row = epochs[-1]
+        for block, spread in zip(refiner.blocks, queue_spread(refiner).tolist(), strict=True):
+            row[f"spread_head{block}"] = spread
+            if spread < COLLAPSED:
+                print(
+                    f"stage {row['stage']}, epoch {row['epoch']}: the head on block {block} collapses (its projections spread "
+                    f"{spread:.2f}, 1 for random directions): lower the learning rate or raise the temperature",
+                    file=sys.stderr,
+                )
+        if distributed.rank() == 0:
+            row |= self._accuracies(refiner)
+            if self.folder is not None:
+                with atomic_file(Path(self.folder) / "epochs.csv") as temporary:
+                    pd.DataFrame(epochs).to_csv(temporary, index=False)
+            if self.tensorboard:
+                self._write_events(row)
+
+    @torch.no_grad()
+    def _accuracies(self, refiner: MIMRefiner) -> dict[str, float]:
+        encoder, pool = refiner.encoder, refiner.config.pool
+        training, device = encoder.training, next(encoder.parameters()).device
+        blocks = sorted({*refiner.blocks, refiner.depth - 1})
+        parts = [
+            extract_features(encoder.eval(), data, blocks=blocks, pools=(pool,), device=device)
+            for data in (self.reference, self.held_out)
+        ]
+        encoder.train(training)
+        x, labels = [[f.to(device) for f in part.x[pool]] for part in parts], [part.y.to(device) for part in parts]
+        result = {"knn_last_block": self._knn([f[-1] for f in x], labels)}
+        for head, block in enumerate(refiner.blocks):
+            inputs = [f[blocks.index(block)] for f in x]
+            if block == refiner.depth - 1:  # this head reads behind the final norm (of the pooled token; exact for cls)
+                inputs = [encoder.norm(f) for f in inputs]
+            result[f"knn_head{block}"] = self._knn([f @ refiner.heads.projector[0].weight[head] for f in inputs], labels)
+        return result
+
+    def _knn(self, x: list[Tensor], labels: list[Tensor]) -> float:
+        return knn_accuracy(x[0], labels[0], x[1], labels[1], k=min(self.k, len(x[0])))
+
+    def _write_events(self, row: dict) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(self.folder) as writer:
+            for name, value in row.items():
+                if name not in ("stage", "epoch"):
+                    writer.add_scalar(f"stage{row['stage']}/{name}", value, row["epoch"])
+
+
+def queue_spread(refiner: MIMRefiner) -> Tensor:
+    """How much the directions in every head's queue differ, (heads,): 1 for random directions, 0 when all are the same."""
+    unit = refiner.queue.unit
+    return unit.var(1, correction=0).sum(-1).sqrt()
+
+
+class Meter:
+    """Throughput since it was last read."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self._start()
+
+    def _start(self) -> None:
+        self.began, self.waited, self.batches = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterable) -> Iterator:
+        """``batches``, with the time spent waiting for each counted."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            self.batches += 1
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        """Images per second of all processes, share of the time spent waiting for data, peak memory in MiB (GPU, else process)."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        seconds = time.perf_counter() - self.began
+        values = {
+            "images_per_second": self.batches * self.batch_size / seconds,
+            "data_wait_share": self.waited / seconds,
+            "peak_memory_mib": memory,
+        }
+        self._start()
+        return values

@@ -1,0 +1,257 @@
+"""Training that survives: checkpoints of the whole state, exact resume, and a clean end on SIGTERM.
+
+A checkpoint's file name carries the start of its SHA-256, so that a truncated or changed file is noticed. Files hold tensors,
+numbers and text only and are loaded with ``weights_only=True``.
+"""
+
+import hashlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mimrefiner import distributed
+from mimrefiner.checkpoint import atomic_file
+from mimrefiner.errors import InputError
+
+KEEP = 2
+CHECK_EVERY = 10  # steps between the processes' agreements on whether to stop: each one waits for the GPU
+NAME = re.compile(r"stage(\d)-step(\d{8})-([0-9a-f]{16})\.pt")
+
+
+class Stopped(Exception):
+    """Training was asked to end (SIGTERM) and has saved where it is."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where and how often training writes checkpoints.
+
+    Attributes:
+        folder: the checkpoints' folder.
+        every: steps between two; one more is written at the end of every stage and on SIGTERM.
+        resume: go on from the newest valid one, if there is any.
+    """
+
+    folder: Path
+    every: int = 500
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise InputError(f"steps between checkpoints must be at least 1, got {self.every}")
+
+
+class Checkpoints:
+    """The last good :data:`KEEP` checkpoints in ``folder``."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def clear(self) -> None:
+        """Remove what a killed process left half written."""
+        for file in self.folder.glob(".writing-*.pt"):
+            file.unlink()
+
+    def files(self) -> list[Path]:
+        """Oldest first."""
+        found = [file for file in self.folder.glob("stage*.pt") if NAME.fullmatch(file.name)]
+        return sorted(found, key=lambda file: NAME.fullmatch(file.name).groups()[:2])
+
+    def save(self, state: dict) -> None:
+        """Write ``state`` aside, rename it when it is whole and on disk, then drop all but the newest. A full disk is said, and
+        loses no earlier checkpoint."""
+        aside = self.folder / "writing.pt"
+        try:
+            with atomic_file(aside) as temporary:
+                torch.save(state, temporary)
+                with temporary.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+            print(f"checkpoint at step {state['step']} not written ({_line(error)}): earlier ones are kept", file=sys.stderr)
+            return
+        aside.rename(self.folder / f"stage{state['stage']}-step{state['step']:08d}-{_digest(aside)}.pt")
+        for file in self.files()[:-KEEP]:
+            file.unlink()
+
+    def newest(self) -> dict | None:
+        """The newest valid checkpoint, None where there is none; damaged ones are named and passed over."""
+        for file in reversed(self.files()):
+            if _digest(file) != NAME.fullmatch(file.name).group(3):
+                print(f"{file} is damaged (its checksum differs): trying the one before", file=sys.stderr)
+                continue
+            return torch.load(file, map_location="cpu", weights_only=True)
+        return None
+
+
+class Run:
+    """One training run: its history, clock, checkpoints, and the checks between two steps.
+
+    Args:
+        saving: None keeps nothing on disk.
+        settings: what is trained on what; a checkpoint of other settings is refused.
+
+    Attributes:
+        rows: the history, one dictionary per row; ``epochs``: the same of what is measured once an epoch.
+        flops: counted so far.
+    """
+
+    def __init__(self, saving: Saving | None, settings: dict):
+        self.saving, self.settings = saving, settings
+        self.rows: list[dict] = []
+        self.epochs: list[dict] = []
+        self.flops = 0
+        self.seconds_before, self.began = 0.0, time.perf_counter()
+        self.found = None
+        self._first_bad = None
+        if saving is not None:
+            self.checkpoints = Checkpoints(saving.folder)
+            if distributed.rank() == 0:
+                self.checkpoints.clear()
+            self.found = self._restorable() if saving.resume else self._refuse_old()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, that of earlier parts of a resumed run included."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    @property
+    def history(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows)
+
+    def begin(self, stage: int, steps: int, **parts) -> int:
+        """Start a stage: restore ``parts`` (anything with ``state_dict``) if a checkpoint has them; returns the first step to do.
+
+        A stage that the checkpoint has behind it is not restored, its first step is ``steps``.
+        """
+        self.stage, self.steps, self.parts = stage, steps, parts
+        self._first_bad, self._next = None, 0
+        if self.found is None or self.found["stage"] < stage:
+            return 0
+        if self.found["stage"] > stage:
+            return steps
+        state, self.found = self.found, None
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.rows, self.epochs = state["rows"], state["epochs"]
+        self.flops, self.seconds_before = state["flops"], state["seconds"]
+        self._next = state["step"]
+        torch.set_rng_state(state["rng"])
+        if state["threads"] != torch.get_num_threads():
+            print(
+                f"the checkpoint was written with {state['threads']} threads, here are {torch.get_num_threads()}: "
+                "results will not repeat bit for bit",
+                file=sys.stderr,
+            )
+        return state["step"]
+
+    def watch(self, step: int, losses: Tensor) -> None:
+        """Remember the first step at which each of ``losses`` (n,) was not finite, without waiting for the GPU."""
+        bad = torch.where(losses.detach().isfinite(), -1, step)
+        self._first_bad = bad if self._first_bad is None else torch.where(self._first_bad < 0, bad, self._first_bad)
+
+    def check_finite(self, names: list[str]) -> None:
+        """Raise FloatingPointError if a watched loss was not finite; ``names``: what each of them is."""
+        if self._first_bad is None:
+            return
+        for name, step in zip(names, self._first_bad.tolist(), strict=True):
+            if step >= 0:
+                kept = f"; the last good checkpoint is in {self.saving.folder}" if self.saving else ""
+                raise FloatingPointError(
+                    f"the loss became nan or infinite at step {step}{name}: lower the learning rate or raise the temperature{kept}"
+                )
+
+    def end_step(self, step: int, names: list[str]) -> None:
+        """Save if it is time to, after checking the losses; raise :class:`Stopped` once SIGTERM has come.
+
+        Raises:
+            FloatingPointError: see :meth:`check_finite`.
+        """
+        self._next = step + 1
+        last = self._next == self.steps
+        agree = distributed.world() == 1 or self._next % CHECK_EVERY == 0
+        stop = agree and distributed.any_process(_Terminated.asked)
+        if self.saving is None:
+            if stop:
+                raise Stopped(f"stopped at stage {self.stage}, step {self._next}; nothing was saved")
+            return
+        if last or stop or self._next % self.saving.every == 0:
+            self.check_finite(names)
+            self.save()
+        if stop:
+            raise Stopped(f"stopped at stage {self.stage}, step {self._next}; resume from {self.saving.folder}")
+
+    def save(self) -> None:
+        """Write a checkpoint (process 0 does; the others hold the same state)."""
+        if distributed.rank() != 0:
+            return
+        self.checkpoints.save(
+            {
+                "settings": self.settings,
+                "stage": self.stage,
+                "step": self._next,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "rows": self.rows,
+                "epochs": self.epochs,
+                "flops": self.flops,
+                "seconds": self.seconds,
+                "rng": torch.get_rng_state(),
+                "threads": torch.get_num_threads(),
+            }
+        )
+
+    def _restorable(self) -> dict | None:
+        found = self.checkpoints.newest()
+        if found is not None and found["settings"] != self.settings:
+            there = found["settings"]
+            different = [name for name in self.settings if there.get(name) != self.settings[name]]
+            raise InputError(
+                f"{self.saving.folder} holds checkpoints of a run with other settings ({', '.join(different)}): resume with the "
+                "same ones, or use an empty folder"
+            )
+        return found
+
+    def _refuse_old(self) -> None:
+        if self.checkpoints.files():
+            raise InputError(f"{self.saving.folder} holds checkpoints already: resume from them or use an empty folder")
+
+
+class _Terminated:
+    """Whether SIGTERM has come."""
+
+    asked = False
+
+    @classmethod
+    def set(cls, *_) -> None:
+        cls.asked = True
+
+
+class sigterm_stops:  # noqa: N801  used as a context manager
+    """Within it, SIGTERM ends training after the step at hand instead of the process at once."""
+
+    def __enter__(self):
+        _Terminated.asked = False
+        self.before = None
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.before = signal.signal(signal.SIGTERM, _Terminated.set)
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
