@@ -51,13 +51,13 @@ def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: flo
     ``lr_scale`` is 1 for the final norm, ``layer_decay ** (depth - i)`` for block i (0-based) and ``layer_decay ** (depth + 1)``
     for everything before the blocks. Tokens, positions and one-dimensional parameters are not decayed; frozen ones are left out.
     """
-    depth, undecayed = len(encoder.blocks), undecayed(encoder)
+    depth, plain = len(encoder.blocks), undecayed(encoder)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, x in encoder.named_parameters():
         part = name.split(".")
         power = depth - int(part[1]) if part[0] == "blocks" else 0 if part[0] in ("norm", "fc_norm") else depth + 1
         if x.requires_grad:
-            groups.setdefault((power, x.ndim > 1 and name not in undecayed), []).append(x)
+            groups.setdefault((power, x.ndim > 1 and name not in plain), []).append(x)
     return [
         {"params": params, "lr_scale": layer_decay**power, "weight_decay": weight_decay * decayed}
         for (power, decayed), params in groups.items()

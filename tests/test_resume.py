@@ -1,0 +1,169 @@
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import mimrefiner as mr
+from mimrefiner import resume, train
+from mimrefiner.checkpoint import sha256_of
+from mimrefiner.resume import Checkpoints, Saving, Stopped
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import kill_and_resume
+
+STATE = {"stage": 2, "x": torch.arange(1000)}
+
+
+@pytest.fixture
+def smoke():
+    return mr.load_preset("smoke")
+
+
+@pytest.fixture
+def some(digits):
+    return digits["train"].take(128)
+
+
+def save_steps(folder, *steps):
+    store = Checkpoints(folder)
+    for step in steps:
+        store.save({**STATE, "step": step})
+    return store
+
+
+def stop_at(monkeypatch, stage, step):
+    """Have SIGTERM arrive in this process during a step."""
+    watch = resume.Run.watch
+
+    def spy(self, now, losses):
+        if (self.stage, now) == (stage, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        watch(self, now, losses)
+
+    monkeypatch.setattr(resume.Run, "watch", spy)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_and_resumed_runs_equal_those_left_alone():
+    """Two kills; tests/benchmarks/kill_and_resume.py does twenty and more."""
+    assert sum(kill_and_resume.main(2, seed=1).values()) >= 2
+
+
+@pytest.mark.parametrize(("stage", "step"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_sigterm_saves_and_the_resumed_run_is_the_same(smoke, some, tmp_path, monkeypatch, stage, step):
+    encoder, config = mr.build_vit(smoke.encoder), replace(smoke.refine, heads_epochs=1, refine_epochs=2)
+    alone = mr.refine(encoder, some, config)
+    stop_at(monkeypatch, stage, step)
+    with pytest.raises(Stopped, match=f"stopped at stage {stage}, step {step + 1}; resume from"):
+        mr.refine(encoder, some, config, saving=Saving(tmp_path))
+    monkeypatch.undo()
+    resumed = mr.refine(encoder, some, config, saving=Saving(tmp_path, resume=True))
+    assert sha256_of(resumed.encoder) == sha256_of(alone.encoder)
+    assert sha256_of(resumed.ema_encoder) == sha256_of(alone.ema_encoder)
+    pd.testing.assert_frame_equal(resumed.history, alone.history)
+    assert resumed.flops == alone.flops
+
+
+def test_resume_restores_dropout_too(smoke, some, tmp_path, monkeypatch):
+    """What the model draws from the global generator goes on where it was."""
+    encoder = mr.build_vit(smoke.encoder)
+    for block in encoder.blocks:
+        block.mlp.drop1.p = 0.5
+    torch.manual_seed(3)
+    alone = mr.pretrain(encoder, some, smoke.pretrain)
+    torch.manual_seed(3)
+    stop_at(monkeypatch, 1, 3)
+    with pytest.raises(Stopped):
+        mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path))
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    resumed = mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path, resume=True))
+    assert sha256_of(resumed.model) == sha256_of(alone.model)
+
+
+def test_finished_run_resumes_to_its_result(smoke, some, tmp_path):
+    encoder = mr.build_vit(smoke.encoder)
+    one = mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path))
+    again = mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path, resume=True))
+    assert sha256_of(one.model) == sha256_of(again.model)
+    pd.testing.assert_frame_equal(one.history, again.history)
+
+
+def test_the_last_two_are_kept(tmp_path):
+    store = save_steps(tmp_path, 9, 10, 100)
+    assert [file.name.split("-")[1] for file in store.files()] == ["step00000010", "step00000100"]
+    assert store.newest()["step"] == 100
+    assert {file.suffix for file in tmp_path.iterdir()} == {".pt"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
+def test_a_damaged_checkpoint_is_refused_and_said(tmp_path, capsys, damage):
+    store = save_steps(tmp_path, 1, 2)
+    content = bytearray(store.files()[-1].read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 1
+    store.files()[-1].write_bytes(content)
+    assert store.newest()["step"] == 1
+    assert "stage2-step00000002" in (said := capsys.readouterr().err) and "is damaged" in said
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, capsys, monkeypatch):
+    store = save_steps(tmp_path, 1, 2)
+    before = {file.name: file.read_bytes() for file in store.files()}
+
+    def full(state, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    store.save({**STATE, "step": 3})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert "step 3 not written" in (said := capsys.readouterr().err) and "No space left" in said
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    save_steps(tmp_path, 1)
+    (tmp_path / ".writing-abc.pt").write_bytes(b"half")
+    Checkpoints(tmp_path).clear()
+    assert [file.name[:6] for file in tmp_path.iterdir()] == ["stage2"]
+
+
+def test_other_settings_are_refused_by_name(smoke, some, tmp_path):
+    encoder = mr.build_vit(smoke.encoder)
+    mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path))
+    with pytest.raises(mr.InputError, match=r"other settings \(mask_ratio\)"):
+        mr.pretrain(encoder, some, replace(smoke.pretrain, mask_ratio=0.5), saving=Saving(tmp_path, resume=True))
+    with pytest.raises(mr.InputError, match="holds checkpoints already"):
+        mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path))
+
+
+def test_nan_names_head_and_step_and_keeps_the_last_good_checkpoint(smoke, some, tmp_path, monkeypatch):
+    step = train.MIMRefiner.step
+    calls = []
+
+    def poisoned(self, *args, **options):
+        result = step(self, *args, **options)
+        calls.append(1)
+        if len(calls) == 2:
+            result.loss = result.loss * torch.tensor([1.0, float("nan")])
+        return result
+
+    monkeypatch.setattr(train.MIMRefiner, "step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"at step 1 in the head on block 3 \(0-based\).*last good checkpoint is in"):
+        mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine, saving=Saving(tmp_path, every=1))
+    state = Checkpoints(tmp_path).newest()
+    assert state["step"] == 1
+    assert all(x.isfinite().all() for x in state["parts"]["refiner"].values() if x.is_floating_point())
+
+
+def test_sigterm_means_what_it_did_after_training(smoke, some):
+    before = signal.getsignal(signal.SIGTERM)
+    mr.pretrain(mr.build_vit(smoke.encoder), some, replace(smoke.pretrain, epochs=1))
+    assert signal.getsignal(signal.SIGTERM) is before
