@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800")))
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 BUCKET_BYTES = 2**26  # gradients are averaged in pieces of about this size
 
 
@@ -30,7 +31,8 @@ def processes() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    timeout = timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
 
@@ -112,13 +114,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         out = x.new_empty(world() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x)
+        ALL_GATHER(out, x)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         out = grad.new_empty(len(grad) // world(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous())
+        REDUCE_SCATTER(out, grad.contiguous())
         return out
 
 

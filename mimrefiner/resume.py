@@ -234,7 +234,7 @@ class _Terminated:
         cls.asked = True
 
 
-class sigterm_stops:  # noqa: N801  used as a context manager
+class sigterm_stops:
     """Within it, SIGTERM ends training after the step at hand instead of the process at once."""
 
     def __enter__(self):

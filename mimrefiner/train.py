@@ -155,7 +155,7 @@ def refine(
     device: torch.device | str | None = None,
     num_workers: int = 0,
     saving: Saving | None = None,
-    memory: Memory = Memory(),  # noqa: B008  frozen
+    memory: Memory = Memory(),
     monitor: Monitor | None = None,
 ) -> RefineResult:
     """Stages 2 and 3 on a copy of ``encoder``: prepare the heads, then train encoder and heads.
@@ -192,7 +192,7 @@ def train_heads(
     *,
     num_workers: int = 0,
     run: Run | None = None,
-    memory: Memory = Memory(),  # noqa: B008
+    memory: Memory = Memory(),
     monitor: Monitor | None = None,
 ) -> tuple[pd.DataFrame, float]:
     """Stage 2: train the heads of ``refiner`` in place on a frozen encoder; returns history and FLOPs of the run.
@@ -218,7 +218,7 @@ def refine_encoder(
     *,
     num_workers: int = 0,
     run: Run | None = None,
-    memory: Memory = Memory(),  # noqa: B008
+    memory: Memory = Memory(),
     monitor: Monitor | None = None,
 ) -> tuple[nn.Module, pd.DataFrame, float]:
     """Stage 3: train encoder and heads of ``refiner`` in place; returns the encoder's moving average, history and FLOPs."""
@@ -354,8 +354,8 @@ def _advice_on_memory() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
-            f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): freeze the first blocks (--freeze-first), use fewer "
-            "heads (--heads), recompute activations (--recompute), pass fewer images through the encoder at a time "
+            f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): freeze the first blocks (--freeze-first), use "
+            "fewer heads (--heads), recompute activations (--recompute), pass fewer images through the encoder at a time "
             "(--micro-batch), or use more GPUs; batches below about 256 may cost quality"
         ) from error
 

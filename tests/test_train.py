@@ -153,3 +153,51 @@ def test_pretraining_goes_on_from_a_model(smoke, some):
     more = mr.pretrain(first.encoder, some, replace(smoke.pretrain, seed=7), start_from=first.model)
     assert more.history["loss"].iloc[0] < first.history["loss"].iloc[0]
     assert sha256_of(more.encoder) != sha256_of(first.encoder)
+
+
+@pytest.mark.parametrize("memory", [train.Memory(micro_batch=5), train.Memory(recompute=True), train.Memory(3, True)])
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_saving_memory_changes_no_gradient(smoke, memory, frozen):
+    config = replace(smoke.refine, batch_size=16)
+    views = [torch.randn(16, 3, crop.size, crop.size) for crop in config.views.crops]
+    results = []
+    for how in (train.Memory(), memory):
+        refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).train()
+        train.freeze_first(refiner.encoder, frozen)
+        refiner.encoder.set_grad_checkpointing(how.recompute)
+        result = train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=how.micro_batch)
+        grads = {name: x.grad for name, x in refiner.named_parameters() if x.grad is not None}
+        results.append({"loss": result.loss.detach(), **grads, **dict(refiner.named_buffers())})
+    assert results[0].keys() == results[1].keys()
+    for name, x in results[0].items():
+        assert torch.allclose(x, results[1][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_micro_batches_bound_what_the_encoder_sees(smoke):
+    refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
+    views = [torch.randn(16, 3, crop.size, crop.size) for crop in smoke.refine.views.crops]
+    seen, rows = [], []
+    refiner.encoder.patch_embed.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    refiner.heads.projector[1].register_forward_hook(lambda m, i, o: rows.append(len(i[0])))
+    train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=4)
+    assert max(seen) == 4 * 2  # two crops of one size pass together
+    assert rows == [16 * 4]
+
+
+def test_micro_batches_refuse_what_two_passes_would_change(smoke):
+    encoder = mr.build_vit(smoke.encoder)
+    encoder.blocks[0].mlp.drop1.p = 0.1
+    refiner = mr.MIMRefiner(encoder, smoke.refine)
+    with pytest.raises(mr.InputError, match="without dropout"):
+        train.forward_backward(refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4)
+    with pytest.raises(mr.InputError, match="micro_batch must be at least 1"):
+        train.Memory(micro_batch=0)
+
+
+def test_too_little_memory_comes_with_advice(smoke, some, monkeypatch):
+    def full(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train.MIMRefiner, "step", full)
+    with pytest.raises(mr.InputError, match=r"Tried to allocate 2 GiB\): freeze the first blocks"):
+        mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine)

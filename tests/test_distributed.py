@@ -1,0 +1,191 @@
+"""Two processes (gloo), forked so that they need not import everything again, against one."""
+
+import os
+import socket
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import mimrefiner as mr
+from mimrefiner import distributed
+from mimrefiner.augment import digit_views
+from mimrefiner.checkpoint import sha256_of
+from mimrefiner.heads import StackedBatchNorm
+from mimrefiner.train import forward_backward
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def on_two(function, folder, *, timeout=60):
+    """What ``function(rank)`` returns on both processes (tensors, numbers, text), and their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+                os.environ |= {"MASTER_PORT": str(port), "MIMREFINER_TIMEOUT": str(timeout)}
+                sys.stderr = (folder / f"err{rank}").open("w")
+                with distributed.processes():
+                    torch.save(function(rank), folder / f"out{rank}.pt")
+                code = 0
+            except Exception as error:
+                (folder / f"failed{rank}").write_text(f"{type(error).__name__}: {error}")
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    outputs = [folder / f"out{rank}.pt" for rank in range(2)]
+    return [torch.load(f, weights_only=True) if f.exists() else None for f in outputs], codes
+
+
+def close(a, b):
+    """Equal to a relative 1e-4 of the tensor's scale."""
+    return (a - b).abs().max() <= 1e-4 * b.abs().max().clamp_min(1e-6)
+
+
+@pytest.fixture
+def refiner(vit):
+    config = mr.RefineConfig(
+        views=digit_views(32, 8, n_local=2), blocks=(0, 1, 2), hidden_dim=24, out_dim=12, predictor_dim=20, queue_size=64,
+        batch_size=16, refine_top_k=4,
+    )  # fmt: skip
+    return mr.MIMRefiner(vit, config)
+
+
+def test_gathered_rows_are_in_order_and_gradients_summed(tmp_path):
+    def job(rank):
+        x = torch.arange(3.0).add(10 * rank).requires_grad_()
+        out = distributed.gather(x)
+        (out * torch.arange(6.0) * (rank + 1)).sum().backward()
+        return {"out": out.detach(), "grad": x.grad}
+
+    outputs, _ = on_two(job, tmp_path)
+    for rank, output in enumerate(outputs):
+        assert output["out"].tolist() == [0, 1, 2, 10, 11, 12]
+        assert torch.equal(output["grad"], 3 * torch.arange(6.0)[3 * rank : 3 * rank + 3])
+
+
+def test_batch_norm_equals_that_of_the_whole_batch(tmp_path):
+    torch.manual_seed(1)
+    x, weight = 3 + 2 * torch.randn(10, 2, 6), torch.randn(10, 2, 6)
+
+    def run(rows):
+        norm, part = StackedBatchNorm(2, 6), x[rows].clone().requires_grad_()
+        out = norm(part)
+        (out * weight[rows]).sum().backward()
+        return {"out": out.detach(), "grad": part.grad, **{n: b.float() for n, b in norm.named_buffers()}}
+
+    outputs, _ = on_two(lambda rank: run(slice(5 * rank, 5 * rank + 5)), tmp_path)
+    whole = run(slice(0, 10))
+    for name in ("out", "grad"):
+        assert torch.allclose(torch.cat([o[name] for o in outputs]), whole[name], atol=1e-5), name
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.allclose(outputs[0][name], whole[name], rtol=1e-5), name
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_two_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch, micro_batch):
+    """Loss, gradients, queue and batch norm after two steps; neighbours are pinned so that near-ties cannot flip."""
+
+    def pinned(self, z, index, *, part, **_):
+        heads = torch.arange(z.shape[0])[:, None, None]
+        return (7 * index[None, :, None] + 3 * torch.arange(z.shape[2]) + heads) % self.size
+
+    monkeypatch.setattr(mr.NNQueue, "lookup_slots", pinned)
+    torch.manual_seed(2)
+    batches = [[torch.randn(16, 3, c.size, c.size) for c in refiner.config.views.crops] for _ in range(2)]
+
+    def run(rank, world):
+        rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
+        for step, views in enumerate(batches):
+            index = torch.arange(16) + 16 * step
+            result = forward_backward(
+                refiner, [x[rows] for x in views], index[rows], index[rows] % 3, top_k=1, micro_batch=micro_batch
+            )
+        distributed.average_gradients(refiner.parameters())
+        values = {f"grad of {name}": x.grad for name, x in refiner.named_parameters() if x.grad is not None}
+        values |= {name: x.float() for name, x in refiner.named_buffers()}
+        return {**values, "loss": distributed.mean(result.loss)} if world == 2 else {**values, "loss": result.loss.detach()}
+
+    outputs, _ = on_two(lambda rank: run(rank, 2), tmp_path)
+    whole = run(0, 1)
+    assert len(whole) > 60
+    for name, x in whole.items():
+        if x.abs().max() < 1e-5:
+            continue  # zero but for rounding: means and gradients behind a batch norm
+        assert close(outputs[0][name], x), name
+        assert torch.equal(outputs[0][name], outputs[1][name]), name
+
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    queue, z = mr.NNQueue(2, 64, 8), torch.randn(2, 10, 2, 8)
+
+    def draw(rows, part):
+        generator = torch.Generator().manual_seed(5)
+        return queue.lookup_slots(z[:, rows], None, top_k=6, generator=generator, part=part)
+
+    whole = draw(slice(None), (0, 1))
+    assert torch.equal(torch.cat([draw(slice(0, 5), (0, 2)), draw(slice(5, 10), (1, 2))], 1), whole)
+
+
+def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
+    """All three stages; both processes end with one set of weights, and the first losses are those of one process."""
+    preset, some = mr.load_preset("smoke"), digits["train"].take(128)
+    refining = replace(preset.refine, heads_epochs=1, refine_epochs=1)
+
+    def run(_=0):
+        first = mr.pretrain(mr.build_vit(preset.encoder), some, replace(preset.pretrain, epochs=1))
+        second = mr.refine(first.encoder, some, refining)
+        losses = [*first.history["loss"], *second.history["loss"]]
+        return {"loss": torch.tensor(losses), "hash": sha256_of(second.ema_encoder), "flops": first.flops + second.flops}
+
+    outputs, _ = on_two(run, tmp_path)
+    alone = run()
+    assert outputs[0]["hash"] == outputs[1]["hash"]
+    assert torch.allclose(outputs[0]["loss"][:4], alone["loss"][:4], rtol=1e-4)
+    assert torch.allclose(outputs[0]["loss"], alone["loss"], rtol=0.02)
+    assert outputs[0]["flops"] == pytest.approx(alone["flops"], rel=1e-3)
+
+
+@pytest.mark.parametrize("way", ["dies", "hangs"])
+def test_a_lost_process_ends_the_other(tmp_path, way):
+    def job(rank):
+        if rank == 1:
+            distributed.mean(torch.zeros(1))
+            if way == "dies":
+                os._exit(9)
+            time.sleep(3)
+            os._exit(9)
+        for _ in range(2):
+            distributed.mean(torch.zeros(1))
+
+    began = time.monotonic()
+    _, codes = on_two(job, tmp_path, timeout=1)
+    assert codes == [1, 9]
+    assert time.monotonic() - began < 60
+    assert "Error" in (tmp_path / "failed0").read_text()
+
+
+def test_a_batch_that_cannot_be_shared_is_named(digits):
+    from mimrefiner.data import view_batches
+
+    options = {"steps": 1, "seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(mr.InputError, match="a batch of 9 cannot be shared equally by 2 processes"):
+        next(view_batches(digits["train"], digit_views(32, 8), batch_size=9, part=(0, 2), **options))
+
+
+def test_one_process_needs_none_of_it():
+    x = torch.ones(3, requires_grad=True)
+    assert distributed.gather(x) is x
+    assert distributed.mean(x) is x
+    assert distributed.world() == 1 and distributed.rank() == 0
+    distributed.average_gradients(nn.Linear(2, 2).parameters())
