@@ -1,8 +1,9 @@
 """The three training stages as plain loops: pretrain (1), heads only (2), heads and encoder (3)."""
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -11,6 +12,7 @@ from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,11 +233,8 @@ def refine_encoder(
     decay = ema_decay(config, stage_steps(len(dataset), config.batch_size, config.refine_epochs))
     ema = AveragedModel(refiner.encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k)
-    if memory.recompute:
-        refiner.encoder.set_grad_checkpointing(True)
-    _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema)
-    if memory.recompute:
-        refiner.encoder.set_grad_checkpointing(False)
+    with recomputed(refiner.encoder) if memory.recompute else nullcontext():
+        _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema)
     return ema.module.eval().requires_grad_(True).cpu(), run.history, run.flops
 
 
@@ -342,6 +341,19 @@ def forward_backward(
                 again = refiner.features([x[i : i + micro_batch] for x in views])
             again.backward(features.grad[:, i : i + micro_batch])
     return result
+
+
+@contextmanager
+def recomputed(encoder: nn.Module) -> Iterator[None]:
+    """Within it, each block keeps its input only and is computed again in the backward pass. Hooks on the blocks, which pool
+    features, stay outside of what is repeated (timm's own ``set_grad_checkpointing`` would repeat them too)."""
+    for block in encoder.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in encoder.blocks:
+            del block.forward
 
 
 def _is_dropout(module: nn.Module) -> bool:

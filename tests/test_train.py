@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -164,13 +165,29 @@ def test_saving_memory_changes_no_gradient(smoke, memory, frozen):
     for how in (train.Memory(), memory):
         refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).train()
         train.freeze_first(refiner.encoder, frozen)
-        refiner.encoder.set_grad_checkpointing(how.recompute)
-        result = train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=how.micro_batch)
+        with train.recomputed(refiner.encoder) if how.recompute else nullcontext():
+            result = train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=how.micro_batch)
         grads = {name: x.grad for name, x in refiner.named_parameters() if x.grad is not None}
         results.append({"loss": result.loss.detach(), **grads, **dict(refiner.named_buffers())})
     assert results[0].keys() == results[1].keys()
     for name, x in results[0].items():
         assert torch.allclose(x, results[1][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_recomputing_keeps_the_input_of_every_block_only(smoke):
+    """Bytes held by the graph of the encoder, and nothing left behind."""
+    encoder = mr.build_vit(smoke.encoder)
+    held = {}
+    for on in (False, True):
+        saved = []
+        with (
+            train.recomputed(encoder) if on else nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x),
+        ):
+            encoder(torch.randn(64, 3, 32, 32)).sum()
+        held[on] = sum(saved)
+    assert held[True] < 0.3 * held[False]
+    assert all("forward" not in vars(block) for block in encoder.blocks)
 
 
 def test_micro_batches_bound_what_the_encoder_sees(smoke):
