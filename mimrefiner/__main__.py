@@ -1,12 +1,16 @@
 """The command line: ``mimrefiner COMMAND --help`` shows an example of each."""
 
 import argparse
+import contextlib
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mimrefiner.errors import InputError
+from mimrefiner.errors import InputError, Stopped
+
+MONITORED = 10_000  # images on either side of the k-NN that --monitor does
 
 
 def add_run(commands) -> None:
@@ -43,13 +47,10 @@ def add_pretrain(commands) -> None:
 
 def do_pretrain(args) -> None:
     from mimrefiner import build_vit, pretrain
-    from mimrefiner.checkpoint import save_encoder
 
     preset, dataset = _preset_and_data(args)
-    result = pretrain(build_vit(preset.encoder, seed=args.seed), dataset, preset.pretrain, num_workers=args.workers)
-    save_encoder(result.encoder, args.out / "encoder.safetensors")
-    _write_history(result.history, args.out)
-    print(f"{result.seconds:.0f} s; encoder.safetensors and history.csv are in {args.out}")
+    encoder = build_vit(preset.encoder, seed=args.seed)
+    _train(args, lambda **how: pretrain(encoder, dataset, preset.pretrain, **how), ("encoder",))
 
 
 def add_refine(commands) -> None:
@@ -61,15 +62,23 @@ def add_refine(commands) -> None:
     parser.add_argument("--heads", type=int, help="a head on each of this many last blocks")
     parser.add_argument("--top-k", type=int, help="neighbours to draw from in stage 3")
     parser.add_argument("--temperature", type=float, help="softmax temperature of the loss")
+    parser.add_argument("--freeze-first", type=int, metavar="N", help="keep what is before the blocks and the first N as they are")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="images of a process that pass the encoder at a time")
+    parser.add_argument("--recompute", action="store_true", help="keep no activations inside of blocks: less memory, more time")
+    parser.add_argument("--monitor", action="store_true", help="k-NN on the validation split after every epoch, in epochs.csv")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (with --monitor)")
     _training_arguments(parser)
 
 
 def do_refine(args) -> None:
-    from mimrefiner import load_encoder, refine
-    from mimrefiner.checkpoint import save_encoder
+    from mimrefiner import load_dataset, load_encoder, refine
+    from mimrefiner.monitor import Monitor
     from mimrefiner.store import pretrained
+    from mimrefiner.train import Memory
 
     preset, dataset = _preset_and_data(args)
+    if args.preset.startswith("paper-") and not args.model:
+        raise InputError(f"{args.preset} refines published weights: give them by --model")
     encoder = load_encoder(args.model, pretrained=not args.no_pretrained) if args.model else pretrained(preset).encoder
     depth = len(encoder.blocks)
     config = preset.refine
@@ -85,11 +94,15 @@ def do_refine(args) -> None:
         config = replace(config, refine_top_k=args.top_k)
     if args.temperature is not None:
         config = replace(config, temperature=args.temperature)
-    result = refine(encoder, dataset, config, num_workers=args.workers)
-    save_encoder(result.encoder, args.out / "encoder.safetensors")
-    save_encoder(result.ema_encoder, args.out / "ema_encoder.safetensors")
-    _write_history(result.history, args.out)
-    print(f"{result.seconds:.0f} s; encoder.safetensors, ema_encoder.safetensors and history.csv are in {args.out}")
+    if args.freeze_first is not None:
+        config = replace(config, frozen_blocks=args.freeze_first)
+    monitor = None
+    if args.monitor:
+        held_out = load_dataset(preset.dataset, split="val")
+        monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard)
+    memory = Memory(args.micro_batch, args.recompute)
+    names = ("encoder", "ema_encoder")
+    _train(args, lambda **how: refine(encoder, dataset, config, memory=memory, monitor=monitor, **how), names)
 
 
 def add_probe(commands) -> None:
@@ -159,14 +172,30 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("MIMREFINER_PROGRESS", "log")
     try:
-        args.do(args)
+        with _processes():
+            args.do(args)
     except (InputError, OSError) as error:
         print(f"mimrefiner: error: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a library said
         return 2
+    except FloatingPointError as error:
+        print(f"mimrefiner: error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"mimrefiner: {stopped}", file=sys.stderr)
+        return 143  # as a shell reports SIGTERM
     except KeyboardInterrupt:
         print("mimrefiner: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _processes():
+    """The process group where ``torchrun`` started this; nothing else needs it (or its slow import)."""
+    if "WORLD_SIZE" not in os.environ:
+        return contextlib.nullcontext()
+    from mimrefiner.distributed import processes
+
+    return processes()
 
 
 def _command(commands, name: str, do, what: str, example: str) -> argparse.ArgumentParser:
@@ -180,7 +209,29 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint in --out")
+    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and history")
+
+
+def _train(args, train, names: tuple[str, ...]) -> None:
+    """Run ``train`` with checkpoints below ``--out``; write the encoders ``names`` and the history, then drop the checkpoints."""
+    from mimrefiner import distributed
+    from mimrefiner.checkpoint import save_encoder
+    from mimrefiner.resume import Saving
+
+    if args.resume and (args.out / f"{names[-1]}.safetensors").exists():
+        print(f"{args.out} is finished: nothing to do")
+        return
+    folder = args.out / "checkpoints"
+    result = train(num_workers=args.workers, saving=Saving(folder, args.save_every, args.resume))
+    if distributed.rank() == 0:
+        _write_history(result.history, args.out)
+        for name in names:
+            save_encoder(getattr(result, name), args.out / f"{name}.safetensors")
+        shutil.rmtree(folder)
+        files = ", ".join(f"{name}.safetensors" for name in names)
+        print(f"{result.seconds:.0f} s; {files} and history.csv are in {args.out}")
 
 
 def _preset_and_data(args):

@@ -3,12 +3,13 @@
 Blocks are 0-based. Learning rates are base rates: the rate used is ``base_lr * batch_size / 256``.
 """
 
+import functools
 import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from mimrefiner.augment import Views, digit_views, small_views
+from mimrefiner.augment import Views, digit_views, paper_views, small_views
 from mimrefiner.errors import InputError
 
 
@@ -221,6 +222,42 @@ def natural() -> Preset:
     return Preset("natural", "fruit64", None, None, encoder, pretrain, refine)
 
 
+def paper(model: str) -> Preset:
+    """The paper's refinement of a published model on ImageNet-1K: 1 to 64 data-centre GPUs, days for the largest (not measured).
+
+    The settings are those of the released configurations (``src/yamls/stage2`` and ``stage3``), the pairing of views that of
+    the released code. Give the published weights by ``--model`` and ImageNet by ``--data``; the pre-training part is MAE's own
+    recipe (arXiv 2111.06377, Table 8). Expected k-NN accuracies of the last block, from the paper: MAE L/16 81.5, H/14 82.3,
+    2B/14 83.2, data2vec 2.0 L/16 81.0.
+    """
+    name, size = model.split("-")
+    dim, depth, num_heads, patch, temperature, first_head, batch_size = {
+        "l16": (1024, 24, 16, 16, 0.2, 16, 1024),
+        "h14": (1280, 32, 16, 14, 0.3, 20, 512),
+        "2b14": (2560, 24, 32, 14, 0.35, 16, 512),
+    }[size]
+    encoder = ViTConfig(image_size=224, patch_size=patch, dim=dim, depth=depth, num_heads=num_heads)
+    pretrain = PretrainConfig(
+        method="mae", mask_ratio=0.75, decoder_depth=8, decoder_dim=512, decoder_heads=16, epochs=1600, batch_size=4096,
+        base_lr=1.5e-4, min_lr=0.0, warmup_share=40 / 1600,
+    )  # fmt: skip
+    refine = RefineConfig(
+        views=paper_views(224, 96 if patch == 16 else 98),
+        blocks=tuple(range(first_head, depth)),
+        pool="mean" if name == "crossmae" else "cls",
+        temperature=temperature,
+        pairing="published",
+        batch_size=batch_size,
+        refine_epochs=20 if name == "d2v2" or size == "2b14" else 30,
+        frozen_blocks=6 if size == "2b14" else 0,
+        ema_decay=0.9999,
+    )
+    return Preset(f"paper-{model}", "imagefolder:imagenet", None, None, encoder, pretrain, refine)
+
+
+PAPER_MODELS = ("mae-l16", "d2v2-l16", "dbot-l16", "crossmae-l16", "mae-h14", "d2v2-h14", "dbot-h14", "mae-2b14")
+
+
 def describe(preset: Preset) -> str:
     """The settings of a preset as a few lines of text."""
     blocks = ", ".join(str(b) for b in preset.refine.resolve_blocks(preset.encoder.depth))
@@ -236,6 +273,7 @@ def describe(preset: Preset) -> str:
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"smoke": smoke, "tiny": tiny, "natural": natural, "gpu": gpu}
+PRESETS |= {f"paper-{model}": functools.partial(paper, model) for model in PAPER_MODELS}
 
 
 def load_preset(name: str, seed: int = 0) -> Preset:

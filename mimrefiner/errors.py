@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the message as one line, without a traceback, and exits with status 2.
     """
+
+
+class Stopped(Exception):
+    """Training was asked to end (SIGTERM) and has saved where it is."""

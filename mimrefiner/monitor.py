@@ -50,8 +50,8 @@ class Monitor:
                     f"{spread:.2f}, 1 for random directions): lower the learning rate or raise the temperature",
                     file=sys.stderr,
                 )
+        row |= self._accuracies(refiner)  # by all processes together
         if distributed.rank() == 0:
-            row |= self._accuracies(refiner)
             if self.folder is not None:
                 with atomic_file(Path(self.folder) / "epochs.csv") as temporary:
                     pd.DataFrame(epochs).to_csv(temporary, index=False)

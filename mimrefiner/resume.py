@@ -20,15 +20,11 @@ from torch import Tensor
 
 from mimrefiner import distributed
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.errors import InputError
+from mimrefiner.errors import InputError, Stopped
 
 KEEP = 2
 CHECK_EVERY = 10  # steps between the processes' agreements on whether to stop: each one waits for the GPU
 NAME = re.compile(r"stage(\d)-step(\d{8})-([0-9a-f]{16})\.pt")
-
-
-class Stopped(Exception):
-    """Training was asked to end (SIGTERM) and has saved where it is."""
 
 
 @dataclass(frozen=True)

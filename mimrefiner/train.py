@@ -103,7 +103,7 @@ def pretrain(
 
     Raises:
         FloatingPointError: the loss is not finite.
-        mimrefiner.resume.Stopped: SIGTERM came.
+        mimrefiner.errors.Stopped: SIGTERM came.
     """
     device = torch.device(device) if device is not None else default_device()
     model = copy.deepcopy(start_from) if start_from is not None else build_masked_model(copy.deepcopy(encoder), config)
@@ -174,7 +174,7 @@ def refine(
     Raises:
         InputError: see :class:`mimrefiner.refiner.MIMRefiner`.
         FloatingPointError: the loss of a head is not finite.
-        mimrefiner.resume.Stopped: SIGTERM came.
+        mimrefiner.errors.Stopped: SIGTERM came.
     """
     device = torch.device(device) if device is not None else default_device()
     refiner = MIMRefiner(copy.deepcopy(encoder), config)

@@ -10,8 +10,10 @@ import torch
 
 import mimrefiner as mr
 from mimrefiner import resume, train
+from mimrefiner.__main__ import main
 from mimrefiner.checkpoint import sha256_of
-from mimrefiner.resume import Checkpoints, Saving, Stopped
+from mimrefiner.errors import Stopped
+from mimrefiner.resume import Checkpoints, Saving
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill_and_resume
@@ -167,3 +169,32 @@ def test_sigterm_means_what_it_did_after_training(smoke, some):
     before = signal.getsignal(signal.SIGTERM)
     mr.pretrain(mr.build_vit(smoke.encoder), some, replace(smoke.pretrain, epochs=1))
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
+    arguments = [
+        "refine",
+        "--model",
+        "simmim_digits",
+        "--preset",
+        "smoke",
+        "--freeze-first",
+        "2",
+        "--micro-batch",
+        "16",
+        "--recompute",
+    ]
+    arguments += ["--heads", "2", "--monitor", "--out", str(tmp_path / "out")]
+    stop_at(monkeypatch, 3, 1)
+    assert main(arguments) == 143
+    assert "stopped at stage 3, step 2; resume from" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
+    assert main(arguments) == 2
+    assert "holds checkpoints already" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    expected = ["ema_encoder.safetensors", "encoder.safetensors", "epochs.csv", "history.csv"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
+    assert main([*arguments, "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
