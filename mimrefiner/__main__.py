@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mimrefiner.errors import InputError, Stopped
 
-MONITORED = 10_000  # images on either side of the k-NN that --monitor does
+MONITORED = 10_000  # images on either side of the k-NN that --watch does
 
 
 def add_run(commands) -> None:
@@ -65,8 +65,8 @@ def add_refine(commands) -> None:
     parser.add_argument("--freeze-first", type=int, metavar="N", help="keep what is before the blocks and the first N as they are")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="images of a process that pass the encoder at a time")
     parser.add_argument("--recompute", action="store_true", help="keep no activations inside of blocks: less memory, more time")
-    parser.add_argument("--monitor", action="store_true", help="k-NN on the validation split after every epoch, in epochs.csv")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (with --monitor)")
+    parser.add_argument("--watch", action="store_true", help="k-NN on the validation split after every epoch, in epochs.csv")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (with --watch)")
     _training_arguments(parser)
 
 
@@ -97,7 +97,7 @@ def do_refine(args) -> None:
     if args.freeze_first is not None:
         config = replace(config, frozen_blocks=args.freeze_first)
     monitor = None
-    if args.monitor:
+    if args.watch:
         held_out = load_dataset(preset.dataset, split="val")
         monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard)
     memory = Memory(args.micro_batch, args.recompute)

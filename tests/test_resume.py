@@ -185,7 +185,7 @@ def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys
         "16",
         "--recompute",
     ]
-    arguments += ["--heads", "2", "--monitor", "--out", str(tmp_path / "out")]
+    arguments += ["--heads", "2", "--watch", "--out", str(tmp_path / "out")]
     stop_at(monkeypatch, 3, 1)
     assert main(arguments) == 143
     assert "stopped at stage 3, step 2; resume from" in capsys.readouterr().err
