@@ -209,6 +209,7 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    parser.add_argument("--in-memory", action="store_true", help="decode every image once and keep it, 3 bytes a pixel")
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint in --out")
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: 500)")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and history")
@@ -243,6 +244,7 @@ def _preset_and_data(args):
     if args.data:
         preset = replace(preset, dataset=args.data)
     dataset = load_split(preset, "train")
+    dataset = dataset.in_memory() if args.in_memory else dataset
     check_writable(args.out)
     return preset, dataset
 

@@ -198,3 +198,29 @@ def test_fruit64_comes_with_the_package_and_never_shares_a_photo():
     for part in parts.values():
         assert set(part.labels) == set(range(14))
         assert part[0][0].size == (64, 64)
+
+
+def test_in_memory_images_are_the_same_and_decoded_once(image_folder):
+    data_set = mr.load_dataset(f"imagefolder:{image_folder}", split="train").take(6)
+    kept = data_set.in_memory()
+    expected = [(np.asarray(image), label) for image, label in data_set]
+    for file in (image_folder / "train").rglob("*.png"):
+        file.unlink()
+    for (image, label), (pixels, expected_label) in zip(kept, expected, strict=True):
+        assert np.array_equal(np.asarray(image), pixels) and label == expected_label
+    assert np.array_equal(np.asarray(kept.subset([3])[0][0]), expected[3][0])
+
+
+def test_later_steps_and_shares_are_parts_of_the_same_sequence(digits):
+    """A resumed run, and every process, sees what one uninterrupted process would."""
+    some = digits["train"].take(40)
+    options = {"batch_size": 8, "steps": 7, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    whole = list(data.view_batches(some, digit_views(32, 8, n_local=2), **options))
+    later = list(data.view_batches(some, digit_views(32, 8, n_local=2), first_step=4, **options))
+    shares = [list(data.view_batches(some, digit_views(32, 8, n_local=2), part=(i, 2), **options)) for i in range(2)]
+    assert len(whole) == 7 and len(later) == 3
+    for step, (views, index, _) in enumerate(whole):
+        assert torch.equal(torch.cat([share[step][1] for share in shares]), index)
+        assert torch.equal(torch.cat([share[step][0][3] for share in shares]), views[3])
+        if step >= 4:
+            assert torch.equal(later[step - 4][0][0], views[0])
