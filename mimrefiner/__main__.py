@@ -123,25 +123,15 @@ def add_probe(commands) -> None:
 
 
 def do_probe(args) -> None:
-    import torch
-    import torch.distributed as dist
-
-    from mimrefiner.models import default_device
     from mimrefiner.report import markdown, probe
     from mimrefiner.runner import check_writable
 
     check_writable(args.out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
-        if default_device().type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if default_device().type == "cuda" else "gloo")
     table = probe(
         args.model, args.data, blocks=args.blocks if args.blocks == "all" else _integers("--blocks", args.blocks),
         probes=args.probes.split(","), out=args.out, resume=args.resume, cache=args.cache, pretrained=not args.no_pretrained,
         baselines=not args.no_baselines, seed=args.seed, batch_size=args.batch_size, num_workers=args.workers,
     )  # fmt: skip
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if len(table):
         print(markdown(table, args.data))
         print(f"report.csv, report.md, report.png and report.pdf are in {args.out}")
