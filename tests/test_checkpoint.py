@@ -71,7 +71,7 @@ def test_settings_modules_lend_no_functions(tmp_path):
         mr.load_encoder(tmp_path / "exit.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"12345678", pickle.dumps([1, 2])])
+@pytest.mark.parametrize("content", [b"", b"12345678", pickle.dumps([1, 2], 2)])
 def test_damaged_files_are_named(content, tmp_path):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(mr.InputError, match=r"bad\.pth"):
