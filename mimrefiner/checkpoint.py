@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,12 +82,11 @@ def read_checkpoint(path: Path) -> dict:
         except safetensors.SafetensorError as error:
             raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
     try:
-        with torch.serialization.safe_globals(_stand_ins(path)):
+        with torch.serialization.safe_globals(_stand_ins(path)), warnings.catch_warnings(action="ignore"):
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", reason)
-        refused = f"it refers to {found[1]}, which is refused because loading would run it" if found else reason[:200]
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        refused = f"it refers to {found[1]}, which is refused because loading would run it" if found else "damaged or no checkpoint"
         raise InputError(f"{path} was not loaded: {refused}; expected a file of plain tensors") from error
     if not isinstance(file, dict):
         raise InputError(f"{path} holds a {type(file).__name__}; expected a dictionary of tensors")

@@ -43,7 +43,7 @@ def export(encoder: nn.Module, path: Path | str, format: str = "timm") -> str:
     with atomic_file(path.with_suffix(".json")) as temporary:
         description = {"architecture": "vit_base_patch16_224", "model_args": arguments, "pretrained_cfg": overlay}
         temporary.write_text(json.dumps(description, indent=2) + "\n")
-    return f"timm.create_model('vit_base_patch16_224', pretrained=True, pretrained_cfg_overlay=..., **model_args): see {path.stem}.json"
+    return f"timm.create_model('vit_base_patch16_224', pretrained=True, ...) with the arguments in {path.stem}.json"
 
 
 def plain_tensors(encoder: nn.Module) -> dict[str, Tensor]:

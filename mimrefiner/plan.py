@@ -119,14 +119,14 @@ def shape_of(model: str) -> ViTShape:
 
 
 def paper_recipe(s: ViTShape) -> RefineConfig:
-    """The paper's recipe by size: L/16, H/14 or 2B/14 (its supplementary settings); other sizes take L/16's."""
+    """The paper's recipe by size: L/16, H/14 or 2B/14 (the released settings); other sizes take L/16's."""
     local = 98 if s.patch_size == 14 else 96
-    views = paper_views(224, local)
+    views, epochs = paper_views(224, local), 20 if s.post_norm else 30
     if s.dim == 1280:
-        return RefineConfig(views, tuple(range(20, 32)), temperature=0.3, batch_size=512)
+        return RefineConfig(views, tuple(range(20, 32)), temperature=0.3, batch_size=512, refine_epochs=epochs)
     if s.dim == 2560:
         return RefineConfig(views, tuple(range(16, 24)), temperature=0.35, batch_size=512, refine_epochs=20, frozen_blocks=6)
-    return RefineConfig(views)
+    return RefineConfig(views, refine_epochs=epochs)
 
 
 def count_images(data: str) -> int:
