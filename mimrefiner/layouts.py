@@ -7,7 +7,7 @@ off its tensors; only the number of attention heads leaves no trace in the shape
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mimrefiner._torchvision  # noqa: F401  before the first timm import
 
@@ -155,8 +155,9 @@ class ReleasedViT(VisionTransformer):
         return self.pos_drop(x)
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """Change the input size (pixels) for good; positions are resized."""
-        side = img_size // self.patch_embed.patch_size[0]
+        """Change the input size (pixels, square) for good; positions are resized."""
+        self.shape = replace(self.shape, image_size=img_size)
+        side = img_size // self.shape.patch_size
         positions = self._resized(side, side).detach()
         self.patch_embed.set_input_size(img_size=img_size)
         self._set_positions(positions)

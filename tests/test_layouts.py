@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mimrefiner as mr
+import mimrefiner as mr  # before timm
+
+# isort: split
+import timm
+
 from mimrefiner.layouts import LAYOUTS, ReleasedViT, ViTShape, find_layout
 
 DIM, DEPTH, HEADS, PATCH, SIDE = 48, 2, 3, 8, 4
@@ -123,6 +127,56 @@ def test_a_random_file_in_the_layout_gives_the_reference_block_by_block(name, tm
     for a, b in zip([*outputs, got], [*expected, tokens], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert encoder(torch.randn(1, 3, 24, 24)).shape == (1, DIM)  # a local crop
+
+
+def test_a_timm_model_under_every_plain_container_gives_timms_numbers(tmp_path):
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    torch.save({"model": model.state_dict()}, tmp_path / "mae.pth")
+    x = torch.randn(2, 3, 32, 32)
+    expected = model.eval().forward_intermediates(x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True)
+    for name in ("plain.pt", "mae.pth"):
+        outputs, tokens = blocks_of(mr.load_encoder(tmp_path / name, num_heads=HEADS), x)
+        torch.testing.assert_close(tokens, model.forward_features(x), atol=1e-5, rtol=1e-5)
+        for output, (patches, cls) in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(output, torch.cat([cls, patches], 1), atol=1e-5, rtol=1e-5)
+
+
+def test_mae_agrees_with_transformers(tmp_path):
+    """transformers' ViTMAE with every patch visible, from the same tensors."""
+    transformers = pytest.importorskip("transformers")
+    tensors = plain_tensors()
+    torch.save({"model": tensors}, tmp_path / "mae.pth")
+    config = transformers.ViTMAEConfig(
+        hidden_size=DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * DIM, image_size=32,
+        patch_size=PATCH, mask_ratio=0.0, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    theirs = transformers.ViTMAEModel(config).eval()
+    names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "pos_embed": "embeddings.position_embeddings"}
+    names |= {"cls_token": "embeddings.cls_token", "norm1": "layernorm_before", "norm2": "layernorm_after"}
+    names |= {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    renamed = {}
+    for key, x in tensors.items():
+        if key.startswith("norm."):
+            renamed[key.replace("norm.", "layernorm.")] = x
+            continue
+        for old, new in names.items():
+            key = key.replace(old, new)
+        key = key.replace("blocks.", "encoder.layer.")
+        if "attn.qkv" in key:
+            for part, y in zip(("query", "key", "value"), x.chunk(3), strict=True):
+                renamed[key.replace("attn.qkv", f"attention.attention.{part}")] = y
+        else:
+            renamed[key] = x
+    theirs.load_state_dict(renamed)
+    x = torch.randn(2, 3, 32, 32)
+    order = torch.arange(SIDE**2).expand(2, -1).float()  # keeps the patches in their places
+    with torch.no_grad():
+        expected = theirs(x, noise=order, output_hidden_states=True)
+    outputs, tokens = blocks_of(mr.load_encoder(tmp_path / "mae.pth", num_heads=HEADS), x)
+    torch.testing.assert_close(tokens, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+    for ours, other in zip(outputs, expected.hidden_states[1:], strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["pre", "post"])
