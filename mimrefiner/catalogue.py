@@ -100,7 +100,7 @@ MODELS = (
     *_released("CrossMAE", UNKNOWN, GITHUB + "TonyLianLong/CrossMAE", LAYOUT, "", LONGLIAN, {
         "crossmae_l16": ("l16", "imagenet-mae-cross-vitl-pretrain-wfm-mr0.75-kmr0.75-dd12-ep800-ui.pth"),
     }),
-    *_released("I-JEPA", NC, GITHUB + "facebookresearch/ijepa", LAYOUT, BLOCKS, FAIR + "ijepa/", {
+    *_released("I-JEPA", NC, GITHUB + "facebookresearch/ijepa", RANDOM, BLOCKS, FAIR + "ijepa/", {
         "ijepa_h14": ("h14", "IN1K-vit.h.14-300e.pth.tar"),
         "ijepa_h16_448": ("h16_448", "IN1K-vit.h.16-448px-300e.pth.tar"),
     }),

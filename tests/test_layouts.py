@@ -142,16 +142,8 @@ def test_a_timm_model_under_every_plain_container_gives_timms_numbers(tmp_path):
             torch.testing.assert_close(output, torch.cat([cls, patches], 1), atol=1e-5, rtol=1e-5)
 
 
-def test_mae_agrees_with_transformers(tmp_path):
-    """transformers' ViTMAE with every patch visible, from the same tensors."""
-    transformers = pytest.importorskip("transformers")
-    tensors = plain_tensors()
-    torch.save({"model": tensors}, tmp_path / "mae.pth")
-    config = transformers.ViTMAEConfig(
-        hidden_size=DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * DIM, image_size=32,
-        patch_size=PATCH, mask_ratio=0.0, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    theirs = transformers.ViTMAEModel(config).eval()
+def huggingface(tensors):
+    """The same tensors by the names of transformers' ViTs."""
     names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "pos_embed": "embeddings.position_embeddings"}
     names |= {"cls_token": "embeddings.cls_token", "norm1": "layernorm_before", "norm2": "layernorm_after"}
     names |= {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
@@ -168,12 +160,28 @@ def test_mae_agrees_with_transformers(tmp_path):
                 renamed[key.replace("attn.qkv", f"attention.attention.{part}")] = y
         else:
             renamed[key] = x
-    theirs.load_state_dict(renamed)
-    x = torch.randn(2, 3, 32, 32)
-    order = torch.arange(SIDE**2).expand(2, -1).float()  # keeps the patches in their places
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["mae", "ijepa"])
+def test_layouts_agree_with_transformers(name, tmp_path):
+    """ViTMAE with every patch visible, and I-JEPA, from the same tensors."""
+    transformers = pytest.importorskip("transformers")
+    has, hold, _ = FILES[name]
+    tensors = plain_tensors(**has)
+    torch.save(hold(tensors), tmp_path / "file.pth")
+    sizes = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 4 * DIM}
+    sizes |= {"image_size": SIDE * PATCH, "patch_size": PATCH, "layer_norm_eps": 1e-6}
+    x, more = torch.randn(2, 3, SIDE * PATCH, SIDE * PATCH), {}
+    if name == "mae":
+        theirs = transformers.ViTMAEModel(transformers.ViTMAEConfig(mask_ratio=0.0, **sizes))
+        more["noise"] = torch.arange(SIDE**2).expand(2, -1).float()  # keeps the patches in their places
+    else:
+        theirs = transformers.IJepaModel(transformers.IJepaConfig(**sizes), add_pooling_layer=False)
+    theirs.load_state_dict(huggingface(tensors))
     with torch.no_grad():
-        expected = theirs(x, noise=order, output_hidden_states=True)
-    outputs, tokens = blocks_of(mr.load_encoder(tmp_path / "mae.pth", num_heads=HEADS), x)
+        expected = theirs.eval()(x, output_hidden_states=True, **more)
+    outputs, tokens = blocks_of(mr.load_encoder(tmp_path / "file.pth", num_heads=HEADS), x)
     torch.testing.assert_close(tokens, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
     for ours, other in zip(outputs, expected.hidden_states[1:], strict=True):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
