@@ -152,11 +152,57 @@ def do_datasets(args) -> None:
     print("parquet:PATH       train-*.parquet and val-*.parquet with columns image{bytes, path} and label")
 
 
+def add_models(commands) -> None:
+    _command(
+        commands, "models", do_models, "list the models that can be named, with licences and what was verified", "mimrefiner models"
+    )
+
+
+def do_models(args) -> None:
+    from mimrefiner.catalogue import table
+
+    print(table())
+
+
+def add_plan(commands) -> None:
+    example = "mimrefiner plan d2v2_refined_h14 imagenet --gpus 8"
+    parser = _command(commands, "plan", do_plan, "foresee memory and GPU-hours of a model, from formulas", example)
+    parser.add_argument("model", help="a plain ViT of the table of models")
+    parser.add_argument("data", help="imagenet, another data set by name or path, or a number of training images")
+    parser.add_argument(
+        "--preset", default="paper", help="paper (by the model's size), smoke, tiny, natural or gpu (default: paper)"
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the batch (default: 1)")
+    parser.add_argument("--tflops", type=float, default=312, help="peak of one GPU in bfloat16, TFLOP/s (default: 312, A100)")
+
+
+def do_plan(args) -> None:
+    from mimrefiner.plan import report
+
+    print(report(args.model, args.data, args.preset, args.gpus, args.tflops))
+
+
+def add_export(commands) -> None:
+    example = "mimrefiner export runs/refined/ema_encoder.safetensors --to refined.safetensors"
+    parser = _command(commands, "export", do_export, "write an encoder for timm or in the layout of the official files", example)
+    parser.add_argument("model", help="anything that load_encoder takes")
+    parser.add_argument("--to", type=Path, required=True, help="file to write")
+    parser.add_argument("--format", default="timm", help="timm (safetensors and a json) or hub (default: timm)")
+    parser.add_argument("--heads", type=int, help="attention heads, where a published file does not tell")
+
+
+def do_export(args) -> None:
+    from mimrefiner import load_encoder
+    from mimrefiner.export import export
+
+    print(export(load_encoder(args.model, num_heads=args.heads), args.to, args.format))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; errors a person can mend are one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser("mimrefiner", description="See and repair masked-image models, block by block.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_run, add_pretrain, add_refine, add_probe, add_datasets):
+    for add in (add_run, add_pretrain, add_refine, add_probe, add_datasets, add_models, add_plan, add_export):
         add(commands)
     args = parser.parse_args(arguments)
     if not sys.stderr.isatty():

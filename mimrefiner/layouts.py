@@ -1,219 +1,254 @@
-"""Published checkpoints: one filter per key layout, and the ViT that the tensors' shapes describe.
+"""Published checkpoint layouts: which keys they have, and the one plain ViT that all of them become.
 
-A filter takes a file's tensors by name and returns them under timm's names. Nothing is guessed: a key that no filter knows, or one
-that is missing, is an error that names it. Files are read without running code from them.
+Every layout is a row of :data:`LAYOUTS`. The facts come from the public repositories named there. A checkpoint's sizes are read
+off its tensors; only the number of attention heads leaves no trace in the shapes.
 """
 
-import argparse
-import pickle
+import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import safetensors
-import safetensors.torch
-import timm
+import mimrefiner._torchvision  # noqa: F401  before the first timm import
+
+# isort: split
 import torch
-from timm.models.vision_transformer import Block
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
 
-# Attention heads can not be read off the shapes; these are the published sizes, by (width, depth).
-HEADS = {(192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 16, (2560, 24): 32}
+
+@dataclass(frozen=True)
+class Layout:
+    """One published layout.
+
+    ``containers``: names under which the tensors lie, "" for the top of the file; ``mark``: a part of a key that only this
+    layout has; ``strip``: prefixes taken off, in this order; ``rename``: other keys; ``drop``: beginnings of keys that are no
+    part of the encoder; ``fixed_positions``: sin-cos positions that are not trained.
+    """
+
+    name: str
+    source: str
+    containers: tuple[str, ...]
+    mark: str
+    strip: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    drop: tuple[str, ...] = ()
+    fixed_positions: bool = True
 
 
-class PostNormBlock(Block):
-    """A block that normalises after each residual sum (data2vec 2.0): x = norm1(x + attn(x)); x = norm2(x + mlp(x))."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask))))
-        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+DECODER = ("decoder_", "mask_token")
+MUGS_HEADS = ("relation_blocks.", "instance_head.", "group_head.", "relation_head.", "head.")
+FAIRSEQ = "modality_encoders.IMAGE."
+LAYOUTS = (
+    Layout(
+        "data2vec 2.0 (fairseq)", "facebookresearch/fairseq, examples/data2vec", ("model", ""), FAIRSEQ + "local_encoder.",
+        ("model.",),
+        (
+            (FAIRSEQ + "local_encoder.proj", "patch_embed.proj"),
+            (FAIRSEQ + "extra_tokens", "cls_token"),
+            (FAIRSEQ + "fixed_positional_encoder.positions", "pos_embed"),
+            (FAIRSEQ + "context_encoder.norm", "norm_pre"),
+        ),
+        (FAIRSEQ + "decoder.", "decoder", "_ema", "head.", "fc_norm.", "linear_norm."),
+    ),
+    Layout(
+        "MIM-Refiner", "ml-jku/MIM-Refiner, hub/", ("state_dict", ""), "pos_embed.embed",
+        rename=(("pos_embed.embed", "pos_embed"), ("cls_tokens.tokens", "cls_token"), ("embed_norm", "norm_pre")),
+    ),
+    Layout("I-JEPA", "facebookresearch/ijepa", ("target_encoder",), "pos_embed", ("module.",)),
+    Layout(
+        "Mugs", "sail-sg/mugs", ("state_dict", "student", ""), "relation_blocks.", ("module.", "backbone."),
+        drop=MUGS_HEADS, fixed_positions=False,
+    ),
+    Layout(
+        "iBOT or DINO teacher", "bytedance/ibot", ("teacher",), "backbone.", ("module.", "backbone."),
+        drop=("head.", "masked_embed"), fixed_positions=False,
+    ),
+    Layout(
+        "Mugs without relation blocks", "sail-sg/mugs", ("state_dict", ""), "backbone.", ("module.", "backbone."),
+        drop=MUGS_HEADS, fixed_positions=False,
+    ),
+    Layout("CrossMAE", "TonyLianLong/CrossMAE", ("model", ""), "wfm.", drop=(*DECODER, "dec_norms.", "wfm.")),
+    Layout("MAE or dBOT", "facebookresearch/mae, liuxingbin/dbot", ("model", ""), "decoder_", drop=DECODER),
+    Layout("MAE or dBOT without decoder", "facebookresearch/mae", ("model",), "patch_embed.proj", drop=DECODER),
+    Layout("MAE-CT", "ml-jku/MAE-CT", ("state_dict",), "patch_embed.proj"),
+    Layout(
+        "plain ViT (DINO, MAWS, MAE-CT)", "facebookresearch/dino, facebookresearch/maws", ("",), "patch_embed.proj",
+        drop=("head.", "relation_blocks."), fixed_positions=False,
+    ),
+)  # fmt: skip
+FOREIGN = {  # a part of a key -> what the file looks like
+    "embeddings.patch_embeddings": "a Hugging Face transformers ViT",
+    "vision_encoder.": "a MAWS model with its text encoder (maws_clip)",
+    "visual.": "an OpenCLIP model",
+    "relative_position_bias_table": "a BEiT or data2vec 1.0 model",
+    "ls1.gamma": "a DINOv2 model",
+}
+BLOCK_KEYS = tuple(
+    f"{part}.{kind}" for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")
+)
 
 
 @dataclass(frozen=True)
-class PlainViT:
-    """A ViT as published checkpoints have it; ``cls_position``: the cls token has a position embedding."""
+class ViTShape:
+    """Sizes and form of a plain ViT: pixels, channels, blocks; ``post_norm`` is data2vec 2.0's form."""
 
     image_size: int
     patch_size: int
     dim: int
     depth: int
     num_heads: int
-    mlp_ratio: float = 4.0
+    mlp_dim: int
     cls_token: bool = True
-    cls_position: bool = True
     post_norm: bool = False
+    final_norm: bool = True
+    fixed_positions: bool = True
 
-    def build(self) -> nn.Module:
-        """A timm VisionTransformer; post-norm ones have a norm before the first block and none behind the last."""
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        encoder = timm.models.VisionTransformer(
-            img_size=self.image_size, patch_size=self.patch_size, embed_dim=self.dim, depth=self.depth, num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio, num_classes=0, global_pool="token" if self.cls_token else "avg", class_token=self.cls_token,
-            no_embed_class=self.cls_token and not self.cls_position, dynamic_img_size=True, norm_layer=norm, fc_norm=False,
-            final_norm=not self.post_norm, block_fn=PostNormBlock if self.post_norm else Block,
+
+class PostNormBlock(Block):
+    """Attention and MLP, each followed by a LayerNorm of the sum (``AltBlock`` of fairseq with ``layer_norm_first`` off)."""
+
+    def forward(self, x: Tensor, *args, **mask) -> Tensor:
+        x = self.norm1(x + self.drop_path1(self.attn(x, *args, **mask)))
+        return self.norm2(x + self.drop_path2(self.mlp(x)))
+
+
+class ReleasedViT(VisionTransformer):
+    """A plain ViT that resizes its positions as the official implementations do: bicubic without antialiasing.
+
+    The cls token carries its own position (the two are constants that are always added), so ``pos_embed`` is
+    (1, height * width, dim) in every layout. Positions that are not trained are a buffer.
+    """
+
+    def __init__(self, shape: ViTShape):
+        super().__init__(
+            img_size=shape.image_size, patch_size=shape.patch_size, num_classes=0, embed_dim=shape.dim, depth=shape.depth,
+            num_heads=shape.num_heads, mlp_ratio=shape.mlp_dim / shape.dim, class_token=shape.cls_token, no_embed_class=True,
+            global_pool="token" if shape.cls_token else "avg", fc_norm=False, final_norm=shape.final_norm,
+            dynamic_img_size=True, block_fn=PostNormBlock if shape.post_norm else Block,
         )  # fmt: skip
-        if self.post_norm:
-            encoder.norm_pre = norm(self.dim)
-        encoder.pretrained_cfg = {
-            "architecture": "plain_vit", "vit": asdict(self), "input_size": (3, self.image_size, self.image_size),
-            "mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD, "interpolation": "bicubic",
-            "crop_pct": 224 / 256, "crop_mode": "center",
-        }  # fmt: skip
-        return encoder.eval()
+        self.shape = shape
+        if shape.post_norm:
+            self.norm_pre = nn.LayerNorm(shape.dim, eps=1e-6)
+        if shape.fixed_positions:
+            self._set_positions(self.pos_embed.detach())
+
+    def _set_positions(self, positions: Tensor) -> None:
+        del self.pos_embed
+        if self.shape.fixed_positions:
+            self.register_buffer("pos_embed", positions)
+        else:
+            self.pos_embed = nn.Parameter(positions)
+
+    def _resized(self, height: int, width: int) -> Tensor:
+        old = self.patch_embed.grid_size
+        return resample_abs_pos_embed(self.pos_embed, [height, width], list(old), num_prefix_tokens=0, antialias=False)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape  # patches, channels last
+        x = x.flatten(1, 2) + self._resized(h, w)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(b, -1, -1), x], dim=1)
+        return self.pos_drop(x)
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """Change the input size (pixels, square) for good; positions are resized."""
+        self.shape = replace(self.shape, image_size=img_size)
+        side = img_size // self.shape.patch_size
+        positions = self._resized(side, side).detach()
+        self.patch_embed.set_input_size(img_size=img_size)
+        self._set_positions(positions)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """``mark``: a key that only this layout has; ``to_timm``: its filter; ``name`` is what errors call it."""
-
-    name: str
-    mark: str
-    to_timm: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-def load_published(path: Path, *, num_heads: int | None = None) -> nn.Module:
-    """The encoder in a published checkpoint.
+def convert(file: Mapping, path: str, num_heads: int | None = None) -> tuple[ViTShape, dict[str, Tensor], Layout]:
+    """Tensors of a published checkpoint under the names of :class:`ReleasedViT`, the sizes they have, and their layout.
 
     Args:
-        path: MIM-Refiner's hub files, fairseq's data2vec 2.0, or a ViT under MAE's names (MAE, CrossMAE, DINO, iBOT, Mugs, I-JEPA:
-            with or without decoder, heads and the usual prefixes).
-        num_heads: attention heads; None takes that of the published size with this width and depth.
+        file: what the checkpoint file holds.
+        path: its name, for messages.
+        num_heads: attention heads; None looks the sizes up in the table of models.
 
     Raises:
-        InputError: a file that is no checkpoint, would run code, or has keys that fit no layout.
+        InputError: no known layout, or keys or shapes that do not fit the layout the file looks like.
     """
-    tensors = read_tensors(path)
-    layout = find_layout(tensors, path)
-    state = layout.to_timm(tensors)
-    spec = describe(state, path, num_heads)
-    encoder = spec.build()
-    missing, unexpected = encoder.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise InputError(
-            f"{path} looks like {layout.name}, but {_list('is missing', missing)}{_list('has in addition', unexpected)}"
-        )
-    return encoder
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors file or of the model inside a torch file, on the CPU."""
+    layout, found = find_layout(file, path)
+    tensors = dict(_renamed(layout, found))
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_stand_ins()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} holds more than tensors and is not loaded, as it might run code: {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = [content[key] for key in ("state_dict", "model", "teacher", "target_encoder", "encoder") if key in content]
-        if not inner:
-            raise InputError(f"{path} holds no model: it has {', '.join(map(str, list(content)[:8]))}")
-        content = inner[0]
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected named tensors")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        weight, positions = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
+        mlp_dim = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise InputError(f"{path} looks like the {layout.name} layout, but has no {error.args[0]}") from None
+    dim, depth = weight.shape[0], 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
+    positions = positions.reshape(1, -1, dim)
+    side = math.isqrt(positions.shape[1])
+    if "cls_token" in tensors and side**2 != positions.shape[1]:  # a row for the cls token: add it to the token
+        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
+        positions = positions[:, 1:]
+        side = math.isqrt(positions.shape[1])
+    if side**2 != positions.shape[1]:
+        raise InputError(f"{path}: expected positions of a square grid, with or without cls token, got {positions.shape[1]}")
+    tensors["pos_embed"] = positions
+    patch = weight.shape[-1]
+    shape = ViTShape(
+        side * patch, patch, dim, depth, num_heads or _heads(dim, depth, path), mlp_dim, "cls_token" in tensors,
+        post_norm="norm_pre.weight" in tensors, final_norm="norm.weight" in tensors, fixed_positions=layout.fixed_positions,
+    )  # fmt: skip
+    if dim % shape.num_heads:
+        raise InputError(f"{path}: width {dim} is not divisible by num_heads={shape.num_heads}")
+    _check_keys(shape, tensors, layout, path)
+    return shape, tensors, layout
 
 
-def find_layout(tensors: dict[str, Tensor], path: Path) -> Layout:
-    """The layout whose mark is among the keys."""
+def find_layout(file: Mapping, path: str) -> tuple[Layout, Mapping]:
+    """The first layout that fits, and the mapping of keys to tensors inside ``file``."""
     for layout in LAYOUTS:
-        if any(name.endswith(layout.mark) for name in tensors):
-            return layout
-    names = ", ".join(list(tensors)[:6])
-    raise InputError(f"{path} is of no known layout ({', '.join(x.name for x in LAYOUTS)}): its keys begin with {names}")
+        for container in layout.containers:
+            found = file.get(container) if container else file
+            if isinstance(found, Mapping) and any(layout.mark in key for key in found if isinstance(key, str)):
+                return layout, found
+    keys = [key for part in (file, *file.values()) if isinstance(part, Mapping) for key in part if isinstance(key, str)]
+    like = next((what for mark, what in FOREIGN.items() if any(mark in key for key in keys)), "no layout that is known")
+    names = ", ".join(layout.name for layout in LAYOUTS)
+    raise InputError(f"{path} looks like {like}, with keys {_few(keys)}; expected one of: {names}")
 
 
-def describe(state: dict[str, Tensor], path: Path, num_heads: int | None) -> PlainViT:
-    """What the shapes of timm-named tensors say."""
-    try:
-        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        hidden, positions = state["blocks.0.mlp.fc1.weight"].shape[0], state["pos_embed"].shape[1]
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} holds no ViT: {error} is missing") from error
-    cls_token = "cls_token" in state
-    side = int(positions**0.5)
-    heads = num_heads or HEADS.get((dim, depth))
-    if heads is None:
-        raise InputError(f"{path}: a ViT of width {dim} and depth {depth} is no published size: give num_heads")
-    if dim % heads:
-        raise InputError(f"{path}: width {dim} is not divisible by {heads} attention heads")
-    return PlainViT(
-        side * patch, patch, dim, depth, heads, hidden / dim, cls_token,
-        cls_position=cls_token and side * side != positions, post_norm="norm_pre.weight" in state,
-    )  # fmt: skip
-
-
-def from_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MIM-Refiner's released files: positions (1, rows, columns, dim) without one for cls; post-norm ones have ``embed_norm``."""
-    names = {"cls_tokens.tokens": "cls_token", "pos_embed.embed": "pos_embed"}
-    state = {names.get(name, name.replace("embed_norm.", "norm_pre.")): value for name, value in tensors.items()}
-    state["pos_embed"] = state["pos_embed"].flatten(1, 2)
-    return state
-
-
-def from_fairseq(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """data2vec 2.0 (fairseq): post-norm blocks; the decoder and the moving average are left out."""
-    image = "modality_encoders.IMAGE."
-    names = {
-        f"{image}local_encoder.proj.": "patch_embed.proj.", f"{image}extra_tokens": "cls_token",
-        f"{image}fixed_positional_encoder.positions": "pos_embed", f"{image}context_encoder.norm.": "norm_pre.",
-    }  # fmt: skip
-    state = {}
-    for name, value in tensors.items():
-        name = name.removeprefix("model.")
-        if name.startswith(("_ema", f"{image}decoder")):
+def _renamed(layout: Layout, tensors: Mapping):
+    for key, x in tensors.items():
+        for prefix in layout.strip:
+            key = key.removeprefix(prefix)
+        if not isinstance(x, Tensor) or key.startswith(layout.drop):
             continue
-        for old, new in names.items():
-            if name.startswith(old):
-                name = new + name[len(old) :]
-        state[name] = value
-    return state
+        for old, new in layout.rename:
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
+        yield key, x
 
 
-def from_mae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MAE's names, which DINO, iBOT, Mugs, I-JEPA and CrossMAE share; decoders, masks and heads are left out."""
-    state = {re.sub(r"^(module\.|backbone\.|encoder\.)+", "", name): value for name, value in tensors.items()}
-    dropped = ("decoder", "mask_token", "masked_embed", "head", "fc_norm", "predictor", "relation", "group")
-    return {name: value for name, value in state.items() if not name.startswith(dropped)}
+def _check_keys(shape: ViTShape, tensors: dict[str, Tensor], layout: Layout, path: str) -> None:
+    expected = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"}
+    expected |= {f"blocks.{i}.{key}" for i in range(shape.depth) for key in BLOCK_KEYS}
+    norms = [name for name, there in (("norm", shape.final_norm), ("norm_pre", shape.post_norm)) if there]
+    expected |= {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")} | ({"cls_token"} if shape.cls_token else set())
+    missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if missing or unexpected:
+        like = next((f" or {what}" for mark, what in FOREIGN.items() if any(mark in key for key in tensors)), "")
+        raise InputError(
+            f"{path} looks like the {layout.name} layout{like}, but its keys do not fit: "
+            f"missing {_few(missing)}, unexpected {_few(unexpected)}"
+        )
 
 
-LAYOUTS = (
-    Layout("MIM-Refiner's hub", "cls_tokens.tokens", from_hub),
-    Layout("fairseq data2vec 2.0", "modality_encoders.IMAGE.local_encoder.proj.weight", from_fairseq),
-    Layout("MAE and its relatives", "patch_embed.proj.weight", from_mae),
-)
+def _heads(dim: int, depth: int, path: str) -> int:
+    from mimrefiner.catalogue import MODELS
+
+    heads = {row.heads for row in MODELS if row.heads and (row.dim, row.depth) == (dim, depth)}
+    if len(heads) != 1:
+        raise InputError(f"{path}: the table of models has no ViT of width {dim} and {depth} blocks; give num_heads=")
+    return heads.pop()
 
 
-class _Inert:
-    """Stands in for a settings object inside a checkpoint: it takes any state and does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def _stand_ins() -> list:
-    """Settings classes that published files carry, none of which is imported or run."""
-    settings = (
-        "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.base.ContainerMetadata",
-        "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode", "omegaconf.nodes.IntegerNode", "omegaconf.nodes.FloatNode",
-        "omegaconf.nodes.StringNode", "omegaconf.nodes.BooleanNode", "typing.Any",
-    )  # fmt: skip
-    return [argparse.Namespace, *((_Inert, name) for name in settings)]
-
-
-def _list(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f" it {what} {', '.join(names[:5])}{more};" if names else ""
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "") if keys else "none"

@@ -1,6 +1,8 @@
-"""Encoders: by timm name, by the name of a packaged checkpoint, or from a file."""
+"""Encoders: by timm name, by name of the table of models, or from a file in any published layout."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import mimrefiner._torchvision  # noqa: F401  before the first timm import
@@ -11,10 +13,11 @@ import timm.data
 import torch
 from torch import nn
 
-from mimrefiner.checkpoint import is_own_file, read_encoder_file
+from mimrefiner.catalogue import BY_NAME, Model
+from mimrefiner.checkpoint import atomic_file, is_own_file, read_checkpoint, read_encoder_file
 from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
-from mimrefiner.layouts import PlainViT, load_published
+from mimrefiner.layouts import ReleasedViT, ViTShape, convert
 
 HALF = (0.5, 0.5, 0.5)
 ASSETS = Path(__file__).parent / "assets"
@@ -50,7 +53,12 @@ def build_vit(config: ViTConfig, *, seed: int = 0, mean=HALF, std=HALF) -> nn.Mo
 
 
 def load_encoder(
-    source: str | Path, *, image_size: int | None = None, num_heads: int | None = None, pretrained: bool = True
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    pretrained: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Load an encoder in eval mode, without a classifier.
 
@@ -58,21 +66,29 @@ def load_encoder(
     views need a transform. Every image size that the patch size divides is accepted in the forward pass.
 
     Args:
-        source: a timm model name (``vit_base_patch16_224.mae``), the name of a checkpoint that comes with the package
-            (``simmim_digits``), or the path of a file: written by this package, or in a published layout
-            (:func:`mimrefiner.layouts.load_published`).
+        source: a timm model name (``vit_base_patch16_224.mae``), a name of the table of models (``d2v2_refined_h14``; see
+            ``mimrefiner models``), which is downloaded once into ``$MIMREFINER_CACHE``, the name of a checkpoint that comes with
+            the package (``simmim_digits``), or the path of a file in any layout of :data:`mimrefiner.layouts.LAYOUTS`.
         image_size: input size in pixels, None for the model's own; position embeddings are resized.
         num_heads: attention heads, where a file does not tell (files of this package do).
         pretrained: False gives random weights of the same shape.
+        dtype: of the weights, such as torch.bfloat16, converted tensor by tensor; None means float32.
 
     Raises:
         InputError: unknown name, missing or damaged file, a size the patch size does not divide, or no network.
     """
     packaged = ASSETS / f"{source}.safetensors"
     path = packaged if packaged.is_file() else Path(source).expanduser()
-    if path.suffix == ".safetensors" or path.exists():
-        return _load_file(path, image_size, num_heads, pretrained)
     name = str(source)
+    row = BY_NAME.get(name)
+    if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".th", ".tar"):
+        return _load_file(path, image_size, num_heads, pretrained, dtype)
+    if row and row.url:
+        if pretrained:
+            return _load_file(fetch(row), image_size, row.heads, True, dtype)
+        return _with_size(_as_encoder(ReleasedViT(row_shape(row)), dtype), image_size)
+    if row and pretrained:
+        print(f"{name}: licence {row.licence}, {row.page}/{name}", file=sys.stderr)
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
         hint = f"; close names: {', '.join(close)}" if close else ""
@@ -89,7 +105,33 @@ def load_encoder(
             "without a network use pretrained=False (--no-pretrained) or a local file; the patch size must divide image sizes"
         ) from error
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": name}
-    return _with_size(encoder, image_size)
+    return _with_size(encoder.to(dtype), image_size)
+
+
+def row_shape(row: Model) -> ViTShape:
+    """The sizes of a published file's model."""
+    d2v2, crossmae = row.name.startswith("d2v2"), row.name == "crossmae_l16"
+    fixed = row.family not in ("iBOT", "Mugs", "DINO", "MAWS") and row.name != "mae_2b14"
+    return ViTShape(
+        row.image_size, row.patch, row.dim, row.depth, row.heads, 4 * row.dim, row.cls is not None, d2v2,
+        final_norm=not (d2v2 or crossmae), fixed_positions=fixed,
+    )  # fmt: skip
+
+
+def fetch(row: Model) -> Path:
+    """The published file of ``row``, downloaded once; its licence is shown on standard error."""
+    cache = Path(os.environ.get("MIMREFINER_CACHE", Path.home() / ".cache" / "mimrefiner")).expanduser()
+    path = cache / "weights" / f"{row.name}{Path(row.url).suffix}"
+    print(f"{row.name}: licence {row.licence}, {row.page}", file=sys.stderr)
+    if not path.is_file():
+        try:
+            with atomic_file(path) as temporary:
+                torch.hub.download_url_to_file(row.url, str(temporary), row.sha256 or None, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"could not download {row.url} ({_first_line(error)}): fetch it elsewhere and give its path"
+            ) from error
+    return path
 
 
 def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
@@ -100,30 +142,61 @@ def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **size).eval()
 
 
-def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretrained: bool) -> nn.Module:
+def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretrained: bool, dtype) -> nn.Module:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: expected a checkpoint or a timm model name")
     if not is_own_file(path):
-        encoder = load_published(path, num_heads=num_heads)
-        if not pretrained:
-            encoder = PlainViT(**encoder.pretrained_cfg["vit"]).build()
-        return _with_size(encoder, image_size)
+        return _with_size(_load_published(path, num_heads, pretrained, dtype), image_size)
     tensors, metadata = read_encoder_file(path)
-    sizes, data = json.loads(metadata["vit"]), json.loads(metadata["data"])
-    config = PlainViT(**sizes) if metadata["architecture"] == "plain_vit" else ViTConfig(**sizes)
+    config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
     if num_heads not in (None, config.num_heads):
         raise InputError(f"{path} has {config.num_heads} attention heads, got num_heads={num_heads}")
-    if metadata["architecture"] == "mimrefiner_vit":
+    if metadata.get("released"):
+        encoder = _as_encoder(ReleasedViT(ViTShape(**json.loads(metadata["released"]))), None)
+    elif metadata["architecture"] == "mimrefiner_vit":
         encoder = build_vit(config)
-    elif metadata["architecture"] == "plain_vit":
-        encoder = config.build()
     else:
         encoder = _create(metadata["architecture"], config.image_size, pretrained=False)
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": metadata["architecture"]}
     if pretrained:
         encoder.load_state_dict(tensors)
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **data, "input_size": (3, config.image_size, config.image_size)}
-    return _with_size(encoder, image_size)
+    return _with_size(encoder.to(dtype), image_size)
+
+
+def _load_published(path: Path, num_heads: int | None, pretrained: bool, dtype: torch.dtype | None) -> nn.Module:
+    """A model from a published file: built without memory, then filled tensor by tensor, so that weights exist once."""
+    shape, tensors, _ = convert(read_checkpoint(path), str(path), num_heads)
+    if not pretrained:
+        return _as_encoder(ReleasedViT(shape), dtype)
+    with torch.device("meta"):
+        encoder = ReleasedViT(shape)
+    expected = {name: x.shape for name, x in encoder.state_dict().items()}
+    wrong = {
+        name: tuple(x.shape) for name, x in tensors.items() if x.shape != expected[name] and x.numel() != expected[name].numel()
+    }
+    if wrong:
+        name, got = next(iter(wrong.items()))
+        raise InputError(f"{path}: {name} should be {tuple(expected[name])}, got {got}")
+    for name in list(tensors):
+        x = tensors.pop(name).reshape(expected[name])
+        x = x.to(dtype or torch.float32, copy=True)  # a copy, because the file stays mapped
+        encoder.load_state_dict({name: x}, strict=False, assign=True)
+    return _as_encoder(encoder, dtype)
+
+
+def _as_encoder(encoder: ReleasedViT, dtype: torch.dtype | None) -> nn.Module:
+    shape = encoder.shape
+    encoder.pretrained_cfg = {
+        "architecture": "released_vit",
+        "input_size": (3, shape.image_size, shape.image_size),
+        "mean": timm.data.IMAGENET_DEFAULT_MEAN,
+        "std": timm.data.IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,  # 224 of 256, 448 of 512
+        "crop_mode": "center",
+    }
+    return encoder.to(dtype).eval()
 
 
 def _with_size(encoder: nn.Module, image_size: int | None) -> nn.Module:

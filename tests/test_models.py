@@ -1,13 +1,21 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 import mimrefiner as mr
+from mimrefiner.__main__ import main
+from mimrefiner.augment import Crop, Views
+from mimrefiner.catalogue import MODELS
 from mimrefiner.checkpoint import atomic_file, save_encoder, sha256_of
+from mimrefiner.layouts import ReleasedViT, ViTShape
+from mimrefiner.models import _as_encoder
+from mimrefiner.refiner import MIMRefiner
 
 
 def test_save_and_load_give_the_same_encoder(vit, tmp_path):
@@ -59,7 +67,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(mr.InputError, match="damaged or no safetensors file"):
         mr.load_encoder(tmp_path / "bad.safetensors")
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(mr.InputError, match="is of no known layout"):
+    with pytest.raises(mr.InputError, match="looks like no layout that is known"):
         mr.load_encoder(tmp_path / "other.safetensors")
     with pytest.raises(mr.InputError, match="image size 30 is not divisible by the patch size 8"):
         mr.load_encoder("simmim_digits", image_size=30)
@@ -101,3 +109,92 @@ def test_torchvision_schemas_are_declared_only_where_the_plain_import_fails(tmp_
     code = "import shim; print(shim._schemas is not None)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == str(fails), done.stderr
+
+
+def test_the_table_is_printed_with_licences(capsys):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(MODELS) == 1 + len({row.name for row in MODELS})
+    assert all(row.licence in line and row.verified in line for row, line in zip(MODELS, lines[1:], strict=True))
+    assert all(row.url or timm.is_model(row.name) for row in MODELS)
+
+
+def test_documentation_has_every_row():
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    for row in MODELS:
+        assert f"| {row.name} | {row.family} | {row.licence} | {row.verified} |" in text
+
+
+def test_a_published_file_is_fetched_once_and_its_licence_shown(tmp_path, monkeypatch, capsys):
+    encoder = ReleasedViT(ViTShape(32, 8, 48, 2, 16, 192))
+    fetched = []
+
+    def download(url, path, sha256, progress):
+        fetched.append(url)
+        torch.save(encoder.state_dict(), path)
+
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    for _ in range(2):
+        mr.load_encoder("mae_l16")
+    assert len(fetched) == 1
+    assert "mae_l16: licence CC BY-NC 4.0, https://github.com/facebookresearch/mae" in capsys.readouterr().err
+
+
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
+    with pytest.raises(mr.InputError, match=r"no route to host.*fetch it elsewhere and give its path"):
+        mr.load_encoder("d2v2_refined_h14")
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_large_files_load_in_bfloat16_without_a_second_copy(tmp_path):
+    """A scaled-down 6.5B: the process may grow by its bfloat16 weights and a little, not by the float32 file too."""
+    with torch.device("meta"):
+        tensors = ReleasedViT(ViTShape(224, 14, 1024, 3, 16, 4096)).state_dict()
+    torch.save({name: torch.ones(x.shape) for name, x in tensors.items()}, tmp_path / "large.pt")
+    code = """
+import sys, torch, mimrefiner as mr
+def anonymous():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+peak, before, load = 0, anonymous(), torch.nn.Module.load_state_dict
+def watched(*args, **kwargs):
+    global peak
+    peak = max(peak, anonymous())
+    return load(*args, **kwargs)
+torch.nn.Module.load_state_dict = watched
+encoder = mr.load_encoder(sys.argv[1], num_heads=16, dtype=torch.bfloat16)
+assert all(x.dtype == torch.bfloat16 for x in encoder.parameters())
+print(max(peak, anonymous()) - before, sum(x.nbytes for x in encoder.state_dict().values()))
+"""
+    path = tmp_path / "large.pt"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, weights = map(int, done.stdout.split())
+    assert weights < path.stat().st_size / 1.9
+    assert grown < 1.2 * weights + 20e6, f"{grown / weights:.2f} times the weights"
+
+
+ATTACHED = {
+    "registers": lambda: mr.load_encoder("vit_small_patch14_reg4_dinov2", image_size=28, pretrained=False),
+    "no_cls": lambda: _as_encoder(ReleasedViT(ViTShape(28, 14, 32, 3, 2, 64, cls_token=False)), None),
+    "patch14": lambda: _as_encoder(ReleasedViT(ViTShape(28, 14, 32, 3, 2, 64)), None),
+    "post_norm": lambda: _as_encoder(ReleasedViT(ViTShape(28, 14, 32, 3, 2, 64, post_norm=True, final_norm=False)), None),
+}
+
+
+@pytest.mark.parametrize("name", ATTACHED)
+def test_heads_attach_to_any_vit(name):
+    encoder = ATTACHED[name]().train()
+    depth, pool = len(encoder.blocks), "mean" if name == "no_cls" else "cls"
+    views = Views((Crop(28, (0.5, 1)),) * 2, Crop(14, (0.1, 0.5)), 2)
+    config = mr.RefineConfig(
+        views, (depth - 2, depth - 1), pool, hidden_dim=16, out_dim=8, predictor_dim=16, queue_size=32, batch_size=4
+    )
+    refiner = MIMRefiner(encoder, config)
+    images = [torch.randn(4, 3, crop.size, crop.size) for crop in views.crops]
+    loss = refiner.step(images, torch.arange(4), top_k=1).loss
+    loss.sum().backward()
+    assert loss.shape == (2,) and loss.isfinite().all()
+    assert all(block.attn.qkv.weight.grad.abs().sum() > 0 for block in encoder.blocks)

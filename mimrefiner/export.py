@@ -1,0 +1,90 @@
+"""Encoders for other programs: timm's format, and the layout of the official hub files."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mimrefiner.checkpoint import atomic_file, write_safetensors
+from mimrefiner.errors import InputError
+from mimrefiner.layouts import BLOCK_KEYS
+
+FORMATS = ("timm", "hub")
+
+
+def export(encoder: nn.Module, path: Path | str, format: str = "timm") -> str:
+    """Write ``encoder`` for other programs; returns how to load it there.
+
+    "timm": a safetensors file, and beside it a ``.json`` with the model's arguments and ``pretrained_cfg``, for
+    ``timm.create_model("vit_base_patch16_224", pretrained=True, pretrained_cfg_overlay=dict(file=...), **model_args)``.
+    "hub": a ``.th`` file with the names of the official ``hub/`` files under ``state_dict``.
+
+    Raises:
+        InputError: an unknown format, or a model that the format can not express.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    tensors = plain_tensors(encoder)
+    if format == "hub":
+        with atomic_file(path) as temporary:
+            torch.save({"state_dict": hub_tensors(encoder, tensors)}, temporary)
+        return f"torch.load({path.name!r}, weights_only=True)['state_dict'] fits the models of ml-jku/MIM-Refiner's hub"
+    if "norm_pre.weight" in tensors:
+        raise InputError("timm has no post-norm ViT with a norm before the blocks: load this model with mimrefiner.load_encoder")
+    arguments = timm_arguments(encoder, tensors)
+    if "cls_token" in tensors and tensors["pos_embed"].shape[1] == encoder.patch_embed.num_patches:
+        zero = torch.zeros_like(tensors["pos_embed"][:, :1])  # timm wants a row for the cls token
+        tensors["pos_embed"] = torch.cat([zero, tensors["pos_embed"]], 1)
+    cfg = {key: encoder.pretrained_cfg[key] for key in ("mean", "std", "input_size", "interpolation", "crop_pct")}
+    write_safetensors({name: x.contiguous() for name, x in tensors.items()}, path, {"format": "pt"})
+    overlay = {**cfg, "num_classes": 0, "file": path.name}
+    with atomic_file(path.with_suffix(".json")) as temporary:
+        description = {"architecture": "vit_base_patch16_224", "model_args": arguments, "pretrained_cfg": overlay}
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+    return f"timm.create_model('vit_base_patch16_224', pretrained=True, ...) with the arguments in {path.stem}.json"
+
+
+def plain_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+    """Weights of a plain ViT by their timm names; InputError names what a plain ViT does not have."""
+    tensors = {name: x.detach().cpu() for name, x in encoder.state_dict().items()}
+    own = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    own |= {f"blocks.{i}.{key}" for i in range(len(encoder.blocks)) for key in BLOCK_KEYS}
+    own |= {f"{norm}.{kind}" for norm in ("norm", "norm_pre") for kind in ("weight", "bias")}
+    more = sorted(tensors.keys() - own)
+    if more or not {"pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
+        raise InputError(f"only plain ViTs can be exported; this model has {', '.join(more[:4]) or 'no pos_embed'}")
+    return tensors
+
+
+def timm_arguments(encoder: nn.Module, tensors: dict[str, Tensor]) -> dict:
+    """Arguments with which timm builds this ViT."""
+    cls = "cls_token" in tensors
+    return {
+        "img_size": encoder.patch_embed.img_size[0],
+        "patch_size": encoder.patch_embed.patch_size[0],
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": encoder.blocks[0].attn.num_heads,
+        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / encoder.embed_dim,
+        "class_token": cls,
+        "no_embed_class": False,
+        "final_norm": "norm.weight" in tensors,
+        "fc_norm": False,
+        "global_pool": "token" if cls else "avg",
+        "num_classes": 0,
+        "dynamic_img_size": True,
+    }
+
+
+def hub_tensors(encoder: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights by the names of the official hub files; a cls position is added to the cls token."""
+    grid = encoder.patch_embed.grid_size
+    if "cls_token" not in tensors or not ({"norm.weight", "norm_pre.weight"} & tensors.keys()):
+        raise InputError("the hub layout needs a cls token and a final or an embedding norm")
+    positions, cls = tensors.pop("pos_embed"), tensors.pop("cls_token")
+    if positions.shape[1] == 1 + grid[0] * grid[1]:
+        cls, positions = cls + positions[:, :1], positions[:, 1:]
+    tensors = {name.replace("norm_pre", "embed_norm"): x for name, x in tensors.items()}
+    return {**tensors, "pos_embed.embed": positions.unflatten(1, grid), "cls_tokens.tokens": cls}

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import timm
+import torch
+
+import mimrefiner as mr
+from mimrefiner.__main__ import main
+from mimrefiner.checkpoint import save_encoder
+from mimrefiner.export import export
+from mimrefiner.layouts import ReleasedViT, ViTShape
+from mimrefiner.models import _as_encoder
+
+SHAPES = {
+    "cls": ViTShape(32, 8, 48, 2, 3, 192),
+    "no_cls": ViTShape(32, 8, 48, 2, 3, 96, cls_token=False),
+    "no_final_norm": ViTShape(28, 14, 32, 2, 2, 128, final_norm=False),
+}
+
+
+def released(shape):
+    return _as_encoder(ReleasedViT(shape), None)
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "own"])
+def test_timm_builds_the_same_model(name, vit, tmp_path):
+    encoder = vit if name == "own" else released(SHAPES[name])
+    export(encoder, tmp_path / "e.safetensors")
+    written = json.loads((tmp_path / "e.json").read_text())
+    overlay = {**written["pretrained_cfg"], "file": str(tmp_path / "e.safetensors")}
+    again = timm.create_model(
+        written["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **written["model_args"]
+    ).eval()
+    x = torch.randn(2, 3, *encoder.pretrained_cfg["input_size"][1:])
+    torch.testing.assert_close(again.forward_features(x), encoder.forward_features(x), atol=1e-6, rtol=1e-5)
+    assert tuple(again.pretrained_cfg["mean"]) == tuple(encoder.pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_the_hub_layout_round_trips(post_norm, tmp_path):
+    encoder = released(ViTShape(32, 8, 48, 2, 3, 192, post_norm=post_norm, final_norm=not post_norm))
+    export(encoder, tmp_path / "e.th", "hub")
+    file = torch.load(tmp_path / "e.th", weights_only=True)["state_dict"]
+    assert file["pos_embed.embed"].shape == (1, 4, 4, 48)
+    again = mr.load_encoder(tmp_path / "e.th", num_heads=3)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.forward_features(x), encoder.forward_features(x))
+
+
+def test_own_files_of_released_models_round_trip(tmp_path):
+    encoder = released(ViTShape(28, 14, 32, 2, 2, 64, post_norm=True, final_norm=False))
+    encoder.set_input_size(42)
+    save_encoder(encoder, tmp_path / "e.safetensors")
+    again = mr.load_encoder(tmp_path / "e.safetensors")
+    x = torch.randn(2, 3, 42, 42)
+    assert torch.equal(again(x), encoder(x))
+    assert again.pretrained_cfg["crop_pct"] == 0.875
+
+
+def test_what_can_not_be_exported_is_said(tmp_path, capsys):
+    post = released(ViTShape(28, 14, 32, 1, 2, 64, post_norm=True, final_norm=False))
+    with pytest.raises(mr.InputError, match=r"load this model with mimrefiner\.load_encoder"):
+        export(post, tmp_path / "e.safetensors")
+    registers = mr.load_encoder("test_vit2", pretrained=False)
+    with pytest.raises(mr.InputError, match="only plain ViTs can be exported"):
+        export(registers, tmp_path / "e.safetensors")
+    assert main(["export", "simmim_digits", "--to", str(tmp_path / "e.x"), "--format", "onnx"]) == 2
+    assert "unknown format 'onnx'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(["export", "simmim_digits", "--to", str(tmp_path / "e.safetensors")]) == 0
