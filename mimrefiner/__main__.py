@@ -16,23 +16,25 @@ def add_run(commands) -> None:
     parser.add_argument("--seeds", default="0", help="seeds with commas between (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for all results (default: runs/PRESET)")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters", help="a notebook parameter")
+    parser.add_argument("--resume", action="store_true", help="skip notebooks that are done and whose inputs have not changed")
+    parser.add_argument("--keep-going", action="store_true", help="after a failure, go on with the other notebooks")
+    parser.add_argument("--gpus", help="numbers of GPUs with commas between: one job at a time on each")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at once where no --gpus are given (default: 1)")
+    parser.add_argument("--timeout", type=float, metavar="MINUTES", help="limit for each notebook (default: none)")
+    parser.add_argument("--executor", default="local", help="local or slurm (default: local)")
+    parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help="for submitit: slurm_partition=gpu")
 
 
 def do_run(args) -> None:
-    from mimrefiner.runner import assignments, run_notebooks
+    from mimrefiner.runner import Batch, run_notebooks
 
-    parameters = {}
-    for given in args.parameters:
-        name, equals, value = given.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"expected -p NAME=VALUE, got {given!r}")
-        try:
-            parameters |= assignments(f"{name} = {value}")
-        except (SyntaxError, ValueError):
-            parameters[name] = value
-    run_notebooks(
-        args.notebooks, preset=args.preset, seeds=args.seeds, out=args.out or Path("runs") / args.preset, parameters=parameters
-    )
+    batch = Batch(
+        gpus=_integers("--gpus", args.gpus) if args.gpus else (), workers=args.workers, resume=args.resume,
+        keep_going=args.keep_going, timeout=args.timeout and 60 * args.timeout, executor=args.executor,
+        slurm=_assigned("--slurm", args.slurm),
+    )  # fmt: skip
+    out, parameters = args.out or Path("runs") / args.preset, _assigned("-p", args.parameters)
+    run_notebooks(args.notebooks, preset=args.preset, seeds=args.seeds, out=out, parameters=parameters, batch=batch)
 
 
 def add_pretrain(commands) -> None:
@@ -194,6 +196,22 @@ def _preset_and_data(args):
     dataset = load_split(preset, "train")
     check_writable(args.out)
     return preset, dataset
+
+
+def _assigned(option: str, pairs: list[str]) -> dict:
+    """NAME=VALUE pairs; a value is read as a Python literal where it is one, else as text."""
+    from mimrefiner.runner import assignments
+
+    found = {}
+    for given in pairs:
+        name, equals, value = given.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"expected {option} NAME=VALUE, got {given!r}")
+        try:
+            found |= assignments(f"{name} = {value}")
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
