@@ -37,6 +37,33 @@ def do_run(args) -> None:
     run_notebooks(args.notebooks, preset=args.preset, seeds=args.seeds, out=out, parameters=parameters, batch=batch)
 
 
+def add_students(commands) -> None:
+    parser = _command(
+        commands, "students", do_students, "copy notebooks without their solutions", "mimrefiner students --out course"
+    )
+    parser.add_argument("notebooks", nargs="*", metavar="NAME", help="notebooks by name or number; none means all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the copies")
+
+
+def do_students(args) -> None:
+    from mimrefiner.students import write_student_copies
+
+    print(f"{len(write_student_copies(args.notebooks, args.out))} notebooks are in {args.out}")
+
+
+def add_publish(commands) -> None:
+    example = "mimrefiner publish runs/figures"
+    parser = _command(commands, "publish", do_publish, "replace the executed notebooks of the project by those of a run", example)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--to", type=Path, default=Path("notebooks/executed"), help="(default: notebooks/executed)")
+
+
+def do_publish(args) -> None:
+    from mimrefiner.students import publish
+
+    print(f"{len(publish(args.run, args.to))} executed notebooks are in {args.to}")
+
+
 def add_pretrain(commands) -> None:
     example = "mimrefiner pretrain --data digits --preset tiny --seed 0 --out runs/mim"
     parser = _command(commands, "pretrain", do_pretrain, "masked-image pre-training of a small ViT (stage 1)", example)
@@ -155,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; errors a person can mend are one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser("mimrefiner", description="See and repair masked-image models, block by block.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_run, add_pretrain, add_refine, add_probe, add_datasets):
+    for add in (add_run, add_pretrain, add_refine, add_probe, add_datasets, add_students, add_publish):
         add(commands)
     args = parser.parse_args(arguments)
     if not sys.stderr.isatty():

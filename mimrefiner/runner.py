@@ -193,7 +193,7 @@ def run_job(call: str) -> None:
         call: JSON that :func:`run_notebooks` made.
     """
     if stat.S_ISFIFO(os.fstat(0).st_mode):  # whoever started this ends it by ending itself
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     os.environ["MIMREFINER_PROGRESS"] = "log"  # kernels inherit it: a bar cannot be drawn through papermill
     job, record = json.loads(call), {}
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
