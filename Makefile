@@ -5,7 +5,7 @@ RUN    ?= runs/figures
 
 export MIMREFINER_CACHE ?= $(CURDIR)/runs/cache
 
-.PHONY: help reproduce test figures lint lock clean
+.PHONY: help reproduce test figures publish docs lint lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,14 @@ figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made
 	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --out $(RUN)
 	cp $(RUN)/figures/* $(RUN)/claims.md figures/
 	@echo "figures/ now shows $(RUN)"
+
+publish: $(VENV)/installed  ## keep the executed notebooks of RUN in notebooks/executed/, without paths of this machine
+	$(BIN)/python -m mimrefiner publish $(RUN)
+
+docs: $(VENV)/installed  ## build the documentation site in runs/site and check its links
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/check_links.py runs/site
 
 lint: $(VENV)/installed  ## style checks
 	$(BIN)/ruff check .

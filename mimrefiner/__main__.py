@@ -20,23 +20,52 @@ def add_run(commands) -> None:
     parser.add_argument("--seeds", default="0", help="seeds with commas between (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for all results (default: runs/PRESET)")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters", help="a notebook parameter")
+    parser.add_argument("--resume", action="store_true", help="skip notebooks that are done and whose inputs have not changed")
+    parser.add_argument("--keep-going", action="store_true", help="after a failure, go on with the other notebooks")
+    parser.add_argument("--gpus", help="numbers of GPUs with commas between: one job at a time on each")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at once where no --gpus are given (default: 1)")
+    parser.add_argument("--timeout", type=float, metavar="MINUTES", help="limit for each notebook (default: none)")
+    parser.add_argument("--executor", default="local", help="local or slurm (default: local)")
+    parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help="for submitit: slurm_partition=gpu")
 
 
 def do_run(args) -> None:
-    from mimrefiner.runner import assignments, run_notebooks
+    from mimrefiner.runner import Batch, run_notebooks
 
-    parameters = {}
-    for given in args.parameters:
-        name, equals, value = given.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"expected -p NAME=VALUE, got {given!r}")
-        try:
-            parameters |= assignments(f"{name} = {value}")
-        except (SyntaxError, ValueError):
-            parameters[name] = value
-    run_notebooks(
-        args.notebooks, preset=args.preset, seeds=args.seeds, out=args.out or Path("runs") / args.preset, parameters=parameters
+    batch = Batch(
+        gpus=_integers("--gpus", args.gpus) if args.gpus else (), workers=args.workers, resume=args.resume,
+        keep_going=args.keep_going, timeout=args.timeout and 60 * args.timeout, executor=args.executor,
+        slurm=_assigned("--slurm", args.slurm),
+    )  # fmt: skip
+    out, parameters = args.out or Path("runs") / args.preset, _assigned("-p", args.parameters)
+    run_notebooks(args.notebooks, preset=args.preset, seeds=args.seeds, out=out, parameters=parameters, batch=batch)
+
+
+def add_students(commands) -> None:
+    parser = _command(
+        commands, "students", do_students, "copy notebooks without their solutions", "mimrefiner students --out course"
     )
+    parser.add_argument("notebooks", nargs="*", metavar="NAME", help="notebooks by name or number; none means all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the copies")
+
+
+def do_students(args) -> None:
+    from mimrefiner.students import write_student_copies
+
+    print(f"{len(write_student_copies(args.notebooks, args.out))} notebooks are in {args.out}")
+
+
+def add_publish(commands) -> None:
+    example = "mimrefiner publish runs/figures"
+    parser = _command(commands, "publish", do_publish, "replace the executed notebooks of the project by those of a run", example)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--to", type=Path, default=Path("notebooks/executed"), help="(default: notebooks/executed)")
+
+
+def do_publish(args) -> None:
+    from mimrefiner.students import publish
+
+    print(f"{len(publish(args.run, args.to))} executed notebooks are in {args.to}")
 
 
 def add_pretrain(commands) -> None:
@@ -202,7 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; errors a person can mend are one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser("mimrefiner", description="See and repair masked-image models, block by block.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_run, add_pretrain, add_refine, add_probe, add_datasets, add_models, add_plan, add_export):
+    for add in (
+        add_run, add_pretrain, add_refine, add_probe, add_datasets, add_models, add_plan, add_export, add_students, add_publish,
+    ):  # fmt: skip
         add(commands)
     args = parser.parse_args(arguments)
     if not sys.stderr.isatty():
@@ -283,6 +314,22 @@ def _preset_and_data(args):
     dataset = dataset.in_memory() if args.in_memory else dataset
     check_writable(args.out)
     return preset, dataset
+
+
+def _assigned(option: str, pairs: list[str]) -> dict:
+    """NAME=VALUE pairs; a value is read as a Python literal where it is one, else as text."""
+    from mimrefiner.runner import assignments
+
+    found = {}
+    for given in pairs:
+        name, equals, value = given.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"expected {option} NAME=VALUE, got {given!r}")
+        try:
+            found |= assignments(f"{name} = {value}")
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

@@ -1,19 +1,28 @@
 """Notebooks: strict parameters inside them, and their execution in batch through papermill."""
 
 import ast
+import hashlib
+import json
 import os
+import re
+import stat
 import sys
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import papermill
+import torch
 
+from mimrefiner import store
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.config import describe, load_preset
+from mimrefiner.config import Preset, describe, load_preset
 from mimrefiner.errors import InputError
-from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS, Run, claims_markdown, environment, write_csv, write_json
+from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
+from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS, Run, claims_markdown, device_name, environment, write_csv, write_json
 
 INJECTED = "# Parameters"  # papermill's first line of the cell it adds
 
@@ -32,7 +41,7 @@ def start_run(name: str, names: dict) -> Run:
     preset = load_preset(names["preset"])
     run = Run(name, preset, parse_seeds(names["seeds"]), Path(names["out"] or _project_folder() / "runs" / "interactive"))
     check_writable(run.out)
-    print(f"{name}: preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, run.seeds))}")
+    print(f"{name}: preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, run.seeds))}, on {device_name()}")
     print(describe(preset))
     return run
 
@@ -76,40 +85,134 @@ def parse_seeds(seeds: str) -> tuple[int, ...]:
     return parsed
 
 
-def run_notebooks(names: list[str], *, preset: str, seeds: str, out: Path, parameters: dict | None = None) -> Path:
-    """Execute notebooks one after the other, collect their rows and claims, and say where everything is.
+@dataclass(frozen=True)
+class Batch:
+    """How notebooks are executed.
+
+    Args:
+        gpus: numbers of the GPUs to spread jobs over, one job on each; none: ``workers`` jobs at once without pinning.
+        workers: jobs at once; on a CPU they share its cores.
+        resume: skip notebooks that are done with the same source, parameters, code and data, and whose files are as they were.
+        keep_going: after a failure, execute the notebooks that do not need what failed.
+        timeout: seconds that one notebook may take; None: any.
+        executor: "local" or "slurm" (``slurm`` then holds options for submitit, such as ``{"slurm_partition": "gpu"}``).
+    """
+
+    gpus: tuple[int, ...] = ()
+    workers: int = 1
+    resume: bool = False
+    keep_going: bool = False
+    timeout: float | None = None
+    executor: str = "local"
+    slurm: dict = field(default_factory=dict)
+
+
+def run_notebooks(
+    names: list[str], *, preset: str, seeds: str, out: Path, parameters: dict | None = None, batch: Batch | None = None
+) -> Path:
+    """Train the models that notebooks share, execute each notebook in a process of its own, and collect rows and claims.
 
     Args:
         names: of notebooks, without suffix or by their number; none means all.
         preset, seeds, out: the parameters that every notebook has.
         parameters: further ones; a notebook that does not declare one raises before anything runs.
+        batch: where and how; default one after the other.
 
     Returns:
-        ``out``, which then holds notebooks/, figures/, results/, claims/, results.csv, claims.csv, claims.md, manifest.json.
+        ``out``, which then holds notebooks/, figures/, results/, claims/, logs/, results.csv, claims.csv, claims.md, manifest.json.
+
+    Raises:
+        InputError: before any work for wrong names, parameters or options; at the end for notebooks that failed.
     """
-    load_preset(preset)
-    parse_seeds(seeds)
-    notebooks = find_notebooks(names)
-    out = Path(out).resolve()
+    batch, parameters = batch or Batch(), parameters or {}
+    base, seed_list, notebooks, out = load_preset(preset), parse_seeds(seeds), find_notebooks(names), Path(out).resolve()
+    check_batch(batch)
     check_writable(out)
-    given = {"preset": preset, "seeds": seeds, "out": str(out), **(parameters or {})}
+    given = {"preset": preset, "seeds": seeds, "out": str(out), **parameters}
     for notebook in notebooks:
         compare_parameters(declared_parameters(notebook), given)
-    durations, began = {}, time.monotonic()
-    for i, notebook in enumerate(notebooks):
-        print(f"[{i + 1}/{len(notebooks)}] {notebook.stem}: preset {preset}, seeds {seeds}", flush=True)
-        durations[notebook.stem] = _execute(notebook, out, given)
-        print(f"[{i + 1}/{len(notebooks)}] {notebook.stem}: done in {durations[notebook.stem]:.0f} s", flush=True)
+    common = _inputs_hash(base)
+    jobs, began = _model_jobs(base, seed_list, notebooks, out), time.monotonic()
+    trained = tuple(job.name for job in jobs)
+    for notebook in notebooks:
+        key = hashlib.sha256(json.dumps([common, notebook.read_text(), preset, seeds, parameters]).encode()).hexdigest()[:16]
+        call = {"name": notebook.stem, "notebook": str(notebook), "out": str(out), "parameters": given, "key": key}
+        job = Job(notebook.stem, json.dumps(call), out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout)
+        job.needs = trained if shared_models(notebook) else ()
+        job.state = "skipped" if batch.resume and _is_done(out, notebook.stem, key) else "waiting"
+        jobs.append(job)
+    if all(job.state == "skipped" for job in jobs[len(trained) :]):
+        jobs = jobs[len(trained) :]
+    for job in jobs:
+        if job.state == "waiting":
+            _record_file(out, job.name).unlink(missing_ok=True)
+    board = Board(jobs, out / "logs" / "run.log")
+    for job in (job for job in jobs if job.state == "skipped"):
+        board.say(job, "skipped", "it is done, and nothing it depends on has changed")
+    _start_jobs(jobs, board, batch, out)
     collect(out)
-    write_json(
-        {**environment(), "preset": preset, "seeds": seeds, "parameters": parameters or {}, "seconds": durations},
-        out / "manifest.json",
-    )
+    records = _records(out)
+    facts = {**environment(), "preset": preset, "seeds": seeds, "parameters": parameters, "notebooks": records}
+    write_json({**facts, "seconds": {name: record["seconds"] for name, record in records.items()}}, out / "manifest.json")
+    _raise_failures([job for job in jobs if job.state in ("failed", "not run")], out)
     print(f"\n{(out / 'claims.md').read_text()}")
     print(f"Done in {time.monotonic() - began:.0f} s.")
     for what, where in (("notebooks", "notebooks"), ("figures", "figures"), ("rows", "results.csv"), ("claims", "claims.md")):
         print(f"  {what:10s} {os.path.relpath(out / where)}")
     return out
+
+
+def check_batch(batch: Batch) -> None:
+    """InputError for options that can not be met here."""
+    if batch.executor == "slurm":
+        check_slurm()
+        if batch.gpus:
+            raise InputError("--gpus pins jobs on this machine; with --executor slurm ask for GPUs with --slurm gpus_per_node=1")
+    elif batch.executor != "local":
+        raise InputError(f"--executor must be local or slurm, got {batch.executor!r}")
+    there = torch.cuda.device_count()
+    if len(set(batch.gpus)) < len(batch.gpus) or any(not 0 <= gpu < there for gpu in batch.gpus):
+        raise InputError(f"--gpus must be different numbers of the {there} GPUs here, got {','.join(map(str, batch.gpus))}")
+    if batch.workers < 1:
+        raise InputError(f"--workers must be >= 1, got {batch.workers}")
+    if batch.timeout is not None and batch.timeout <= 0:
+        raise InputError(f"--timeout must be > 0 minutes, got {batch.timeout / 60:g}")
+
+
+def shared_models(notebook: Path) -> list[str]:
+    """The models of :data:`mimrefiner.store.MODELS` that a notebook's code asks the store for, solutions aside."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = "\n".join(c.source for c in cells if c.cell_type == "code" and "solution" not in c.metadata.get("tags", []))
+    return [name for name in store.MODELS if re.search(rf"\bstore\.{name}\(", code)]
+
+
+def run_job(call: str) -> None:
+    """The body of a job's process: train shared models, or execute one notebook and record how that went; exit status 1 if badly.
+
+    Args:
+        call: JSON that :func:`run_notebooks` made.
+    """
+    if stat.S_ISFIFO(os.fstat(0).st_mode):  # whoever started this ends it by ending itself
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    os.environ["MIMREFINER_PROGRESS"] = "log"  # kernels inherit it: a bar cannot be drawn through papermill
+    job, record = json.loads(call), {}
+    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    if "models" in job:
+        for model in job["models"]:
+            print(f"{model}, seed {job['seed']}", flush=True)
+            store.MODELS[model](load_preset(job["preset"], job["seed"]))
+        return
+    out, name = Path(job["out"]), job["name"]
+    try:
+        _execute(Path(job["notebook"]), out, job["parameters"])
+        record = {"state": "done", "key": job["key"], "files": {str(f.relative_to(out)): _sha256(f) for f in _written(out, name)}}
+    except papermill.PapermillExecutionError as error:
+        print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), flush=True)
+        record = {"state": "failed", "cell": error.exec_count, "error": f"{error.ename}: {error.evalue}"}
+    shown = {key: value for key, value in job["parameters"].items() if key != "out"}
+    facts = {"parameters": shown, "started": started, "seconds": round(time.monotonic() - began, 1), **environment()}
+    write_json({**record, **facts}, _record_file(out, name))
+    sys.exit(0 if record["state"] == "done" else 1)
 
 
 def find_notebooks(names: list[str]) -> list[Path]:
@@ -136,9 +239,9 @@ def declared_parameters(notebook: Path) -> dict:
 
 
 def collect(out: Path) -> None:
-    """Join the rows and claims of all notebooks in ``out``."""
+    """Join the rows and claims of all notebooks in ``out`` that ended well."""
     for what, columns in (("results", ROW_COLUMNS), ("claims", CLAIM_COLUMNS)):
-        frames = [pd.read_csv(file) for file in sorted((out / what).glob("*.csv"))]
+        frames = [pd.read_csv(out / what / f"{name}.csv") for name in _records(out)]
         frames = [frame for frame in frames if len(frame)]
         write_csv(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns), out / f"{what}.csv")
     with atomic_file(out / "claims.md") as temporary:
@@ -150,32 +253,107 @@ def check_writable(folder: Path) -> None:
     try:
         with atomic_file(folder / ".writable") as temporary:
             temporary.write_text("x")
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # several runs may write to one folder
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
 
 
-def _execute(notebook: Path, out: Path, parameters: dict) -> float:
-    began = time.monotonic()
-    os.environ["MIMREFINER_PROGRESS"] = "log"  # kernels inherit it: a bar cannot be drawn through papermill
+def _model_jobs(preset: Preset, seeds: tuple[int, ...], notebooks: list[Path], out: Path) -> list[Job]:
+    """One job per seed for the models that the notebooks share and the store does not hold yet."""
+    asked = {model for notebook in notebooks for model in shared_models(notebook)}
+    jobs = []
+    for seed in seeds:
+        missing = [model for model in store.MODELS if model in asked and not store.is_stored(model, preset.with_seed(seed))]
+        if missing:
+            call = json.dumps({"models": missing, "preset": preset.name, "seed": seed})
+            jobs.append(Job(f"models, seed {seed}", call, out / "logs" / f"models_seed{seed}.log"))
+    return jobs
+
+
+def _start_jobs(jobs: list[Job], board: Board, batch: Batch, out: Path) -> None:
+    if batch.executor == "slurm":
+
+        def start(job, slot):
+            return SlurmJob(job, out / "logs" / "slurm", batch.slurm)
+
+        slots = [None] * len(jobs)
+    else:
+
+        def start(job, slot):
+            return LocalProcess(job, variables if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})
+
+        slots = list(batch.gpus) or [None] * batch.workers
+        shared = len(slots) > 1 and "OMP_NUM_THREADS" not in os.environ and not batch.gpus
+        variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(slots)))} if shared else {}
+    run_jobs(jobs, start, slots, board, keep_going=batch.keep_going)
+
+
+def _raise_failures(jobs: list[Job], out: Path) -> None:
+    """Say what failed with the last lines of its log, then raise one line."""
+    said = []
+    for job in jobs:
+        record = _records(out, "failed").get(job.name)
+        what = f"failed in cell {record['cell']}: {record['error']}" if record else f"{job.state}{job.why and f', {job.why}'}"
+        said.append(f"{job.name} {what}")
+        if job.state == "failed":
+            lines = "\n".join(f"    {line}" for line in job.last_lines(12))
+            print(f"\n{job.name} {what}\n{lines}\n    (all of it: {os.path.relpath(job.log)})", file=sys.stderr)
+    if said:
+        raise InputError(f"{'; '.join(said)}. What is done is kept: run the same with --resume")
+
+
+def _inputs_hash(preset: Preset) -> str:
+    """Hash of what every notebook depends on: the package's files, the preset's data, torch."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts):
+        digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
+    for split in ("train", "test"):
+        digest.update(store.data_hash(store.load_split(preset, split)).encode())
+    return digest.hexdigest()
+
+
+def _is_done(out: Path, name: str, key: str) -> bool:
+    record = _records(out).get(name)
+    return bool(record) and record["key"] == key and all(_sha256(out / f) == sha for f, sha in record["files"].items())
+
+
+def _records(out: Path, state: str = "done") -> dict[str, dict]:
+    """What the jobs of all notebooks in ``out`` have recorded, by name."""
+    records = {file.stem: json.loads(file.read_text()) for file in sorted((out / "jobs").glob("*.json"))}
+    return {name: record for name, record in records.items() if record["state"] == state}
+
+
+def _record_file(out: Path, name: str) -> Path:
+    return out / "jobs" / f"{name}.json"
+
+
+def _written(out: Path, name: str) -> list[Path]:
+    """The files of a notebook that is done: itself, its rows and claims, its figures."""
+    own = [out / "notebooks" / f"{name}.ipynb", out / "results" / f"{name}.csv", out / "claims" / f"{name}.csv"]
+    return own + sorted((out / "figures").glob(f"{name.split('_')[0]}_*"))
+
+
+def _sha256(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _execute(notebook: Path, out: Path, parameters: dict) -> None:
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     unfinished = out / "notebooks" / f"{notebook.stem}.unfinished.ipynb"
-    try:
-        executed = papermill.execute_notebook(
-            notebook, unfinished, parameters, cwd=str(notebook.parent), progress_bar=sys.stderr.isatty(),
-            stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
-        )  # fmt: skip
-    except papermill.PapermillExecutionError as error:
-        raise InputError(
-            f"{notebook.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue} (see {os.path.relpath(unfinished)})"
-        ) from error
+    executed = papermill.execute_notebook(
+        notebook, unfinished, parameters, cwd=str(notebook.parent), progress_bar=False,
+        stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
+    )  # fmt: skip
     for key in ("input_path", "output_path"):
         executed.metadata.papermill.pop(key, None)  # machine paths
     executed.metadata.papermill.parameters.pop("out", None)
     with atomic_file(out / "notebooks" / notebook.name) as temporary:
         nbformat.write(executed, temporary)
     unfinished.unlink()
-    return time.monotonic() - began
 
 
 def _project_folder() -> Path:

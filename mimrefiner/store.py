@@ -1,8 +1,8 @@
 """Trained models by content: what was trained once with the same settings, data and code is loaded, not trained again.
 
 Every entry is a folder named by the hash of all that determines it. It is written aside, renamed when whole, and carries the
-hashes of its files; a damaged entry is announced and built anew. The folder is ``$MIMREFINER_CACHE``, default
-``~/.cache/mimrefiner``.
+hashes of its files; a damaged entry is announced and built anew. A lock per entry lets one process train while others that need
+the same model wait for it. The folder is ``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``.
 """
 
 import dataclasses
@@ -12,13 +12,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from mimrefiner.checkpoint import save_encoder
@@ -32,6 +35,12 @@ TRAINER_FILES = (
     "augment", "config", "data", "distributed", "features", "heads", "losses", "masked", "models", "nn_queue", "optim", "refiner",
     "train",
 )  # fmt: skip
+
+_may_train = ContextVar("may_train", default=True)
+
+
+class _NotStoredError(Exception):
+    pass
 
 
 def load_split(preset: Preset, split: str) -> ImageDataset:
@@ -84,6 +93,21 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     )
 
 
+MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
+
+
+def is_stored(model: str, preset: Preset) -> bool:
+    """Whether ``MODELS[model](preset)`` would load and not train."""
+    token = _may_train.set(False)
+    try:
+        MODELS[model](preset)
+    except _NotStoredError:
+        return False
+    finally:
+        _may_train.reset(token)
+    return True
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("MIMREFINER_CACHE", Path.home() / ".cache" / "mimrefiner"))
 
@@ -115,22 +139,54 @@ def _entry(kind: str, settings: dict, data: ImageDataset, train: Callable[[Path]
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{kind}-{key}"
-    if folder.exists():
-        damage = _damage(folder)
-        if damage is None:
-            return folder, json.loads((folder / "manifest.json").read_text())
-        print(f"{folder} is damaged ({damage}): training again", file=sys.stderr)
-        shutil.rmtree(folder)
+    if (facts := _stored_facts(folder)) is not None:
+        return folder, facts
+    if not _may_train.get():
+        raise _NotStoredError(folder.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if (facts := _stored_facts(folder)) is None:  # else trained by another process while this one waited
+            _train_entry(folder, described, train)
+            facts = _stored_facts(folder)
+    return folder, facts
+
+
+def _train_entry(folder: Path, described: dict, train: Callable[[Path], dict]) -> None:
+    for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed: the lock says nobody trains this now
+        shutil.rmtree(left_over)
+    if folder.exists():
+        print(f"{folder} is damaged ({_damage(folder)}): training again", file=sys.stderr)
+        shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         part = Path(temporary) / "entry"
         part.mkdir()
         facts = train(part)
         files = {file.name: _file_hash(file) for file in sorted(part.iterdir())}
         (part / "manifest.json").write_text(json.dumps({**described, **facts, "files": files}, indent=2))
-        if not folder.exists():  # another process may have been faster; its result is the same
-            part.rename(folder)
-    return folder, json.loads((folder / "manifest.json").read_text())
+        part.rename(folder)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process trains an entry at a time; the operating system frees the lock of a process that dies."""
+    lock = FileLock(folder.parent / "locks" / f"{folder.name}.lock")
+    Path(lock.lock_file).parent.mkdir(exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process trains {folder.name}: waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _stored_facts(folder: Path) -> dict | None:
+    """The manifest of a whole entry, None where there is none or a damaged one."""
+    if not folder.exists() or _damage(folder):
+        return None
+    return json.loads((folder / "manifest.json").read_text())
 
 
 def data_hash(dataset: ImageDataset, images: int = 64) -> str:

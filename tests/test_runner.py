@@ -1,7 +1,17 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
 import pytest
 
 import mimrefiner as mr
 from mimrefiner import runner
+from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS
 
 DECLARED = 'preset = "tiny"  # a comment\nseeds = "0"\nshare = 0.5\n'
 
@@ -49,7 +59,7 @@ def test_notebooks_are_found_by_name_and_number():
 
 
 def test_nothing_runs_with_a_wrong_parameter(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_execute", lambda *args: pytest.fail("executed"))
+    monkeypatch.setattr(runner, "LocalProcess", lambda *args: pytest.fail("executed"))
     for change, message in (
         ({"preset": "tinny"}, "unknown preset 'tinny': choose one of smoke, tiny"),
         ({"seeds": "x"}, "seeds must be"),
@@ -73,3 +83,129 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(mr.InputError, match="No space left on device"):
         runner.check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+HEAD = 'preset = "smoke"\nseeds = "0"\nout = ""\nfail = False\n'
+WRITE = f"""
+from pathlib import Path
+for what, header in (("results", {",".join(ROW_COLUMNS)!r}), ("claims", {",".join(CLAIM_COLUMNS)!r})):
+    (Path(out) / what).mkdir(exist_ok=True)
+    (Path(out) / what / "NAME.csv").write_text(header + "\\n" + ",".join(["NAME"] * len(header.split(","))) + "\\n")
+"""
+
+
+def write_notebook(folder, name, *code):
+    cells = [nbformat.v4.new_code_cell(source) for source in (HEAD, *code, WRITE.replace("NAME", name))]
+    cells[0].metadata["tags"] = ["parameters"]
+    (folder / "notebooks").mkdir(exist_ok=True)
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "notebooks" / f"{name}.ipynb")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project whose notebooks do next to nothing."""
+    monkeypatch.setattr(runner, "_project_folder", lambda: tmp_path)
+    write_notebook(tmp_path, "00_one", "print('one says hello')")
+    write_notebook(tmp_path, "01_two", "if fail:\n    raise NameError('it was asked to')")
+    return tmp_path
+
+
+def run(project, **options):
+    parameters = options.pop("parameters", {})
+    batch = runner.Batch(workers=2, **options)
+    return runner.run_notebooks([], preset="smoke", seeds="0", out=project / "out", parameters=parameters, batch=batch)
+
+
+def test_a_failure_is_told_and_a_resumed_run_does_only_what_is_left(project, capsys):
+    with pytest.raises(mr.InputError, match=r"01_two failed in cell 2: NameError: it was asked to.*--resume"):
+        run(project, keep_going=True, parameters={"fail": True})
+    told = capsys.readouterr()
+    assert "raise NameError('it was asked to')" in told.err  # last lines of the log
+    assert "00_one: done" in told.out
+    assert list(pd.read_csv(project / "out" / "results.csv")["run_id"]) == ["00_one"]
+
+    run(project, resume=True)  # other parameters: both again
+    assert "skipped" not in capsys.readouterr().out
+    run(project, resume=True)
+    assert capsys.readouterr().out.count(": skipped, it is done") == 2
+    (project / "out" / "claims" / "01_two.csv").write_text("changed")
+    write_notebook(project, "00_one", "print('one says something else')")
+    run(project, resume=True)
+    assert "skipped" not in capsys.readouterr().out
+
+    manifest = json.loads((project / "out" / "manifest.json").read_text())
+    assert set(manifest) >= {"git_sha", "device", "versions", "parameters", "preset", "seeds", "seconds"}
+    for record in manifest["notebooks"].values():
+        assert set(record) >= {"key", "files", "parameters", "seconds", "started", "device", "versions"}
+    assert str(project) not in json.dumps(manifest)
+    assert "one says something else" in (project / "out" / "logs" / "00_one.log").read_text()
+
+
+def test_a_notebook_over_its_time_is_stopped(project):
+    write_notebook(project, "01_two", "import time; time.sleep(600)")
+    with pytest.raises(mr.InputError, match=r"01_two failed, stopped at its time limit of 0.2 min"):
+        runner.run_notebooks(["01"], preset="smoke", seeds="0", out=project / "out", batch=runner.Batch(timeout=12))
+
+
+BATCH = """
+import sys
+from pathlib import Path
+from mimrefiner import runner
+runner._project_folder = lambda: Path(sys.argv[1])
+runner.run_notebooks([], preset="smoke", seeds="0", out=Path(sys.argv[1]) / "out", batch=runner.Batch(resume=True))
+"""
+
+
+def test_killed_and_run_again_it_completes(project):
+    wait = "import os, time\nfrom pathlib import Path\npid = Path(out) / 'pid'\n"
+    wait += "if not pid.exists():\n    pid.write_text(str(os.getpid()))\n    time.sleep(600)"
+    write_notebook(project, "01_two", wait)
+    command, pid = [sys.executable, "-c", BATCH, str(project)], project / "out" / "pid"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
+        wait_for(lambda: pid.exists() and pid.read_text())
+        first.send_signal(signal.SIGKILL)
+    wait_for(lambda: not alive(int(pid.read_text())))  # the kernel ends with the batch
+    assert not (project / "out" / "claims.md").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "00_one: skipped" in again.stdout
+    assert "01_two: done" in again.stdout
+    assert list(pd.read_csv(project / "out" / "results.csv")["run_id"]) == ["00_one", "01_two"]
+    assert not list((project / "out").rglob("*unfinished*"))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid):
+    """Whether a process runs (one that ended and was not fetched by its parent does not)."""
+    try:
+        os.kill(pid, 0)
+        status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    except OSError:
+        return False
+    return not status.startswith("Z")
+
+
+def test_shared_models_are_those_the_code_asks_for(tmp_path):
+    write_notebook(tmp_path, "02_three", "a = store.refined(settings)  # not pretrained(")
+    assert runner.shared_models(tmp_path / "notebooks" / "02_three.ipynb") == ["refined"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": (99,)}, "--gpus must be different numbers of the"),
+        ({"workers": 0}, "--workers must be >= 1, got 0"),
+        ({"timeout": -60}, "--timeout must be > 0 minutes, got -1"),
+        ({"executor": "pbs"}, "--executor must be local or slurm, got 'pbs'"),
+    ],
+)
+def test_options_that_can_not_be_met_are_named(options, message):
+    with pytest.raises(mr.InputError, match=message):
+        runner.check_batch(runner.Batch(**options))

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 
@@ -50,4 +53,38 @@ def test_a_stopped_training_leaves_nothing(preset, monkeypatch):
     monkeypatch.setattr(store, "pretrain", stop)
     with pytest.raises(KeyboardInterrupt):
         store.pretrained(preset)
-    assert list(store.cache_folder().iterdir()) == []
+    assert [entry.name for entry in store.cache_folder().iterdir()] == ["locks"]
+
+
+def test_asking_what_is_stored_trains_nothing(preset, monkeypatch):
+    assert not store.is_stored("pretrained", preset)
+    store.pretrained(preset)
+    assert store.is_stored("pretrained", preset)
+    assert not store.is_stored("refined", preset)
+    assert not store.is_stored("pretrained_longer", preset)
+    monkeypatch.setattr(store, "pretrain", lambda *args, **kwargs: pytest.fail("trained"))
+    assert not store.is_stored("pretrained", preset.with_seed(1))
+
+
+TRAIN_AND_SAY = """
+import sys
+import mimrefiner as mr
+from mimrefiner import store
+real = store.pretrain
+store.pretrain = lambda *args, **kwargs: (print("trained", flush=True), real(*args, **kwargs))[1]
+print("ready", flush=True)
+sys.stdin.readline()
+store.pretrained(mr.load_preset("smoke"))
+"""
+
+
+def test_of_two_processes_one_trains(preset):
+    start = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", TRAIN_AND_SAY], **start) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"  # imports are done: now both start at once
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert sorted(process.communicate()[0] for process in both) == ["", "trained\n"]
+    assert [process.returncode for process in both] == [0, 0]

@@ -1,0 +1,23 @@
+"""The site shows the project's own notebooks: the executed copy where there is one, else the source."""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+
+
+def on_files(files, config):
+    for source in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        executed = source.parent / "executed" / source.name
+        shown = executed if executed.is_file() else source
+        files.append(File.generated(config, f"notebooks/{source.name}", abs_src_path=str(shown)))
+    return files
+
+
+def on_post_page(output, page, config):
+    """Links between notebooks lead to pages of the site; mkdocs-jupyter leaves them as they are."""
+    if not page.file.src_uri.startswith("notebooks/"):
+        return output
+    return re.sub(r'href="(?!https?:)([^"#]*/)?(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="../\2/\3"', output)

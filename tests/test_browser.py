@@ -1,0 +1,105 @@
+"""The notebooks by hand: headless Chromium opens JupyterLab, runs all cells, moves a slider. Skipped where there is no browser."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+
+from mimrefiner import runner
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if BROWSER is None:
+    pytest.skip("no chromium is installed", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser: pip install 'mimrefiner[browser]'")
+
+MINUTES = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab over copies of the notebooks with preset smoke; its address."""
+    folder = tmp_path_factory.mktemp("lab")
+    for source in runner.find_notebooks([]):
+        notebook = nbformat.read(source, as_version=4)
+        (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+        cell.source += f'\npreset = "smoke"\nout = "{folder}/out"'
+        nbformat.write(notebook, folder / source.name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    variables = {**os.environ, "MIMREFINER_CACHE": str(folder / "cache"), "JUPYTER_CONFIG_DIR": str(folder / "config")}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=variables, stdout=log, stderr=log)
+        try:
+            _wait_for(f"{address}/api")
+            yield address
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@pytest.fixture
+def page(tmp_path):
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        yield page
+        page.screenshot(path=tmp_path / "last.png")  # to look at
+        browser.close()
+
+
+def _run_all_cells(page, lab, name):
+    page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
+    page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
+        timeout=2 * MINUTES
+    )
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+
+
+def test_quickstart_runs_by_hand(page, lab):
+    _run_all_cells(page, lab, "00_quickstart")
+    page.get_by_text("claims and the figures are in").wait_for(timeout=4 * MINUTES, state="attached")
+    assert page.locator(".jp-RenderedImage img").count() >= 2
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+
+
+def test_moving_the_block_slider_changes_the_picture(page, lab):
+    notebooks = [path.stem for path in runner.find_notebooks([]) if path.stem.startswith("07_")]
+    if not notebooks:
+        pytest.skip("notebook 07 is not there")
+    _run_all_cells(page, lab, notebooks[0])
+    slider = page.locator(".widget-slider .noUi-handle").first
+    slider.wait_for(timeout=8 * MINUTES)
+    page.get_by_text("claims and the figures are in").wait_for(timeout=4 * MINUTES, state="attached")
+    slider.scroll_into_view_if_needed()
+    picture = page.locator(".jp-OutputArea-output:has(.widget-slider) img").first
+    picture.wait_for(timeout=MINUTES)
+    before = picture.get_attribute("src")
+    slider.press("ArrowLeft")
+    slider.press("ArrowLeft")
+    page.wait_for_function(
+        "before => document.querySelector('.jp-OutputArea-output:has(.widget-slider) img')?.src !== before",
+        arg=before,
+        timeout=MINUTES,
+    )
+
+
+def _wait_for(address, seconds=120):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return json.load(urlopen(address))
+        except URLError:
+            assert time.monotonic() < deadline, "JupyterLab did not start"
+            time.sleep(0.3)

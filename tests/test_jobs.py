@@ -1,0 +1,88 @@
+import sys
+
+import pytest
+
+from mimrefiner import jobs
+from mimrefiner.errors import InputError
+
+
+class Fake:
+    """Ends with ``status`` when asked the third time."""
+
+    def __init__(self, status):
+        self.status, self.asked, self.killed = status, 0, False
+
+    def poll(self):
+        self.asked += 1
+        return self.status if self.asked > 2 else None
+
+    def kill(self):
+        self.killed = True
+
+
+def run(tmp_path, monkeypatch, needs, failing=(), slots=(None,), **options):
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
+    listed = [jobs.Job(name, "{}", tmp_path / f"{name}.log", tuple(need)) for name, need in needs.items()]
+    started, at_once = {}, []
+
+    def start(job, slot):
+        started[job.name] = Fake(int(job.name in failing))
+        running = [j.name for j in listed if j.state == "running"] + [job.name]
+        at_once.append((slot, len(running)))
+        return started[job.name]
+
+    jobs.run_jobs(listed, start, list(slots), jobs.Board(listed, tmp_path / "run.log"), **options)
+    return {job.name: job.state for job in listed}, started, at_once
+
+
+def test_needs_come_first_and_slots_bound_what_runs(tmp_path, monkeypatch):
+    needs = {"notebook": ["model"], "model": [], "free": [], "more": []}
+    states, started, at_once = run(tmp_path, monkeypatch, needs, slots=(0, 1))
+    assert set(states.values()) == {"done"}
+    assert list(started)[:2] == ["model", "free"]
+    assert max(n for _, n in at_once) == 2
+    assert {slot for slot, _ in at_once} == {0, 1}
+
+
+def test_after_a_failure_the_rest_stops(tmp_path, monkeypatch):
+    states, started, _ = run(tmp_path, monkeypatch, {"a": [], "b": [], "c": []}, failing="a", slots=(0, 1))
+    assert states == {"a": "failed", "b": "not run", "c": "not run"}
+    assert started["b"].killed
+
+
+def test_keep_going_leaves_out_only_what_needs_the_failed(tmp_path, monkeypatch):
+    needs = {"a": [], "b": ["a"], "c": ["b"], "d": []}
+    states, *_ = run(tmp_path, monkeypatch, needs, failing="a", keep_going=True)
+    assert states == {"a": "failed", "b": "not run", "c": "not run", "d": "done"}
+    assert "b: not run, it needs a" in (tmp_path / "run.log").read_text()
+
+
+def test_the_table_in_a_terminal_shows_every_job_and_its_last_line(tmp_path, capsys):
+    job = jobs.Job("01_two", "{}", tmp_path / "log", state="running", seconds=12)
+    job.log.write_text("first\n\nstep 5 of 10\n")
+    board = jobs.Board([job], tmp_path / "run.log")
+    board.live = True
+    board.refresh(now=True)
+    board.refresh(now=True)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["\x1b[2K01_two", "running", "12", "s", "step", "5", "of", "10"]
+    assert second == f"\x1b[1A{first}"
+
+
+def test_slurm_jobs_run_through_submitit(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="needs the extra slurm")
+    for status in (0, 1):
+        monkeypatch.setattr(
+            jobs, "_command", lambda job, s=status: [sys.executable, "-c", f"print('hello'); raise SystemExit({s})"]
+        )
+        job = jobs.Job("a b", "{}", tmp_path / "log", timeout=120)
+        handle = jobs.SlurmJob(job, tmp_path / "slurm", {}, cluster="local")
+        handle.job.wait()
+        assert handle.poll() == status
+        assert job.last_lines(1) == ["hello"]
+
+
+def test_without_slurm_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InputError, match=r"pip install 'mimrefiner\[slurm\]'"):
+        jobs.check_slurm()
