@@ -140,6 +140,11 @@ def run_notebooks(
         job = Job(notebook.stem, json.dumps(call), out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout)
         job.needs = trained if shared_models(notebook) else ()
         job.state = "skipped" if batch.resume and _is_done(out, notebook.stem, key) else "waiting"
+        if reads_other_notebooks(notebook):  # they come first, and what they do anew makes it stale
+            others = jobs[len(trained) :]
+            job.needs += tuple(other.name for other in others)
+            if any(other.state != "skipped" for other in others):
+                job.state = "waiting"
         jobs.append(job)
     if all(job.state == "skipped" for job in jobs[len(trained) :]):
         jobs = jobs[len(trained) :]
@@ -181,9 +186,17 @@ def check_batch(batch: Batch) -> None:
 
 def shared_models(notebook: Path) -> list[str]:
     """The models of :data:`mimrefiner.store.MODELS` that a notebook's code asks the store for, solutions aside."""
+    return [name for name in store.MODELS if re.search(rf"\bstore\.{name}\(", _code(notebook))]
+
+
+def _code(notebook: Path) -> str:
     cells = nbformat.read(notebook, as_version=4).cells
-    code = "\n".join(c.source for c in cells if c.cell_type == "code" and "solution" not in c.metadata.get("tags", []))
-    return [name for name in store.MODELS if re.search(rf"\bstore\.{name}\(", code)]
+    return "\n".join(c.source for c in cells if c.cell_type == "code" and "solution" not in c.metadata.get("tags", []))
+
+
+def reads_other_notebooks(notebook: Path) -> bool:
+    """Whether a notebook's code reads the claims that others of the same run have written."""
+    return 'run.out / "claims"' in _code(notebook)
 
 
 def run_job(call: str) -> None:

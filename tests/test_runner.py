@@ -209,3 +209,8 @@ def test_shared_models_are_those_the_code_asks_for(tmp_path):
 def test_options_that_can_not_be_met_are_named(options, message):
     with pytest.raises(mr.InputError, match=message):
         runner.check_batch(runner.Batch(**options))
+
+
+def test_notebooks_that_read_the_others_claims_come_last(tmp_path):
+    reading = [n.stem for n in runner.find_notebooks([]) if runner.reads_other_notebooks(n)]
+    assert reading == ["08_paper_vs_measured"] == [n.stem for n in runner.find_notebooks([])][-1:]
