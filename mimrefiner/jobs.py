@@ -50,7 +50,10 @@ class LocalProcess:
             )  # fmt: skip
 
     def poll(self) -> int | None:
-        return self.process.poll()
+        status = self.process.poll()
+        if status is not None:
+            self.process.stdin.close()
+        return status
 
     def kill(self) -> None:
         self.process.kill()
