@@ -118,7 +118,7 @@ def run(project, **options):
 
 
 def test_a_failure_is_told_and_a_resumed_run_does_only_what_is_left(project, capsys):
-    with pytest.raises(mr.InputError, match=r"01_two failed in cell 2: NameError: it was asked to.*--resume"):
+    with pytest.raises(mr.InputError, match=r"01_two failed in cell \d: NameError: it was asked to.*--resume"):
         run(project, keep_going=True, parameters={"fail": True})
     told = capsys.readouterr()
     assert "raise NameError('it was asked to')" in told.err  # last lines of the log
