@@ -86,6 +86,12 @@ class Run:
                     pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit=unit,
                 )  # fmt: skip
 
+    def add_table(self, rows: pd.DataFrame, *, unit: str = "share") -> None:
+        """Add the rows of a probe; ``rows``: columns model, weights_sha256 and those of the probes' tables."""
+        columns = ("model", "weights_sha256", "n_train", "n_test", "block", "pool", "protocol", "metric", "seed", "value")
+        for row in rows[list(columns)].to_dict("records"):
+            self.add(dataset=self.preset.dataset, unit=unit, **row)
+
     def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
         """Record what was measured about a claim of the paper; ``seen`` None: not decided at this scale. Returns one line."""
         verdict = {True: "seen", False: "not seen", None: "open"}[seen]
