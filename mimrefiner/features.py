@@ -114,7 +114,7 @@ def pooled_blocks(
                 tokens = tokens.flatten(2).mT  # from (batch, dim, rows, columns)
             norm = encoder.norm if normed else nn.Identity()
             if "cls" in pooled:
-                pooled["cls"][position] = norm(tokens[:, 0])
+                pooled["cls"][position] = norm(tokens[:, 0].clone())  # a view would keep all tokens alive
             if "mean" in pooled:
                 pooled["mean"][position] = norm(tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]).mean(1)
 

@@ -4,7 +4,8 @@ The paper's protocol (record of ``offline_logreg_callback.py``): every row is ce
 0.00025 / N on mean loss, which is scikit-learn's C = 4000.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ from mimrefiner.features import Features
 from mimrefiner.probes.checks import check_finite, check_labels, each_block, tidy
 
 STRENGTHS = (4000.0,)
+HISTORY = 10  # steps that L-BFGS remembers
+MEMORY = 2**30  # bytes that the problems solved together may take
 
 
 def low_shot(
@@ -52,23 +55,29 @@ def low_shot(
     classes = check_labels(train, "low-shot classification")
     if len(strengths) > 1 and val is None:
         raise InputError(f"choosing among {len(strengths)} strengths needs validation features: pass val=")
+    parts = {"test": test, **({"val": val} if val is not None else {})}
+    problems = [(strength, split) for strength in range(len(strengths)) for split in range(splits)]  # of every block
     rows = []
     for shot in shots:
         draws = torch.stack([draw_shots(train.y, classes, shot, seed + s) for s in range(splits)])  # (splits, images)
         y = torch.searchsorted(classes, train.y[draws]).to(device)
-        for pool, block, x in each_block(train):
-            base = _rows_normalised(x.to(device)[draws.to(device)].float())
-            parts = {"test": test, **({"val": val} if val is not None else {})}
-            queries = {name: (part.x[pool][part.blocks.index(block)].float().to(device), part.y) for name, part in parts.items()}
-            weights = torch.stack([fit_logistic(base, y, len(classes), strength) for strength in strengths])
-            right = {name: _accuracy(weights, x_part, y_part, classes) for name, (x_part, y_part) in queries.items()}
-            best = right["val"].argmax(0) if len(strengths) > 1 else torch.zeros(splits, dtype=torch.long)
-            for s in range(splits):
-                rows.append({
-                    "block": block, "pool": pool, "protocol": f"logistic_{shot}{'' if shot < 1 else 'shot'}", "metric": "accuracy",
-                    "seed": seed + s, "value": right["test"][best[s], s].item(), "n_train": draws.shape[1], "n_test": len(test.y),
-                    "setting": f"C={strengths[best[s]]:g}",
-                })  # fmt: skip
+        for pool, blocks, x in _chunks(train, len(problems), draws.shape[1], len(classes)):
+            base = torch.stack([_rows_normalised(part.to(device)[draws.to(device)].float()) for part in x])
+            repeated = base[:, None].expand(-1, len(strengths), -1, -1, -1).flatten(0, 2)
+            strength = torch.tensor([strengths[i] for i, _ in problems] * len(blocks))
+            weights = fit_logistic(repeated, y.repeat(len(blocks) * len(strengths), 1), len(classes), strength)
+            for block, per_problem in zip(blocks, weights.unflatten(0, (len(blocks), len(strengths), splits)), strict=True):
+                right = {}
+                for name, part in parts.items():
+                    queries = part.x[pool][part.blocks.index(block)].float().to(device)
+                    right[name] = _accuracy(per_problem, queries, part.y, classes)
+                best = right["val"].argmax(0) if len(strengths) > 1 else torch.zeros(splits, dtype=torch.long)
+                for s in range(splits):
+                    rows.append({
+                        "block": block, "pool": pool, "protocol": f"logistic_{shot}{'' if shot < 1 else 'shot'}",
+                        "metric": "accuracy", "seed": seed + s, "value": right["test"][best[s], s].item(),
+                        "n_train": draws.shape[1], "n_test": len(test.y), "setting": f"C={strengths[best[s]]:g}",
+                    })  # fmt: skip
     return tidy(rows)
 
 
@@ -90,7 +99,17 @@ def draw_shots(y: Tensor, classes: Tensor, shot: int | float, seed: int) -> Tens
     return torch.from_numpy(np.concatenate(rows))
 
 
-def fit_logistic(x: Tensor, y: Tensor, classes: int, strength: float, *, tolerance: float = 1e-5, iterations: int = 1000) -> Tensor:
+def _chunks(train: Features, problems: int, images: int, classes: int) -> Iterator[tuple[str, list[int], list[Tensor]]]:
+    """(pooling, blocks, their features), as many blocks of one width at a time as MEMORY allows at ``problems`` each."""
+    for (pool, dim), group in groupby(each_block(train), key=lambda entry: (entry[0], entry[2].shape[1])):
+        size = 8 * problems * (2 * (HISTORY + 1) * min(images, dim) * classes + 2 * images * dim)
+        while chunk := list(islice(group, max(1, MEMORY // size))):
+            yield pool, [block for _, block, _ in chunk], [x for _, _, x in chunk]
+
+
+def fit_logistic(
+    x: Tensor, y: Tensor, classes: int, strength: float | Tensor, *, tolerance: float = 1e-5, iterations: int = 1000
+) -> Tensor:
     """Multinomial logistic regression without intercept, many problems at once, by L-BFGS.
 
     Minimises mean cross-entropy + |w|^2 / (2 C n), scikit-learn's objective divided by C n. Where there are fewer images than
@@ -100,7 +119,7 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, strength: float, *, toleran
         x: (problems, images, dim).
         y: class indices, (problems, images).
         classes: number of classes.
-        strength: C.
+        strength: C, one or (problems,).
         tolerance: of the largest component of the gradient.
         iterations: at most.
 
@@ -108,30 +127,29 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, strength: float, *, toleran
         Weights, (problems, dim, classes), of ``x``'s type.
     """
     problems, n, dim = x.shape
-    basis = None
-    if n < dim:
-        basis, triangle = torch.linalg.qr(x.double().mT)  # (problems, dim, n), (problems, n, n)
-        small = triangle.mT  # x = small @ basis.T
-    else:
-        small = x.double()
+    small = x.double()
+    if n < dim:  # x = small @ basis.T with orthonormal columns of basis; the Gram matrix is small, its Cholesky factor cheap
+        gram = small @ small.mT
+        jitter = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)  # equal images make it singular
+        small = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(n, device=x.device, dtype=torch.double))
     target = F.one_hot(y, classes).double()
-    penalty = 1 / (strength * n)
+    penalty = (1 / (torch.as_tensor(strength, device=x.device, dtype=torch.double) * n)).expand(problems)[:, None, None]
 
     def objective(w: Tensor) -> tuple[Tensor, Tensor]:
         w = w.view(problems, -1, classes)
         logits = small @ w
-        loss = (logits.logsumexp(-1) - (logits * target).sum(-1)).mean(-1) + 0.5 * penalty * w.square().sum((1, 2))
+        loss = (logits.logsumexp(-1) - (logits * target).sum(-1)).mean(-1) + 0.5 * (penalty * w.square()).sum((1, 2))
         gradient = small.mT @ (logits.softmax(-1) - target) / n + penalty * w
         return loss, gradient.flatten(1)
 
     start = x.new_zeros(problems, small.shape[-1] * classes, dtype=torch.double)
     w = minimise(objective, start, tolerance=tolerance, iterations=iterations).view(problems, -1, classes)
-    return (w if basis is None else basis @ w).to(x.dtype)
+    if n < dim:
+        w = x.double().mT @ torch.linalg.solve_triangular(small.mT, w, upper=True)
+    return w.to(x.dtype)
 
 
-def minimise(
-    objective: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *, tolerance: float, iterations: int, memory: int = 10
-) -> Tensor:
+def minimise(objective: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *, tolerance: float, iterations: int) -> Tensor:
     """L-BFGS (Nocedal and Wright, algorithm 7.4) with backtracking, on many convex problems at once.
 
     ``objective``: (problems, size) -> values (problems,) and gradients (problems, size). A problem that has converged stays put
@@ -169,7 +187,7 @@ def minimise(
         steps.append(s)
         changes.append(c)
         scales.append(torch.where(curvature > 1e-20, 1 / curvature.clamp_min(1e-20), 0.0))
-        if len(steps) > memory:
+        if len(steps) > HISTORY:
             steps, changes, scales = steps[1:], changes[1:], scales[1:]
         if not (s != 0).any():  # rounding stops every problem
             break
@@ -183,5 +201,6 @@ def _rows_normalised(x: Tensor) -> Tensor:
 
 def _accuracy(weights: Tensor, x: Tensor, y: Tensor, classes: Tensor) -> Tensor:
     """(strengths, splits); ``weights``: (strengths, splits, dim, classes)."""
-    predicted = classes[(_rows_normalised(x) @ weights).argmax(-1).cpu()]
-    return (predicted == y).float().mean(-1)
+    x = _rows_normalised(x)
+    right = [(classes[(x @ w).argmax(-1).cpu()] == y).float().mean() for w in weights.flatten(0, 1)]  # one by one: less memory
+    return torch.stack(right).unflatten(0, weights.shape[:2])

@@ -1,5 +1,6 @@
 """Benchmarks of features and probes: ``python -m tests.benchmarks.probing`` prints the tables of docs/benchmarks.md."""
 
+import functools
 import sys
 import warnings
 
@@ -120,11 +121,32 @@ def logistic() -> str:
                 )
 
     def batched():
-        for block in range(12):
-            fit_logistic(x[block][rows], y[rows], 20, 4000.0)
+        fit_logistic(x[:, rows].flatten(0, 1), y[rows].repeat(12, 1), 20, 4000.0)
 
     runs = {"batched L-BFGS": batched, "scikit-learn, one after another": scikit}
     return compare("Logistic regression, 12 blocks x 9 splits, 20 classes x 5 images, dim 192", runs, rounds=3)
+
+
+def growth() -> str:
+    """Seconds when one size is doubled and the others stay."""
+
+    def problem(images: int = 2000, blocks: int = 6, classes: int = 20) -> Features:
+        y = torch.arange(images) % classes
+        return Features({"cls": torch.randn(blocks, images, 192)}, y, tuple(range(blocks)), blocks)
+
+    sizes = {"base": {}, "2 x images": {"images": 4000}, "2 x blocks": {"blocks": 12}, "2 x classes": {"classes": 40}}
+    problems = {name: problem(**size) for name, size in sizes.items()}
+    probes = {
+        "k-NN (bank and queries grow)": lambda f: mr.knn_hits(f, f),
+        "linear probes, 3 rates, 5 epochs": lambda f: linear_probe(f, f, epochs=5, learning_rates=(0.001, 0.01, 0.1)),
+        "low-shot, 5 images per class, 3 splits": lambda f: mr.low_shot(f, f, shots=(5,)),
+        "k-means, 2 runs": lambda f: mr.cluster(f, runs=2),
+    }
+    tables = []
+    for title, run in probes.items():
+        contenders = {name: functools.partial(run, f) for name, f in problems.items()}
+        tables.append(compare(f"{title}; base: 2,000 images, 6 blocks, 20 classes, dim 192", contenders, rounds=3))
+    return "\n".join(tables)
 
 
 def main() -> None:
@@ -134,7 +156,7 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     print(f"Measured on: {machine()}\n")
-    for table in (extraction, knn, linear, logistic):
+    for table in (extraction, knn, linear, logistic, growth):
         print(table(), flush=True)
 
 
