@@ -2,7 +2,8 @@
 
 Every entry is a folder named by the hash of all that determines it. It is written aside, renamed when whole, and carries the
 hashes of its files; a damaged entry is announced and built anew. A lock per entry lets one process train while others that need
-the same model wait for it. The folder is ``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``.
+the same model wait for it. Training that was cut off goes on where its last checkpoint was written. The folder is
+``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from mimrefiner.config import Preset
 from mimrefiner.data import ImageDataset, load_dataset
 from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
+from mimrefiner.resume import Saving
 from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine
 
 TRAINER_FILES = (
@@ -53,7 +55,11 @@ def pretrained(preset: Preset) -> PretrainResult:
     train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain}
     encoder = build_vit(preset.encoder, seed=preset.pretrain.seed)
-    return _cached_pretrain("pretrain", settings, train_set, encoder, preset, lambda: pretrain(encoder, train_set, preset.pretrain))
+
+    def train(saving: Saving) -> PretrainResult:
+        return pretrain(encoder, train_set, preset.pretrain, saving=saving)
+
+    return _cached_pretrain("pretrain", settings, train_set, encoder, preset, train)
 
 
 def refined(preset: Preset) -> RefineResult:
@@ -61,8 +67,8 @@ def refined(preset: Preset) -> RefineResult:
     train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "refine": preset.refine}
 
-    def train(folder: Path) -> dict:
-        result = refine(pretrained(preset).encoder, train_set, preset.refine)
+    def train(folder: Path, saving: Saving) -> dict:
+        result = refine(pretrained(preset).encoder, train_set, preset.refine, saving=saving)
         save_encoder(result.encoder, folder / "encoder.safetensors")
         save_encoder(result.ema_encoder, folder / "ema_encoder.safetensors")
         result.history.to_csv(folder / "history.csv", index=False)
@@ -83,14 +89,11 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
         seed=preset.pretrain.seed + 1000,  # other views and masks than in the first cycle
     )
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "longer": config}
-    return _cached_pretrain(
-        "longer",
-        settings,
-        train_set,
-        first.encoder,
-        preset,
-        lambda: pretrain(first.encoder, train_set, config, start_from=first.model),
-    )
+
+    def train(saving: Saving) -> PretrainResult:
+        return pretrain(first.encoder, train_set, config, start_from=first.model, saving=saving)
+
+    return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
 
 
 MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
@@ -113,10 +116,10 @@ def cache_folder() -> Path:
 
 
 def _cached_pretrain(
-    kind: str, settings: dict, train_set: ImageDataset, encoder: nn.Module, preset: Preset, run: Callable[[], PretrainResult]
+    kind: str, settings: dict, train_set: ImageDataset, encoder: nn.Module, preset: Preset, run: Callable[[Saving], PretrainResult]
 ) -> PretrainResult:
-    def train(folder: Path) -> dict:
-        result = run()
+    def train(folder: Path, saving: Saving) -> dict:
+        result = run(saving)
         safetensors.torch.save_file(result.model.state_dict(), folder / "model.safetensors")
         result.history.to_csv(folder / "history.csv", index=False)
         return {"flops": result.flops, "seconds": result.seconds}
@@ -127,7 +130,7 @@ def _cached_pretrain(
     return PretrainResult(model.eval(), model.encoder, _read_history(folder), facts["flops"], facts["seconds"])
 
 
-def _entry(kind: str, settings: dict, data: ImageDataset, train: Callable[[Path], dict]) -> tuple[Path, dict]:
+def _entry(kind: str, settings: dict, data: ImageDataset, train: Callable[[Path, Saving], dict]) -> tuple[Path, dict]:
     """The folder of an entry and the facts in its manifest; trained now if it is not there."""
     described = {
         "kind": kind,
@@ -151,19 +154,21 @@ def _entry(kind: str, settings: dict, data: ImageDataset, train: Callable[[Path]
     return folder, facts
 
 
-def _train_entry(folder: Path, described: dict, train: Callable[[Path], dict]) -> None:
+def _train_entry(folder: Path, described: dict, train: Callable[[Path, Saving], dict]) -> None:
     for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed: the lock says nobody trains this now
         shutil.rmtree(left_over)
     if folder.exists():
         print(f"{folder} is damaged ({_damage(folder)}): training again", file=sys.stderr)
         shutil.rmtree(folder)
+    unfinished = folder.parent / "unfinished" / folder.name
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         part = Path(temporary) / "entry"
         part.mkdir()
-        facts = train(part)
+        facts = train(part, Saving(unfinished, resume=True))
         files = {file.name: _file_hash(file) for file in sorted(part.iterdir())}
         (part / "manifest.json").write_text(json.dumps({**described, **facts, "files": files}, indent=2))
         part.rename(folder)
+    shutil.rmtree(unfinished)
 
 
 @contextmanager

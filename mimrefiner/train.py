@@ -124,7 +124,7 @@ def pretrain(
         device=device, num_workers=num_workers, first_step=first, part=part,
     )  # fmt: skip
     generator = torch.Generator()
-    with sigterm_stops(), _advice_on_memory():
+    with sigterm_stops(), _advice_on_memory(), _plain_attention(model, device):
         for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
             images = views[0]
@@ -276,7 +276,7 @@ def _contrastive_stage(
     refiner.heads.train()
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
     meter = Meter(config.batch_size)
-    with sigterm_stops(), _advice_on_memory():
+    with sigterm_stops(), _advice_on_memory(), _plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
             generator.manual_seed(_step_seed(config.seed, stage, step))
@@ -354,6 +354,20 @@ def recomputed(encoder: nn.Module) -> Iterator[None]:
     finally:
         for block in encoder.blocks:
             del block.forward
+
+
+@contextmanager
+def _plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, attention on a CPU is three plain operations: the fused kernel's backward pass is slower there, most of all
+    for the short sequences of small images (a MAE step takes 1.5 times as long)."""
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False) and device.type == "cpu"]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def _is_dropout(module: nn.Module) -> bool:

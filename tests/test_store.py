@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner import store
+from mimrefiner import store, train
 from mimrefiner.checkpoint import sha256_of
 
 
@@ -69,7 +70,7 @@ def test_asking_what_is_stored_trains_nothing(preset, monkeypatch):
 TRAIN_AND_SAY = """
 import sys
 import mimrefiner as mr
-from mimrefiner import store
+from mimrefiner import store, train
 real = store.pretrain
 store.pretrain = lambda *args, **kwargs: (print("trained", flush=True), real(*args, **kwargs))[1]
 print("ready", flush=True)
@@ -88,3 +89,25 @@ def test_of_two_processes_one_trains(preset):
         process.stdin.flush()
     assert sorted(process.communicate()[0] for process in both) == ["", "trained\n"]
     assert [process.returncode for process in both] == [0, 0]
+
+
+def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
+    whole = store.pretrained(preset)
+    monkeypatch.setenv("MIMREFINER_CACHE", str(store.cache_folder().parent / "other"))
+    monkeypatch.setattr(store, "Saving", functools.partial(store.Saving, every=2))
+    average, steps = train.distributed.average_gradients, []
+
+    def cut(parameters):
+        steps.append(len(steps))
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        average(parameters)
+
+    monkeypatch.setattr(train.distributed, "average_gradients", cut)
+    with pytest.raises(KeyboardInterrupt):
+        store.pretrained(preset)
+    resumed = store.pretrained(preset)
+    assert len(steps) == 6 + whole.history["step"].max() + 1 - 4  # four steps were saved
+    assert sha256_of(resumed.model) == sha256_of(whole.model)
+    assert sorted(entry.name.partition("-")[0] for entry in store.cache_folder().iterdir()) == ["locks", "pretrain", "unfinished"]
+    assert not list((store.cache_folder() / "unfinished").iterdir())
