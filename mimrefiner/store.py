@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, replace
@@ -28,6 +28,7 @@ from torch import nn
 from mimrefiner.checkpoint import save_encoder
 from mimrefiner.config import Preset
 from mimrefiner.data import ImageDataset, load_dataset
+from mimrefiner.finetune import finetune
 from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.resume import Saving
@@ -96,6 +97,21 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
 
 
+def finetuned(preset: Preset) -> nn.Module:
+    """The control with labels: the FLOPs of refinement spent on fine-tuning the encoder after stage 1 by cross-entropy."""
+    first, flops = pretrained(preset), refined(preset).flops
+    train_set = load_split(preset, "train")
+    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "finetune": preset.refine, "flops": flops}
+
+    def train(folder: Path, saving: Saving) -> dict:
+        encoder = finetune(first.encoder, train_set, preset.refine, flops=flops, saving=saving)
+        save_encoder(encoder, folder / "encoder.safetensors")
+        return {}
+
+    folder, _ = _entry("finetune", settings, train_set, train, code=(*TRAINER_FILES, "finetune"))
+    return load_encoder(folder / "encoder.safetensors")
+
+
 MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
 
 
@@ -130,13 +146,15 @@ def _cached_pretrain(
     return PretrainResult(model.eval(), model.encoder, _read_history(folder), facts["flops"], facts["seconds"])
 
 
-def _entry(kind: str, settings: dict, data: ImageDataset, train: Callable[[Path, Saving], dict]) -> tuple[Path, dict]:
+def _entry(
+    kind: str, settings: dict, data: ImageDataset, train: Callable[[Path, Saving], dict], code: Sequence[str] = TRAINER_FILES
+) -> tuple[Path, dict]:
     """The folder of an entry and the facts in its manifest; trained now if it is not there."""
     described = {
         "kind": kind,
         "settings": {name: asdict(x) if dataclasses.is_dataclass(x) else x for name, x in settings.items()},
         "data": data_hash(data),
-        "code": _code_hash(),
+        "code": _code_hash(code),
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -214,9 +232,9 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _code_hash() -> str:
+def _code_hash(modules: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for name in TRAINER_FILES:
+    for name in modules:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()
 

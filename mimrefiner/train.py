@@ -124,7 +124,7 @@ def pretrain(
         device=device, num_workers=num_workers, first_step=first, part=part,
     )  # fmt: skip
     generator = torch.Generator()
-    with sigterm_stops(), _advice_on_memory(), _plain_attention(model, device):
+    with sigterm_stops(), _advice_on_memory(), plain_attention(model, device):
         for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
             images = views[0]
@@ -132,7 +132,7 @@ def pretrain(
             mask = random_mask(config.batch_size, (size // model.patch) ** 2, config.mask_ratio, generator)
             mask = mask.chunk(part[1])[part[0]].to(device)
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
-                with _autocast(device, model.encoder):
+                with autocast(device, model.encoder):
                     loss = model(images, mask)
                 optimizer.zero_grad()
                 loss.backward()
@@ -276,7 +276,7 @@ def _contrastive_stage(
     refiner.heads.train()
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
     meter = Meter(config.batch_size)
-    with sigterm_stops(), _advice_on_memory(), _plain_attention(refiner.encoder, device):
+    with sigterm_stops(), _advice_on_memory(), plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
             generator.manual_seed(_step_seed(config.seed, stage, step))
@@ -321,7 +321,7 @@ def forward_backward(
     encoder, rest = refiner.encoder, {"top_k": top_k, "generator": generator}
     device = views[0].device
     if micro_batch is None or micro_batch >= len(index):
-        with _autocast(device, encoder):
+        with autocast(device, encoder):
             result = refiner.step(views, index, label, **rest)
         result.loss.sum().backward()
         return result
@@ -329,15 +329,15 @@ def forward_backward(
     if trains and any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in encoder.modules() if _is_dropout(m)):
         raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
     parts = range(0, len(index), micro_batch)
-    with torch.no_grad(), _autocast(device, encoder):
+    with torch.no_grad(), autocast(device, encoder):
         features = [refiner.features([x[i : i + micro_batch] for x in views]) for i in parts]
     features = torch.cat(features, 1).requires_grad_(trains)  # (views, batch, heads, dim)
-    with _autocast(device, encoder):
+    with autocast(device, encoder):
         result = refiner.step(views, index, label, features=features, **rest)
     result.loss.sum().backward()
     if trains:
         for i in parts:
-            with _autocast(device, encoder):
+            with autocast(device, encoder):
                 again = refiner.features([x[i : i + micro_batch] for x in views])
             again.backward(features.grad[:, i : i + micro_batch])
     return result
@@ -357,7 +357,7 @@ def recomputed(encoder: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
+def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it, attention on a CPU is three plain operations: the fused kernel's backward pass is slower there, most of all
     for the short sequences of small images (a MAE step takes 1.5 times as long)."""
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False) and device.type == "cpu"]
@@ -392,7 +392,7 @@ def _settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn
     return {**asdict(config), "data": name, "images": len(dataset), "first weights": sha256_of(model)}
 
 
-def _autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
+def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
     """bfloat16 where it helps: on GPUs, and on CPUs from width 192 up."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or encoder.embed_dim >= 192)
 
