@@ -129,7 +129,7 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
     def compare(claim: str, ours: list, theirs: list, seeds: Sequence[int], text: str = "") -> None:
         run.seeds = tuple(seeds)
         gain = paired_bootstrap([x.numpy() for x in ours], [x.numpy() for x in theirs])
-        run.claim(f"{claim} ({on})", seen=gain[1] > 0, measured=text + points(*gain), n_test=n)
+        run.claim(f"{claim} ({on})", seen=gain[1] > 0, opposite=gain[2] < 0, measured=text + points(*gain), n_test=n)
 
     last, best = before.hits[cls][-1], before.hits[cls][before.best]
     after = [m.hits[cls][-1] for m in refined]

@@ -92,9 +92,12 @@ class Run:
         for row in rows[list(columns)].to_dict("records"):
             self.add(dataset=self.preset.dataset, unit=unit, **row)
 
-    def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
-        """Record what was measured about a claim of the paper; ``seen`` None: not decided at this scale. Returns one line."""
-        verdict = {True: "seen", False: "not seen", None: "open"}[seen]
+    def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int, opposite: bool = False) -> str:
+        """Record what was measured about a claim of the paper; returns one line.
+
+        ``seen`` None: not decided at this scale; ``opposite``: not only not seen, but the other way round beyond its interval.
+        """
+        verdict = "opposite" if opposite else {True: "seen", False: "not seen", None: "open"}[seen]
         row = (self.name, claim, measured, verdict, len(self.seeds), n_test, self.preset.name)
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
         return f"{verdict.upper()}: {claim} ({measured}; {count(len(self.seeds), 'seed')}, {n_test} test images)"
