@@ -75,6 +75,27 @@ def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
     yield "random weights", 0, build_vit(main.preset.encoder)
 
 
+def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
+    """What each training was: epochs of the training images, computation and wall time (of a machine that did other work too)."""
+    facts = []
+
+    def add(model: str, stage: str, seed: int, epochs: float, result: store.PretrainResult | store.RefineResult) -> None:
+        numbers = {"epochs": round(epochs, 2), "TFLOP": round(result.flops / 1e12, 1), "minutes": round(result.seconds / 60)}
+        facts.append({"model": model, "stage": stage, "seed": seed, **numbers})
+
+    for recipe in recipes:
+        preset, refine = recipe.preset, recipe.preset.refine
+        add(recipe.name, "pre-training", 0, preset.pretrain.epochs, store.pretrained(preset))
+        for seed in recipe.seeds:
+            epochs = refine.heads_epochs + refine.refine_epochs
+            add(recipe.name, "refinement", seed, epochs, store.refined(_refined_with(preset, seed)))
+    main = recipes[0]
+    longer = store.pretrained_longer(main.preset)
+    epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
+    add(main.name, "longer pre-training", 0, epochs, longer)
+    return pd.DataFrame(facts)
+
+
 @dataclass
 class Measured:
     """What is known of one model: rows, and for every data set and pooling which test images are right after every block."""
@@ -223,6 +244,7 @@ def main() -> None:
     claims(found, chosen, run)
     write_csv(pd.DataFrame([row for m in found.values() for row in m.rows]), ASSETS / f"evidence_{args.preset}.csv")
     write_csv(pd.DataFrame(run.claims), ASSETS / f"evidence_{args.preset}_claims.csv")
+    write_csv(training_facts(chosen), ASSETS / f"evidence_{args.preset}_training.csv")
 
 
 if __name__ == "__main__":
