@@ -75,6 +75,12 @@ def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
     yield "random weights", 0, build_vit(main.preset.encoder)
 
 
+def committed(preset_name: str = "natural") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows and claims that were measured beforehand; empty where there are none."""
+    files = [ASSETS / f"evidence_{preset_name}{part}.csv" for part in ("", "_claims")]
+    return tuple(pd.read_csv(file) if file.is_file() else pd.DataFrame() for file in files)
+
+
 def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
     """What each training was: epochs of the training images, computation and wall time (of a machine that did other work too)."""
     facts = []
@@ -123,8 +129,7 @@ def measure(encoder: nn.Module | None, name: str, seed: int, preset: Preset) -> 
         tables = [_knn_rows(bank, queries, short, measured.hits), linear_probe(bank, queries, seed=seed, **LINEAR)]
         few = _some(bank, measured.best), _some(queries, measured.best)
         tables += [low_shot(*few, seed=seed), cluster(few[1], seed=seed)]
-        run.preset = replace(preset, dataset=short)
-        run.add_table(pd.concat(tables).assign(model=name, weights_sha256=sha, seed=seed))
+        run.add_table(pd.concat(tables).assign(model=name, weights_sha256=sha, seed=seed), dataset=short)
     measured.rows = run.rows
     return measured
 
@@ -147,24 +152,25 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
     n = before.hits[cls].shape[1]
     depth = before.hits[cls].shape[0]
 
-    def compare(claim: str, ours: list, theirs: list, seeds: Sequence[int], text: str = "") -> None:
-        run.seeds = tuple(seeds)
+    def compare(claim: str, ours: list, theirs: list, text: str = "") -> None:
         gain = paired_bootstrap([x.numpy() for x in ours], [x.numpy() for x in theirs])
-        run.claim(f"{claim} ({on})", seen=gain[1] > 0, opposite=gain[2] < 0, measured=text + points(*gain), n_test=n)
+        run.claim(
+            f"{claim} ({on})", seen=gain[1] > 0, opposite=gain[2] < 0, measured=text + points(*gain), n_test=n, seeds=len(ours)
+        )
 
     last, best = before.hits[cls][-1], before.hits[cls][before.best]
     after = [m.hits[cls][-1] for m in refined]
     pixels = found["raw pixels", 0].hits[f"{data} pixels"][0]
     where = f"block {before.best + 1} of {depth}, chosen on validation: "
-    compare("the best block for k-NN (cls) beats the last one", [best], [last], (0,), where)
-    compare("the best pre-trained block (cls) beats raw pixels", [best], [pixels], (0,))
-    compare("refinement lifts the last block", after, [last] * len(after), recipe.seeds)
-    compare("the refined last block beats the best block before", after, [best] * len(after), recipe.seeds)
-    compare("the refined last block beats raw pixels", after, [pixels] * len(after), recipe.seeds)
+    compare("the best block for k-NN (cls) beats the last one", [best], [last], where)
+    compare("the best pre-trained block (cls) beats raw pixels", [best], [pixels])
+    compare("refinement lifts the last block", after, [last] * len(after))
+    compare("the refined last block beats the best block before", after, [best] * len(after))
+    compare("the refined last block beats raw pixels", after, [pixels] * len(after))
     longer = found.get((f"{name} trained longer", 0))
     if longer:
         there = longer.hits[cls][-1]
-        compare("refinement beats as much computation spent on masked pre-training", after, [there] * len(after), recipe.seeds)
+        compare("refinement beats as much computation spent on masked pre-training", after, [there] * len(after))
     for protocol, metric in (
         ("logistic_1shot", "accuracy"),
         ("logistic_5shot", "accuracy"),
@@ -174,11 +180,10 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
         values = [_value(m, data, protocol, metric, depth - 1) for m in refined]
         first = [_value(before, data, protocol, metric, block) for block in (depth - 1, before.best)]
         text = f"last block {100 * first[0]:.1f} to {100 * np.mean(values):.1f} %, best block before {100 * first[1]:.1f} %"
-        run.seeds = recipe.seeds
         decided = len(values) > 1
         run.claim(
             f"refinement raises {protocol} {metric} of the last block above the best block before ({on})",
-            seen=bool(min(values) > max(first)) if decided else None, measured=text, n_test=n,
+            seen=bool(min(values) > max(first)) if decided else None, measured=text, n_test=n, seeds=len(refined),
         )  # fmt: skip
 
 

@@ -72,35 +72,41 @@ class Run:
         protocol=KNN_PROTOCOL,
         metric="accuracy",
         unit="share",
+        dataset: str | None = None,
     ) -> None:
         """Add one row per block; ``models``: name -> (encoder, hits), hits as in :func:`mimrefiner.knn_hits`.
 
         ``blocks``: the 0-based block of every row of hits where they are not all; ``protocol``, ``metric``, ``unit``: what was
-        measured; a row of hits may also be one value.
+        measured; a row of hits may also be one value; ``dataset``: where it is not the preset's.
         """
         for name, (encoder, hits) in models.items():
             sha = sha256_of(encoder)
             for block, right in zip(range(len(hits)) if blocks is None else blocks, hits, strict=True):
                 self.add(
-                    model=name, weights_sha256=sha, dataset=self.preset.dataset, n_train=n_train, n_test=n_test, block=block,
-                    pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit=unit,
+                    model=name, weights_sha256=sha, dataset=dataset or self.preset.dataset, n_train=n_train, n_test=n_test,
+                    block=block, pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit=unit,
                 )  # fmt: skip
 
-    def add_table(self, rows: pd.DataFrame, *, unit: str = "share") -> None:
-        """Add the rows of a probe; ``rows``: columns model, weights_sha256 and those of the probes' tables."""
+    def add_table(self, rows: pd.DataFrame, *, unit: str = "share", dataset: str | None = None) -> None:
+        """Add the rows of a probe; ``rows``: columns model, weights_sha256 and those of the probes' tables; ``dataset``: where
+        it is not the preset's."""
         columns = ("model", "weights_sha256", "n_train", "n_test", "block", "pool", "protocol", "metric", "seed", "value")
         for row in rows[list(columns)].to_dict("records"):
-            self.add(dataset=self.preset.dataset, unit=unit, **row)
+            self.add(dataset=dataset or self.preset.dataset, unit=unit, **row)
 
-    def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int, opposite: bool = False) -> str:
+    def claim(
+        self, claim: str, *, seen: bool | None, measured: str, n_test: int, opposite: bool = False, seeds: int | None = None
+    ) -> str:
         """Record what was measured about a claim of the paper; returns one line.
 
-        ``seen`` None: not decided at this scale; ``opposite``: not only not seen, but the other way round beyond its interval.
+        ``seen`` None: not decided at this scale; ``opposite``: not only not seen, but the other way round beyond its interval;
+        ``seeds``: how many stand behind it, where they are not the run's.
         """
+        seeds = len(self.seeds) if seeds is None else seeds
         verdict = "opposite" if opposite else {True: "seen", False: "not seen", None: "open"}[seen]
-        row = (self.name, claim, measured, verdict, len(self.seeds), n_test, self.preset.name)
+        row = (self.name, claim, measured, verdict, seeds, n_test, self.preset.name)
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-        return f"{verdict.upper()}: {claim} ({measured}; {count(len(self.seeds), 'seed')}, {n_test} test images)"
+        return f"{verdict.upper()}: {claim} ({measured}; {count(seeds, 'seed')}, {n_test} test images)"
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=ROW_COLUMNS)

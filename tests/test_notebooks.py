@@ -29,7 +29,7 @@ def test_notebook_runs_at_smoke(notebook, tmp_path):
     assert rows.loc[rows["unit"] == "share", "value"].between(0, 1).all()
     claims = pd.read_csv(tmp_path / "claims.csv")
     assert len(claims) > 0
-    assert set(claims["verdict"]) <= {"seen", "not seen", "open"}
+    assert set(claims["verdict"]) <= {"seen", "not seen", "opposite", "open"}
     figures = {path.suffix for path in (tmp_path / "figures").iterdir()}
     assert figures == {".pdf", ".png", ".csv"}
     executed = (tmp_path / "notebooks" / notebook.name).read_text()
