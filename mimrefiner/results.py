@@ -84,7 +84,8 @@ class Run:
             for block, right in zip(range(len(hits)) if blocks is None else blocks, hits, strict=True):
                 self.add(
                     model=name, weights_sha256=sha, dataset=dataset or self.preset.dataset, n_train=n_train, n_test=n_test,
-                    block=block, pool=pool, protocol=protocol, metric=metric, seed=seed, value=float(np.mean(np.asarray(right))), unit=unit,
+                    block=block, pool=pool, protocol=protocol, metric=metric, seed=seed,
+                    value=float(np.mean(np.asarray(right))), unit=unit,
                 )  # fmt: skip
 
     def add_table(self, rows: pd.DataFrame, *, unit: str = "share", dataset: str | None = None) -> None:
