@@ -18,7 +18,7 @@ from mimrefiner.checkpoint import sha256_of
 from mimrefiner.heads import StackedBatchNorm
 from mimrefiner.memory import Memory
 from mimrefiner.monitor import Monitor
-from mimrefiner.resume import Saving
+from mimrefiner.resume import Checkpoints, Saving
 from mimrefiner.train import forward_backward
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -160,9 +160,13 @@ def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
     assert outputs[0]["flops"] == pytest.approx(alone["flops"], rel=1e-3)
 
 
-@pytest.mark.parametrize("memory", [Memory(shard=True), Memory(micro_batch=12, recompute=True, shard=True)])
-def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory):
-    """Stages 2 and 3 with frozen blocks, clipping, a monitor, and a stop between two checkpoints."""
+@pytest.mark.parametrize(
+    ("memory", "later"),
+    [(Memory(shard=True), Memory(shard=True)), (Memory(micro_batch=12, recompute=True, shard=True), Memory())],
+)
+def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, later):
+    """Stages 2 and 3 with frozen blocks, clipping, a monitor; left alone, and stopped in step 5 after a checkpoint at 4 to go on
+    sharded (then bit for bit the same) or not."""
     preset, some = mr.load_preset("smoke"), digits["train"].take(129)
     config = replace(preset.refine, refine_epochs=3, frozen_blocks=1, clip_norm=0.5)
     monitor = Monitor(some.take(33), digits["val"].take(17))
@@ -172,9 +176,11 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory):
         result = mr.refine(encoder, some, config, memory=memory, monitor=monitor, **how)
         numbers = {"loss": result.history["loss"], "knn": result.epochs.filter(like="knn").to_numpy()}
         weights = {f"{name} {n}": x for name in ("encoder", "ema_encoder") for n, x in getattr(result, name).state_dict().items()}
-        for name in weights:
-            if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding, which AdamW enlarges
-                weights[name] = weights[name].unflatten(0, (3, -1))[[0, 2]]
+        for name in list(weights):  # these biases have no gradient but rounding, which AdamW enlarges:
+            if name.endswith("qkv.bias"):
+                weights[name] = weights[name].unflatten(0, (3, -1))[[0, 2]]  # keys
+            elif name.endswith("encoder norm.bias"):  # a batch norm follows
+                del weights[name]
         return {name: torch.tensor(x) for name, x in numbers.items()} | weights
 
     def interrupted(rank):
@@ -184,18 +190,23 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory):
         with pytest.raises(KeyboardInterrupt):
             run(rank, saving=saving)
         stop.undo()
-        return run(rank, saving=replace(saving, resume=True))
+        if rank == 0:
+            assert Checkpoints(saving.folder).newest()["step"] == 4
+        return run(rank, memory=later, saving=replace(saving, resume=True))
 
     real = distributed.moving_average
     (tmp_path / "whole").mkdir()
     expected, _ = on_two(partial(run, memory=Memory()), tmp_path / "whole")
-    for job in (run, interrupted):
-        outputs, codes = on_two(job, tmp_path)
-        assert codes == [0, 0], (tmp_path / "failed0").read_text()
-        for output in outputs:
-            assert output.keys() == expected[0].keys()
-            for name, x in expected[0].items():
-                assert close(output[name], x), name
+    alone, codes = on_two(run, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    resumed, codes = on_two(interrupted, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    for output in alone + resumed:
+        assert output.keys() == expected[0].keys()
+        for name, x in expected[0].items():
+            assert close(output[name], x), name
+    if later == memory:
+        assert all(torch.equal(resumed[0][name], x) for name, x in alone[0].items())
 
 
 def _stop_after(left, update, *args):
