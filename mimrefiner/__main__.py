@@ -72,6 +72,7 @@ def add_pretrain(commands) -> None:
     example = "mimrefiner pretrain --data digits --preset tiny --seed 0 --out runs/mim"
     parser = _command(commands, "pretrain", do_pretrain, "masked-image pre-training of a small ViT (stage 1)", example)
     _training_arguments(parser)
+    parser.add_argument("--shard", action="store_true", help="share the model among processes: less memory each, more messages")
 
 
 def do_pretrain(args) -> None:
@@ -79,7 +80,7 @@ def do_pretrain(args) -> None:
 
     preset, dataset = _preset_and_data(args)
     encoder = build_vit(preset.encoder, seed=args.seed)
-    _train(args, lambda **how: pretrain(encoder, dataset, preset.pretrain, **how), ("encoder",))
+    _train(args, lambda **how: pretrain(encoder, dataset, preset.pretrain, shard=args.shard, **how), ("encoder",))
 
 
 def add_refine(commands) -> None:
@@ -92,8 +93,7 @@ def add_refine(commands) -> None:
     parser.add_argument("--top-k", type=int, help="neighbours to draw from in stage 3")
     parser.add_argument("--temperature", type=float, help="softmax temperature of the loss")
     parser.add_argument("--freeze-first", type=int, metavar="N", help="keep what is before the blocks and the first N as they are")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="images of a process that pass the encoder at a time")
-    parser.add_argument("--recompute", action="store_true", help="keep no activations inside of blocks: less memory, more time")
+    _memory_arguments(parser)
     parser.add_argument("--watch", action="store_true", help="k-NN on the validation split after every epoch, in epochs.csv")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (with --watch)")
     _training_arguments(parser)
@@ -101,9 +101,9 @@ def add_refine(commands) -> None:
 
 def do_refine(args) -> None:
     from mimrefiner import load_dataset, load_encoder, refine
+    from mimrefiner.memory import Memory
     from mimrefiner.monitor import Monitor
     from mimrefiner.store import pretrained
-    from mimrefiner.train import Memory
 
     preset, dataset = _preset_and_data(args)
     if args.preset.startswith("paper-") and not args.model:
@@ -129,7 +129,7 @@ def do_refine(args) -> None:
     if args.watch:
         held_out = load_dataset(preset.dataset, split="val")
         monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard)
-    memory = Memory(args.micro_batch, args.recompute)
+    memory = Memory(args.micro_batch, args.recompute, args.shard)
     names = ("encoder", "ema_encoder")
     _train(args, lambda **how: refine(encoder, dataset, config, memory=memory, monitor=monitor, **how), names)
 
@@ -203,12 +203,15 @@ def add_plan(commands) -> None:
     )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the batch (default: 1)")
     parser.add_argument("--tflops", type=float, default=312, help="peak of one GPU in bfloat16, TFLOP/s (default: 312, A100)")
+    _memory_arguments(parser)
 
 
 def do_plan(args) -> None:
+    from mimrefiner.memory import Memory
     from mimrefiner.plan import report
 
-    print(report(args.model, args.data, args.preset, args.gpus, args.tflops))
+    memory = Memory(args.micro_batch, args.recompute, args.shard)
+    print(report(args.model, args.data, args.preset, args.gpus, args.tflops, memory))
 
 
 def add_export(commands) -> None:
@@ -269,6 +272,12 @@ def _command(commands, name: str, do, what: str, example: str) -> argparse.Argum
     parser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}")
     parser.set_defaults(do=do)
     return parser
+
+
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="images of a process that pass the encoder at a time")
+    parser.add_argument("--recompute", action="store_true", help="keep no activations inside of blocks: less memory, more time")
+    parser.add_argument("--shard", action="store_true", help="share the encoder among processes: less memory each, more messages")
 
 
 def _training_arguments(parser: argparse.ArgumentParser) -> None:

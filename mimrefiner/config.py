@@ -35,7 +35,8 @@ class PretrainConfig:
     """Masked-image pre-training (stage 1).
 
     ``method``: "simmim" (mask tokens go through the encoder, linear head; arXiv 2111.09886) or "mae" (the encoder sees visible
-    patches, a decoder of ``decoder_depth`` blocks rebuilds the rest; arXiv 2111.06377).
+    patches, a decoder of ``decoder_depth`` blocks rebuilds the rest; arXiv 2111.06377). ``clip_norm``: limit of the norm of all
+    gradients together; None: no limit.
     """
 
     method: str = "simmim"
@@ -52,12 +53,14 @@ class PretrainConfig:
     warmup_share: float = 0.05
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
+    clip_norm: float | None = None
     seed: int = 0
 
     def __post_init__(self):
         _one_of("method", self.method, ("simmim", "mae"))
         _check(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
         _check(self.epochs > 0 and self.batch_size > 1, f"need epochs > 0 and batch_size > 1, got {self.epochs}, {self.batch_size}")
+        _check_limit(self.clip_norm)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class RefineConfig:
     """Refinement: stage 2 (heads only) and stage 3 (encoder and heads). Defaults: the paper's ViT-L/16 recipe.
 
     ``blocks`` None takes the last third of the blocks. ``pairing``: see :func:`mimrefiner.losses.pair_weights`.
-    ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 * steps).
+    ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 * steps). ``clip_norm``: limit of
+    the norm of all gradients together; None, as in the paper: no limit.
     """
 
     views: Views
@@ -93,6 +97,7 @@ class RefineConfig:
     layer_decay: float = 0.65
     frozen_blocks: int = 0
     ema_decay: float | None = None
+    clip_norm: float | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -104,6 +109,7 @@ class RefineConfig:
         _check(self.batch_size <= self.queue_size, f"a batch of {self.batch_size} does not fit a queue of {self.queue_size}")
         _check(self.batch_size > 1, f"batch_size must be at least 2 (batch norm, negatives), got {self.batch_size}")
         _check(self.refine_epochs > 0, f"refine_epochs must be > 0, got {self.refine_epochs}")
+        _check_limit(self.clip_norm)
 
     def resolve_blocks(self, depth: int) -> tuple[int, ...]:
         """The blocks that get a head, 0-based and sorted, checked against the encoder's ``depth``."""
@@ -313,6 +319,10 @@ def check_blocks(blocks, depth: int) -> tuple[int, ...]:
     for block in blocks:
         _check(0 <= block < depth, f"block {block} is out of range: the model has blocks 0 to {depth - 1} (0-based)")
     return blocks
+
+
+def _check_limit(clip_norm: float | None) -> None:
+    _check(clip_norm is None or clip_norm > 0, f"clip_norm must be > 0 or None, got {clip_norm}")
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:

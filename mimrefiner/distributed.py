@@ -6,13 +6,15 @@ and queue.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from mimrefiner.errors import InputError
 
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -74,19 +76,103 @@ def mean(x: Tensor) -> Tensor:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their mean over processes, many small ones in one message.
 
-    Called once after the whole backward pass, so that micro-batches and activation checkpointing need no care.
+    Called once after the whole backward pass, so that micro-batches and activation checkpointing need no care. Gradients of
+    sharded parameters are means already.
     """
     if world() == 1:
         return
     bucket: list[Tensor] = []
     for x in parameters:
-        if x.grad is not None:
+        if x.grad is not None and not is_sharded(x):
             if bucket and (bucket[0].dtype != x.grad.dtype or sum(g.nbytes for g in bucket) + x.grad.nbytes > BUCKET_BYTES):
                 _average(bucket)
                 bucket = []
             bucket.append(x.grad)
     if bucket:
         _average(bucket)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale all gradients by one factor so that their common norm is at most ``limit``, sharded or not; the GPU does not wait."""
+    parameters = [x for x in parameters if x.grad is not None]
+    squares = [torch.zeros((), device=parameters[0].device) for _ in range(2)]  # of whole parameters, of this process's shards
+    for x in parameters:
+        squares[is_sharded(x)] += local(x.grad).float().square().sum()
+    if any(is_sharded(x) for x in parameters):
+        dist.all_reduce(squares[1])
+    factor = (limit / (sum(squares).sqrt() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(x.grad) for x in parameters], factor)
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
+    """Let every process keep its part of the parameters only (FSDP2: torch's ``fully_shard``).
+
+    Each of ``blocks`` is put together while it runs, forward and again backward; what lies outside of them for the whole pass.
+    Gradients are averaged and split as soon as a block's are known, in every one of several backward passes.
+
+    Args:
+        model: on its device, with ``requires_grad`` as it will be trained. Its parameters become new objects.
+        methods: other names under which the forward pass is called, such as "forward_features".
+
+    Raises:
+        InputError: one process alone, or torch before 2.6.
+    """
+    if world() == 1:
+        raise InputError("sharding shares the encoder among processes, here is one: start with torchrun, or leave out --shard")
+    try:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    except ImportError:
+        raise InputError(f"sharding needs torch 2.6 or newer, this is {torch.__version__}") from None
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether ``x`` is spread over the processes (a DTensor; asked for like this, its import takes time)."""
+    return hasattr(x, "to_local")
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of ``x``, sharing its memory; ``x`` itself where it is not sharded."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(state, keep: bool = True):
+    """``state`` (nested dictionaries and lists) with sharded tensors put together on the CPU; all processes must call it.
+
+    ``keep``: whether this process wants them; it gets None instead if not.
+    """
+    if isinstance(state, Tensor) and is_sharded(state):
+        full = state.detach().full_tensor()
+        return full.cpu() if keep else None
+    if isinstance(state, dict):
+        return {name: whole(x, keep) for name, x in state.items()}
+    return [whole(x, keep) for x in state] if isinstance(state, list) else state
+
+
+def load_whole(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
+    """``part.load_state_dict(state)``, where ``state`` holds whole tensors (see :func:`whole`) and ``part`` may be sharded."""
+    if isinstance(part, nn.Module):
+        own = part.state_dict()
+        part.load_state_dict({name: _split(x, own.get(name)) for name, x in state.items()})
+        return
+    parameters = [x for group in part.param_groups for x in group["params"]]
+    moments = {i: {name: _split(x, parameters[i]) for name, x in values.items()} for i, values in state["state"].items()}
+    part.load_state_dict({**state, "state": moments})
+
+
+def moving_average(decay: float) -> Callable:
+    """The update of :class:`torch.optim.swa_utils.AveragedModel`, average = decay * average + (1 - decay) * weights, in which
+    each process sees to its own part."""
+
+    def update(average: list[Tensor], weights: list[Tensor], _) -> None:
+        torch._foreach_lerp_([local(x) for x in average], [local(x) for x in weights], 1 - decay)
+
+    return update
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
@@ -122,6 +208,15 @@ class _Gather(torch.autograd.Function):
         out = grad.new_empty(len(grad) // world(), *grad.shape[1:])
         REDUCE_SCATTER(out, grad.contiguous())
         return out
+
+
+def _split(x, like: Tensor | None):
+    """This process's part of ``x``, if ``like`` is a sharded tensor of its shape."""
+    if like is None or not is_sharded(like) or x.shape != like.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _average(gradients: list[Tensor]) -> None:

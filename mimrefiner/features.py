@@ -185,6 +185,7 @@ def extract_features(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     n = len(dataset)
     shares = [range(n * r // world, n * (r + 1) // world) for r in range(world)]
+    rows = [*shares[rank], *[0] * (-(-n // world) - len(shares[rank]))]  # the same number everywhere: sharded encoders wait
     parts: dict[str, list[list[Tensor]]] = {pool: [[] for _ in blocks] for pool in pools}
     labels = []
     options = {
@@ -194,7 +195,7 @@ def extract_features(
         "device": device,
         "autocast": autocast,
     }
-    for pooled, label in feature_batches(encoder, dataset, shares[rank], blocks, pools, **options):
+    for pooled, label in feature_batches(encoder, dataset, rows, blocks, pools, **options):
         for pool in pools:
             for part, x in zip(parts[pool], pooled[pool], strict=True):
                 part.append(x)
@@ -218,7 +219,7 @@ def resolve(
 def feature_batches(
     encoder: nn.Module,
     dataset: Dataset,
-    rows: range,
+    rows: Sequence[int],
     blocks: Sequence[int],
     pools: Sequence[str],
     *,
@@ -255,16 +256,17 @@ def feature_batches(
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """The rows of all processes behind each other; ``counts``: how many each has. Without a process group ``x`` itself."""
+    """The first ``counts[i]`` rows of every process i behind each other; ``x`` has ``max(counts)`` rows on all of them.
+
+    Without a process group ``x`` itself.
+    """
     if len(counts) == 1:
         return x
     home = x.device
     if dist.get_backend() == "nccl":
         x = x.cuda()
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    parts = [torch.empty_like(x) for _ in counts]
+    dist.all_gather(parts, x)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(home)
 
 

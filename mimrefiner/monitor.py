@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.data import Dataset
 
 from mimrefiner import distributed
@@ -73,7 +74,8 @@ class Monitor:
         for head, block in enumerate(refiner.blocks):
             inputs = [f[blocks.index(block)] for f in x]
             if block == refiner.depth - 1:  # this head reads behind the final norm (of the pooled token; exact for cls)
-                inputs = [encoder.norm(f) for f in inputs]
+                norm = distributed.whole(dict(encoder.norm.named_parameters()))
+                inputs = [functional_call(encoder.norm, {n: w.to(device) for n, w in norm.items()}, f) for f in inputs]
             result[f"knn_head{block}"] = self._knn([f @ refiner.heads.projector[0].weight[head] for f in inputs], labels)
         return result
 

@@ -4,14 +4,21 @@ A multiplication and an addition count as two. Memory is an estimate: the tensor
 formulas leave out (temporary buffers, fragmentation).
 """
 
+import sys
 from dataclasses import dataclass
 
+import torch
+
+from mimrefiner import distributed
 from mimrefiner.augment import paper_views
 from mimrefiner.catalogue import BY_NAME
 from mimrefiner.config import RefineConfig, load_preset
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import ViTShape
+from mimrefiner.memory import ADVICE, PLENTY, Memory
+from mimrefiner.nn_queue import LOOKUP_BYTES
+from mimrefiner.refiner import MIMRefiner
 
 SPARE = 1.1
 TRAINING_IMAGES = {"imagenet": 1_281_167, "cifar10": 45_000, "cifar100": 45_000, "fashion_mnist": 54_000, "tiny-imagenet": 90_000}
@@ -79,32 +86,84 @@ def activation_bytes(s: ViTShape, size: int, *, autocast: bool = True) -> int:
     return s.depth * tokens * 4 * (8 * s.dim + 2 * s.mlp_dim)
 
 
-def make_plan(s: ViTShape, config: RefineConfig, images: int, *, gpus: int = 1, tflops: float = 312, use: float = 0.4) -> Plan:
+def training_bytes(s: ViTShape, config: RefineConfig, *, train_encoder: bool, gpus: int = 1, memory: Memory = PLENTY) -> float:
+    """Bytes that stage 2 or 3 needs on each of ``gpus`` that share the batch."""
+    c, heads, views = config, len(config.resolve_blocks(s.depth)), len(config.views.crops)
+    weights, share = parameters(s), config.batch_size / gpus
+    at_once = min(share, memory.micro_batch or share)
+    queue = 2 * 4 * heads * c.queue_size * c.out_dim + min(4 * heads * share * 2 * c.queue_size, LOOKUP_BYTES)
+    widths = s.dim + 4 * c.hidden_dim + 2 * c.out_dim + 2 * c.predictor_dim
+    head_bytes = 16 * head_parameters(s, c) + queue + 4 * share * views * heads * widths  # weight, gradient, two moments
+    block = at_once * views * max(activation_bytes(s, crop.size) for crop in c.views.crops) / s.depth
+    if not train_encoder:
+        return SPARE * (4 * weights + head_bytes + block)
+    trained = 1 - c.frozen_blocks / s.depth
+    states = weights * (8 + 12 * trained)  # weight and moving average; gradient and two moments
+    if memory.shard:
+        states = states / gpus + 4 * 4 * weights / s.depth  # two blocks put together, with gradients
+    inputs = sum(4 * s.dim * ((crop.size // s.patch_size) ** 2 + s.cls_token) for crop in c.views.crops) * s.depth
+    kept = inputs if memory.recompute else sum(activation_bytes(s, crop.size) for crop in c.views.crops)
+    return SPARE * (states + head_bytes + at_once * trained * kept + block * memory.recompute)
+
+
+def make_plan(
+    s: ViTShape,
+    config: RefineConfig,
+    images: int,
+    *,
+    gpus: int = 1,
+    tflops: float = 312,
+    use: float = 0.4,
+    memory: Memory = PLENTY,
+) -> Plan:
     """Cost of refining a ViT of shape ``s``.
 
     Args:
         config: the recipe.
         images: in the training set.
-        gpus: the batch is shared by them; every one holds encoder, heads and queue.
+        gpus: the batch is shared by them; every one holds heads and queue, and the encoder unless it is sharded.
         tflops: the peak of one GPU in bfloat16 (312: A100).
         use: the share of it that training reaches; an assumption, not a measurement.
+        memory: what trades time for memory; its time is not counted.
     """
-    weights, head_weights = parameters(s), head_parameters(s, config)
-    heads, views, share = len(config.resolve_blocks(s.depth)), len(config.views.crops), config.batch_size / gpus
-    queue = 2 * 4 * heads * config.queue_size * config.out_dim + 4 * heads * share * 2 * config.queue_size
-    widths = s.dim + 4 * config.hidden_dim + 2 * config.out_dim + 2 * config.predictor_dim
-    head_bytes = 16 * head_weights + queue + 4 * share * views * heads * widths  # weight, gradient, two moments
-    largest = max(activation_bytes(s, crop.size) for crop in config.views.crops) / s.depth
-    activations = sum(activation_bytes(s, crop.size) for crop in config.views.crops)
+    weights = parameters(s)
     flops2, flops3 = (step_flops(s, config, train_encoder=train) for train in (False, True))
     hours = images / (tflops * 1e12 * use) / 3600
     return Plan(
-        weights, head_weights, forward_flops(s, s.image_size), flops2, flops3,
+        weights, head_parameters(s, config), forward_flops(s, s.image_size), flops2, flops3,
         probe_bytes=SPARE * (4 * weights + 64 * activation_bytes(s, s.image_size) / s.depth),
-        heads_bytes=SPARE * (4 * weights + head_bytes + share * views * largest),
-        refine_bytes=SPARE * (20 * weights + head_bytes + share * activations),  # the fifth copy is the moving average
+        heads_bytes=training_bytes(s, config, train_encoder=False, gpus=gpus, memory=memory),
+        refine_bytes=training_bytes(s, config, train_encoder=True, gpus=gpus, memory=memory),
         heads_hours=hours * flops2 * config.heads_epochs, refine_hours=hours * flops3 * config.refine_epochs,
     )  # fmt: skip
+
+
+def warn_if_too_large(refiner: MIMRefiner, memory: Memory) -> None:
+    """Say, with advice, that training will probably not fit the GPU that ``refiner`` is on."""
+    encoder, device = refiner.encoder, next(refiner.parameters()).device
+    card = card_bytes(device)
+    if card is None or distributed.rank() != 0:
+        return
+    grid, block = encoder.patch_embed.grid_size, encoder.blocks[0]
+    patch = encoder.patch_embed.patch_size[0]
+    mlp_dim = sum(x.weight.shape[0] for x in block.mlp.modules() if isinstance(x, torch.nn.Linear)) - encoder.embed_dim
+    s = ViTShape(grid[0] * patch, patch, encoder.embed_dim, refiner.depth, 1, mlp_dim)
+    stages = {
+        name: training_bytes(s, refiner.config, train_encoder=train, gpus=distributed.world(), memory=memory)
+        for name, train in (("stage 2 (heads)", False), ("stage 3 (refinement)", True))
+    }
+    for name, needed in stages.items():
+        if needed > card:
+            print(
+                f"{name} needs about {needed / 2**30:,.1f} GiB by estimate, this GPU has {card / 2**30:,.1f}: it may run out of "
+                f"memory. To need less: {ADVICE}",
+                file=sys.stderr,
+            )
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def shape_of(model: str) -> ViTShape:
@@ -136,7 +195,7 @@ def count_images(data: str) -> int:
     return TRAINING_IMAGES[data] if data in TRAINING_IMAGES else len(load_dataset(data, split="train"))
 
 
-def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: float = 312) -> str:
+def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: float = 312, memory: Memory = PLENTY) -> str:
     """The plan of ``model`` on ``data`` as text."""
     s = shape_of(model)
     config = paper_recipe(s) if preset == "paper" else load_preset(preset).refine
@@ -146,7 +205,7 @@ def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: 
     if gpus < 1 or tflops <= 0:
         raise InputError(f"expected gpus >= 1 and tflops > 0, got {gpus} and {tflops}")
     images = count_images(data)
-    p = make_plan(s, config, images, gpus=gpus, tflops=tflops)
+    p = make_plan(s, config, images, gpus=gpus, tflops=tflops, memory=memory)
     gib = 2**30
     rows = [
         ("encoder", f"{p.parameters / 1e6:,.1f} M parameters, {p.forward_flops / 1e9:,.1f} GFLOPs per {s.image_size} px image"),

@@ -84,7 +84,7 @@ class Checkpoints:
             if _digest(file) != NAME.fullmatch(file.name).group(3):
                 print(f"{file} is damaged (its checksum differs): trying the one before", file=sys.stderr)
                 continue
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # a process may need a part only
         return None
 
 
@@ -136,7 +136,7 @@ class Run:
             return steps
         state, self.found = self.found, None
         for name, part in parts.items():
-            part.load_state_dict(state["parts"][name])
+            distributed.load_whole(part, state["parts"][name])
         self.rows, self.epochs = state["rows"], state["epochs"]
         self.flops, self.seconds_before = state["flops"], state["seconds"]
         self._next = state["step"]
@@ -186,15 +186,17 @@ class Run:
             raise Stopped(f"stopped at stage {self.stage}, step {self._next}; resume from {self.saving.folder}")
 
     def save(self) -> None:
-        """Write a checkpoint (process 0 does; the others hold the same state)."""
-        if distributed.rank() != 0:
+        """Write a checkpoint. Process 0 does; the others hold the same state, or give it their shards."""
+        first = distributed.rank() == 0
+        parts = {name: distributed.whole(part.state_dict(), keep=first) for name, part in self.parts.items()}
+        if not first:
             return
         self.checkpoints.save(
             {
                 "settings": self.settings,
                 "stage": self.stage,
                 "step": self._next,
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "parts": parts,
                 "rows": self.rows,
                 "epochs": self.epochs,
                 "flops": self.flops,

@@ -35,8 +35,8 @@ from mimrefiner.resume import Saving
 from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine
 
 TRAINER_FILES = (
-    "augment", "config", "data", "distributed", "features", "heads", "losses", "masked", "models", "nn_queue", "optim", "refiner",
-    "train",
+    "augment", "config", "data", "distributed", "features", "heads", "losses", "masked", "memory", "models", "nn_queue", "optim",
+    "refiner", "train",
 )  # fmt: skip
 
 _may_train = ContextVar("may_train", default=True)

@@ -1,9 +1,8 @@
 """The three training stages as plain loops: pretrain (1), heads only (2), heads and encoder (3)."""
 
 import copy
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -11,8 +10,7 @@ import torch
 from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +21,11 @@ from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data import view_batches
 from mimrefiner.errors import InputError
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
+from mimrefiner.memory import PLENTY, Memory, advice_on_memory, plain_attention, recomputed
 from mimrefiner.models import default_device, normalisation
 from mimrefiner.monitor import Meter, Monitor
 from mimrefiner.optim import cosine_lr, ema_decay, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
+from mimrefiner.plan import warn_if_too_large
 from mimrefiner.progress import progress
 from mimrefiner.refiner import MIMRefiner, StepResult
 from mimrefiner.resume import Run, Saving, sigterm_stops
@@ -63,24 +63,6 @@ class RefineResult:
     epochs: pd.DataFrame | None = None
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What trades time for memory; none of it changes what is computed.
-
-    Attributes:
-        micro_batch: images of each process that pass the encoder at a time; batch norm and negatives still see the whole batch
-            (gradient caching, arXiv 2101.06983: the encoder runs twice). None: all.
-        recompute: keep only the input of every block and compute the rest again in the backward pass (activation checkpointing).
-    """
-
-    micro_batch: int | None = None
-    recompute: bool = False
-
-    def __post_init__(self):
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise InputError(f"micro_batch must be at least 1, got {self.micro_batch}")
-
-
 def pretrain(
     encoder: nn.Module,
     dataset: Dataset,
@@ -90,6 +72,7 @@ def pretrain(
     device: torch.device | str | None = None,
     num_workers: int = 0,
     saving: Saving | None = None,
+    shard: bool = False,
 ) -> PretrainResult:
     """Stage 1: masked-image pre-training of a copy of ``encoder``.
 
@@ -100,6 +83,7 @@ def pretrain(
         start_from: go on from this pre-training model (its encoder replaces ``encoder``) with a new learning-rate cycle.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
         saving: checkpoints and resuming; None for none.
+        shard: let every process keep its part of the model only, see :class:`mimrefiner.memory.Memory`.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -108,7 +92,10 @@ def pretrain(
     device = torch.device(device) if device is not None else default_device()
     model = copy.deepcopy(start_from) if start_from is not None else build_masked_model(copy.deepcopy(encoder), config)
     run = Run(saving, {} if saving is None else _settings(config, dataset, model))
+    plain = copy.deepcopy(model) if shard else None
     model.train().to(device)
+    if shard:
+        distributed.shard(model, model.encoder.blocks)
     size = model.encoder.patch_embed.img_size[0]
     crop = Crop(size, config.crop_scale, flip_p=0.5 * config.flip, jitter_p=0.0, grey_p=0.0)
     per_epoch = max(1, len(dataset) // config.batch_size)
@@ -124,7 +111,7 @@ def pretrain(
         device=device, num_workers=num_workers, first_step=first, part=part,
     )  # fmt: skip
     generator = torch.Generator()
-    with sigterm_stops(), _advice_on_memory(), plain_attention(model, device):
+    with sigterm_stops(), advice_on_memory(), plain_attention(model, device):
         for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
             images = views[0]
@@ -138,6 +125,8 @@ def pretrain(
                 loss.backward()
             run.flops += counter.get_total_flops() * steps * part[1] if step == 0 else 0
             distributed.average_gradients(model.parameters())
+            if config.clip_norm is not None:
+                distributed.clip_gradients(model.parameters(), config.clip_norm)
             optimizer.step()
             loss = distributed.mean(loss)
             run.watch(step, loss[None])
@@ -145,7 +134,8 @@ def pretrain(
                 run.check_finite([""])
                 run.rows.append({"stage": 1, "step": step, "epoch": step / per_epoch, "lr": lr, "loss": loss.item()})
             run.end_step(step, [""])
-    model.eval().cpu()
+    model = _unsharded(model, plain) if shard else model.cpu()
+    model.eval()
     return PretrainResult(model, model.encoder, run.history, run.flops, run.seconds)
 
 
@@ -157,7 +147,7 @@ def refine(
     device: torch.device | str | None = None,
     num_workers: int = 0,
     saving: Saving | None = None,
-    memory: Memory = Memory(),
+    memory: Memory = PLENTY,
     monitor: Monitor | None = None,
 ) -> RefineResult:
     """Stages 2 and 3 on a copy of ``encoder``: prepare the heads, then train encoder and heads.
@@ -180,6 +170,7 @@ def refine(
     refiner = MIMRefiner(copy.deepcopy(encoder), config)
     run = Run(saving, {} if saving is None else _settings(config, dataset, encoder))
     refiner.to(device)
+    warn_if_too_large(refiner, memory)
     how = {"num_workers": num_workers, "run": run, "memory": memory, "monitor": monitor}
     train_heads(refiner, dataset, **how)
     ema_encoder, _, _ = refine_encoder(refiner, dataset, **how)
@@ -194,7 +185,7 @@ def train_heads(
     *,
     num_workers: int = 0,
     run: Run | None = None,
-    memory: Memory = Memory(),
+    memory: Memory = PLENTY,
     monitor: Monitor | None = None,
 ) -> tuple[pd.DataFrame, float]:
     """Stage 2: train the heads of ``refiner`` in place on a frozen encoder; returns history and FLOPs of the run.
@@ -204,13 +195,13 @@ def train_heads(
     """
     config = refiner.config
     run = Run(None, {}) if run is None else run
-    before = [x.clone() for x in refiner.encoder.state_dict().values()]
+    before = [x.to("cpu", copy=True) for x in refiner.encoder.state_dict().values()]
     refiner.encoder.requires_grad_(False).eval()
     groups = param_groups_weight_decay(refiner.heads, config.head_weight_decay)
     recipe = Recipe(2, config.heads_epochs, config.heads_base_lr, config.heads_top_k)
     _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor)
     after = refiner.encoder.state_dict().values()
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "stage 2 changed the encoder"
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, after, strict=True)), "stage 2 changed the encoder"
     return run.history, run.flops
 
 
@@ -220,7 +211,7 @@ def refine_encoder(
     *,
     num_workers: int = 0,
     run: Run | None = None,
-    memory: Memory = Memory(),
+    memory: Memory = PLENTY,
     monitor: Monitor | None = None,
 ) -> tuple[nn.Module, pd.DataFrame, float]:
     """Stage 3: train encoder and heads of ``refiner`` in place; returns the encoder's moving average, history and FLOPs."""
@@ -228,14 +219,21 @@ def refine_encoder(
     run = Run(None, {}) if run is None else run
     refiner.encoder.requires_grad_(True).train()
     freeze_first(refiner.encoder, config.frozen_blocks)
+    decay = ema_decay(config, stage_steps(len(dataset), config.batch_size, config.refine_epochs))
+    ema = AveragedModel(refiner.encoder, multi_avg_fn=distributed.moving_average(decay), use_buffers=True)
+    plain = copy.deepcopy(refiner.encoder).cpu() if memory.shard else None
+    for model in (refiner.encoder, ema.module) if memory.shard else ():
+        distributed.shard(model, model.blocks, "forward_features")
     groups = layer_decay_groups(refiner.encoder, config.encoder_weight_decay, config.layer_decay)
     groups += param_groups_weight_decay(refiner.heads, config.head_weight_decay)
-    decay = ema_decay(config, stage_steps(len(dataset), config.batch_size, config.refine_epochs))
-    ema = AveragedModel(refiner.encoder, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k)
     with recomputed(refiner.encoder) if memory.recompute else nullcontext():
         _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema)
-    return ema.module.eval().requires_grad_(True).cpu(), run.history, run.flops
+    averaged = ema.module
+    if memory.shard:
+        averaged = _unsharded(averaged, copy.deepcopy(plain))
+        refiner.encoder = _unsharded(refiner.encoder, plain)
+    return averaged.eval().requires_grad_(True).cpu(), run.history, run.flops
 
 
 @dataclass(frozen=True)
@@ -276,7 +274,7 @@ def _contrastive_stage(
     refiner.heads.train()
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
     meter = Meter(config.batch_size)
-    with sigterm_stops(), _advice_on_memory(), plain_attention(refiner.encoder, device):
+    with sigterm_stops(), advice_on_memory(), plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
             generator.manual_seed(_step_seed(config.seed, stage, step))
@@ -285,6 +283,8 @@ def _contrastive_stage(
                 result = forward_backward(refiner, *batch, top_k=recipe.top_k, generator=generator, micro_batch=memory.micro_batch)
             run.flops += counter.get_total_flops() * steps * distributed.world() if step == 0 else 0
             distributed.average_gradients(refiner.parameters())
+            if config.clip_norm is not None:
+                distributed.clip_gradients(refiner.parameters(), config.clip_norm)
             optimizer.step()
             if ema is not None:
                 ema.update_parameters(refiner.encoder)
@@ -343,47 +343,14 @@ def forward_backward(
     return result
 
 
-@contextmanager
-def recomputed(encoder: nn.Module) -> Iterator[None]:
-    """Within it, each block keeps its input only and is computed again in the backward pass. Hooks on the blocks, which pool
-    features, stay outside of what is repeated (timm's own ``set_grad_checkpointing`` would repeat them too)."""
-    for block in encoder.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in encoder.blocks:
-            del block.forward
-
-
-@contextmanager
-def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it, attention on a CPU is three plain operations: the fused kernel's backward pass is slower there, most of all
-    for the short sequences of small images (a MAE step takes 1.5 times as long)."""
-    fused = [m for m in model.modules() if getattr(m, "fused_attn", False) and device.type == "cpu"]
-    for module in fused:
-        module.fused_attn = False
-    try:
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
+def _unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """``plain``, a copy of ``model`` from before it was sharded, with the weights that ``model`` has now."""
+    plain.load_state_dict(distributed.whole(model.state_dict()))
+    return plain
 
 
 def _is_dropout(module: nn.Module) -> bool:
     return isinstance(module, (nn.Dropout, DropPath))
-
-
-@contextmanager
-def _advice_on_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(
-            f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): freeze the first blocks (--freeze-first), use "
-            "fewer heads (--heads), recompute activations (--recompute), pass fewer images through the encoder at a time "
-            "(--micro-batch), or use more GPUs; batches below about 256 may cost quality"
-        ) from error
 
 
 def _settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:

@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from mimrefiner import distributed
 from mimrefiner.augment import digit_views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.heads import StackedBatchNorm
+from mimrefiner.memory import Memory
+from mimrefiner.monitor import Monitor
+from mimrefiner.resume import Checkpoints, Saving
 from mimrefiner.train import forward_backward
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -154,6 +158,116 @@ def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
     assert torch.allclose(outputs[0]["loss"][:4], alone["loss"][:4], rtol=1e-4)
     assert torch.allclose(outputs[0]["loss"], alone["loss"], rtol=0.02)
     assert outputs[0]["flops"] == pytest.approx(alone["flops"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("memory", "later"),
+    [(Memory(shard=True), Memory(shard=True)), (Memory(micro_batch=12, recompute=True, shard=True), Memory())],
+)
+def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, later):
+    """Stages 2 and 3 with frozen blocks, clipping, a monitor; left alone, and stopped in step 5 after a checkpoint at 4 to go on
+    sharded (then bit for bit the same) or not."""
+    preset, some = mr.load_preset("smoke"), digits["train"].take(129)
+    config = replace(preset.refine, refine_epochs=3, frozen_blocks=1, clip_norm=0.5)
+    monitor = Monitor(some.take(33), digits["val"].take(17))
+    encoder = mr.build_vit(preset.encoder)
+
+    def run(rank, memory=memory, **how):
+        result = mr.refine(encoder, some, config, memory=memory, monitor=monitor, **how)
+        numbers = {"loss": result.history["loss"], "knn": result.epochs.filter(like="knn").to_numpy()}
+        weights = {f"{name} {n}": x for name in ("encoder", "ema_encoder") for n, x in getattr(result, name).state_dict().items()}
+        for name in list(weights):  # these biases have no gradient but rounding, which AdamW enlarges:
+            if name.endswith("qkv.bias"):
+                weights[name] = weights[name].unflatten(0, (3, -1))[[0, 2]]  # keys
+            elif name.endswith("encoder norm.bias"):  # a batch norm follows
+                del weights[name]
+        return {name: torch.tensor(x) for name, x in numbers.items()} | weights
+
+    def interrupted(rank):
+        saving = Saving(tmp_path / "checkpoints", every=2)
+        stop = pytest.MonkeyPatch()
+        stop.setattr(distributed, "moving_average", lambda decay: partial(_stop_after, [4], real(decay)))
+        with pytest.raises(KeyboardInterrupt):
+            run(rank, saving=saving)
+        stop.undo()
+        if rank == 0:
+            assert Checkpoints(saving.folder).newest()["step"] == 4
+        return run(rank, memory=later, saving=replace(saving, resume=True))
+
+    real = distributed.moving_average
+    (tmp_path / "whole").mkdir()
+    expected, _ = on_two(partial(run, memory=Memory()), tmp_path / "whole")
+    alone, codes = on_two(run, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    resumed, codes = on_two(interrupted, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    for output in alone + resumed:
+        assert output.keys() == expected[0].keys()
+        for name, x in expected[0].items():
+            assert close(output[name], x), name
+    if later == memory:
+        assert all(torch.equal(resumed[0][name], x) for name, x in alone[0].items())
+
+
+def _stop_after(left, update, *args):
+    update(*args)
+    left[0] -= 1
+    if not left[0]:
+        raise KeyboardInterrupt
+
+
+def test_pretraining_with_a_sharded_model(digits, tmp_path):
+    preset, some = mr.load_preset("smoke"), digits["train"].take(128)
+    config = replace(preset.pretrain, method="mae", decoder_dim=32, decoder_heads=2, clip_norm=0.5)
+
+    def run(shard, rank):
+        result = mr.pretrain(mr.build_vit(preset.encoder), some, config, shard=shard)
+        return {"loss": torch.tensor(result.history["loss"])} | result.model.state_dict()
+
+    (expected, _), _ = on_two(partial(run, False), tmp_path)
+    outputs, codes = on_two(partial(run, True), tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    for name, x in expected.items():
+        assert all(close(output[name], x) for output in outputs), name
+
+
+def test_a_shard_is_a_share(tmp_path, vit):
+    """Every process holds about half of weights, gradients and moments; a checkpoint's tensors are whole."""
+
+    def job(rank):
+        distributed.shard(vit, vit.blocks, "forward_features")
+        vit.forward_features(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer = torch.optim.AdamW(vit.parameters())
+        optimizer.step()
+        moments = [values["exp_avg"] for values in optimizer.state.values()]
+        held = [
+            sum(distributed.local(x).numel() for x in xs) for xs in (vit.parameters(), [p.grad for p in vit.parameters()], moments)
+        ]
+        saved = distributed.whole(optimizer.state_dict())["state"].values()
+        return {"held": held, "saved": sum(x["exp_avg"].numel() for x in saved)}
+
+    count = sum(x.numel() for x in vit.parameters())
+    outputs, _ = on_two(job, tmp_path)
+    for output in outputs:
+        assert all(0.4 * count < held < 0.6 * count for held in output["held"])
+        assert output["saved"] == count
+
+
+def test_sharding_alone_is_refused(vit):
+    with pytest.raises(mr.InputError, match="start with torchrun"):
+        distributed.shard(vit, vit.blocks)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_clipping_is_that_of_torch(vit, limit):
+    vit(torch.randn(2, 3, 32, 32)).sum().backward()
+    grads = [x.grad.clone() for x in vit.parameters()]
+    distributed.clip_gradients(vit.parameters(), limit)
+    ours = [x.grad.clone() for x in vit.parameters()]
+    for x, grad in zip(vit.parameters(), grads, strict=True):
+        x.grad = grad
+    nn.utils.clip_grad_norm_(vit.parameters(), limit)
+    assert all(torch.allclose(a, x.grad, rtol=1e-5) for a, x in zip(ours, vit.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("way", ["dies", "hangs"])

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from mimrefiner import plan
 from mimrefiner.__main__ import main
 from mimrefiner.catalogue import MODELS
 from mimrefiner.layouts import ReleasedViT, ViTShape
+from mimrefiner.memory import Memory
 from mimrefiner.models import _as_encoder
 from mimrefiner.refiner import MIMRefiner
 
@@ -81,11 +83,50 @@ def test_every_plain_model_of_the_table_has_a_plan():
     assert plan.parameters(plan.shape_of("maws_6.5b14")) == pytest.approx(6440e6, rel=0.01)
 
 
+def test_what_saves_memory_lowers_the_estimate():
+    shape = plan.shape_of("mae_2b14")
+    config = plan.paper_recipe(shape)
+
+    def gib(gpus=8, train=True, config=config, **memory):
+        return plan.training_bytes(shape, config, train_encoder=train, gpus=gpus, memory=Memory(**memory)) / 2**30
+
+    assert gib() > gib(recompute=True) > gib(recompute=True, shard=True)
+    assert gib() > gib(micro_batch=8) > gib(micro_batch=8, recompute=True)
+    assert gib(config=replace(config, frozen_blocks=0)) > gib()
+    assert gib(train=False) == gib(train=False, shard=True)
+    states = 20 * plan.parameters(shape) / 2**30  # weight, gradient, two moments, moving average in float32
+    unfrozen = replace(config, frozen_blocks=0)
+    assert gib(config=unfrozen) - gib(config=unfrozen, shard=True) == pytest.approx(1.1 * (7 / 8 - 16 / 20 / 24) * states)
+
+
+def test_training_that_will_not_fit_is_said_before_it_begins(digits, monkeypatch, capsys):
+    """With a pretended card."""
+    smoke, some = mr.load_preset("smoke"), digits["train"].take(64)
+    refiner = MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
+    shape = ViTShape(32, 8, 32, 4, 2, 128)
+    needed = plan.training_bytes(shape, smoke.refine, train_encoder=True)
+    assert needed > plan.training_bytes(shape, smoke.refine, train_encoder=False)
+    for card in (None, 1.01 * needed):
+        monkeypatch.setattr(plan, "card_bytes", lambda device, card=card: card)
+        plan.warn_if_too_large(refiner, Memory())
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(plan, "card_bytes", lambda device: 0.99 * needed)
+    monkeypatch.setattr("mimrefiner.train.train_heads", lambda *args, **options: print("training", file=sys.stderr))
+    mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine)
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert first.startswith("stage 3 (refinement) needs about 0.0 GiB by estimate, this GPU has 0.0")
+    assert "recompute activations (--recompute)" in first
+    assert second == "training"
+
+
 def test_command_line(capsys):
     assert main(["plan", "d2v2_refined_h14", "imagenet", "--gpus", "8"]) == 0
     out = capsys.readouterr().out
     assert "630.8 M parameters" in out
     assert "assuming 40 % of 312 TFLOP/s" in out
+    assert main(["plan", "d2v2_refined_h14", "imagenet", "--gpus", "8", "--shard", "--recompute", "--micro-batch", "8"]) == 0
+    less = capsys.readouterr().out
+    assert float(less.split("refinement ")[2].split()[0]) < 0.5 * float(out.split("refinement ")[2].split()[0])
     for arguments, message in (
         (["nosuch", "imagenet"], "no plan for 'nosuch'"),
         (["mae_l16", "imagenet", "--gpus", "0"], "expected gpus >= 1"),

@@ -138,6 +138,26 @@ def test_moving_average_is_that_of_the_weights(smoke, some, monkeypatch):
     assert torch.allclose(ema.norm.bias, average, atol=1e-7)
 
 
+def test_gradients_are_clipped_where_asked(smoke, some, monkeypatch):
+    """In all stages, to the limit, after averaging and before the step."""
+    norms = []
+
+    def spy(self, *args, step=torch.optim.AdamW.step, **options):
+        norms.append(torch.cat([x.grad.flatten() for g in self.param_groups for x in g["params"] if x.grad is not None]).norm())
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    for limit in (None, 1e-3):
+        mr.pretrain(mr.build_vit(smoke.encoder), some, replace(smoke.pretrain, clip_norm=limit, epochs=1))
+        mr.refine(mr.build_vit(smoke.encoder), some, replace(smoke.refine, clip_norm=limit))
+        assert len(norms) == 6
+        assert all(x == pytest.approx(1e-3, rel=1e-3) if limit else x > 2e-3 for x in norms)
+        norms.clear()
+    for config in (smoke.pretrain, smoke.refine):
+        with pytest.raises(mr.InputError, match="clip_norm must be > 0 or None, got 0"):
+            replace(config, clip_norm=0)
+
+
 def test_default_horizon_of_the_average_is_a_share_of_training(smoke):
     assert train.ema_decay(smoke.refine, 1000) == pytest.approx(1 - 1 / 270)
     assert train.ema_decay(replace(smoke.refine, ema_decay=0.9999), 1000) == 0.9999
