@@ -53,7 +53,7 @@ def test_finds_the_good_block_and_reports_once(features):
 
 
 def test_widths_may_differ(features):
-    wide = features.concatenated(last=2)
+    wide = features.joined(("cls_last2",))
     assert [x.shape[1] for x in wide.x["cls_last2"]] == [8, 16]
     rows = mr.linear_probe(wide, wide, epochs=5)
     assert rows[["pool", "block"]].to_numpy().tolist() == [["cls_last2", 0], ["cls_last2", 1]]
