@@ -140,26 +140,39 @@ def add_probe(commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
     parser.add_argument("data", metavar="DATA", help="data set by name or path")
     parser.add_argument("--blocks", default="all", help="all, or 0-based blocks with commas between (default: all)")
+    parser.add_argument("--pools", help="such as cls,mean,cls+mean,cls_last4,cls+mean_last4 (default: cls,mean where there are)")
     parser.add_argument("--probes", default="knn", help="of knn,linear,low_shot,cluster,rank with commas between (default: knn)")
+    parser.add_argument("--shots", default="1,2,5", help="low_shot: images per class, or shares such as 0.01 (default: 1,2,5)")
+    parser.add_argument("--clusters", type=int, help="cluster: how many (default: as many as classes)")
     parser.add_argument("--no-pretrained", action="store_true", help="random weights")
     parser.add_argument("--no-baselines", action="store_true", help="leave out raw pixels and random weights")
     parser.add_argument("--resume", action="store_true", help="keep the probes that are finished in --out")
     parser.add_argument("--cache", type=Path, help="folder that keeps the features, to go on after a kill (default: memory)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="float32", help="of the forward pass: float32, bfloat16, float16 (default: float32)")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="folder for the report (default: runs/report)")
 
 
 def do_probe(args) -> None:
+    import torch
+
     from mimrefiner.report import markdown, probe
     from mimrefiner.runner import check_writable
 
+    precisions = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if args.precision not in precisions:
+        raise InputError(f"--precision must be one of {', '.join(precisions)}, got {args.precision!r}")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be >= 1, got {args.batch_size}")
+    shots = _numbers("--shots", args.shots)
     check_writable(args.out)
     table = probe(
         args.model, args.data, blocks=args.blocks if args.blocks == "all" else _integers("--blocks", args.blocks),
-        probes=args.probes.split(","), out=args.out, resume=args.resume, cache=args.cache, pretrained=not args.no_pretrained,
-        baselines=not args.no_baselines, seed=args.seed, batch_size=args.batch_size, num_workers=args.workers,
+        pools=args.pools and args.pools.split(","), probes=args.probes.split(","), shots=shots, clusters=args.clusters,
+        out=args.out, resume=args.resume, cache=args.cache, pretrained=not args.no_pretrained, baselines=not args.no_baselines,
+        seed=args.seed, batch_size=args.batch_size, num_workers=args.workers, autocast=precisions[args.precision],
     )  # fmt: skip
     if len(table):
         print(markdown(table, args.data))
@@ -346,6 +359,13 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{option} must be whole numbers with commas between, got {text!r}") from None
+
+
+def _numbers(option: str, text: str) -> tuple[int | float, ...]:
+    try:
+        return tuple(float(part) if "." in part else int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option} must be numbers with commas between, got {text!r}") from None
 
 
 def _write_history(history, out: Path) -> None:

@@ -5,6 +5,7 @@ file get a checksum. A folder made from other weights, data, transform or by ano
 shard is announced and filled again from there on.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,8 +26,9 @@ from mimrefiner.features import Features, block_modules, feature_batches, resolv
 from mimrefiner.models import eval_transform
 from mimrefiner.results import write_json
 
-FORMAT = "mimrefiner-features-1"
-SHARD = 8192
+FORMAT = "mimrefiner-features-2"
+STATE, LABELS = "state.json", "labels.bin"
+SHARD = 8192  # images that share a checksum
 
 
 def cached_features(
@@ -53,7 +55,7 @@ def cached_features(
         Features whose ``x[pool]`` is a list of memory-mapped (images, dim_b), one per block.
 
     Raises:
-        InputError: no room on the disk (nothing is left behind).
+        InputError: no room on the disk (nothing is left behind); a folder with other files than features.
     """
     folder = Path(folder)
     blocks, pools = resolve(encoder, blocks, pools)
@@ -75,18 +77,21 @@ def cached_features(
 
 def _open(folder: Path, made_of: dict) -> dict:
     """The state of a usable folder; a new one where there is none, or where the old one is of something else."""
-    file = folder / "state.json"
+    file = folder / STATE
     new = {"made_of": made_of, "done": 0, "widths": {}, "checksums": {}}
-    if not folder.exists():
+    if not folder.exists() or not any(folder.iterdir()):
         return new
+    if not file.is_file():
+        raise InputError(f"{folder} holds files but no features ({STATE} is missing): choose another folder, or empty this one")
     try:
         state = json.loads(file.read_text())
         different = [name for name in made_of if state["made_of"].get(name) != made_of[name]]
-    except (OSError, ValueError, KeyError, AttributeError):
-        different = ["state.json"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        different = [STATE]
     if different:
         print(f"{folder} holds features of other {', '.join(different)}: extracting anew", file=sys.stderr)
-        shutil.rmtree(folder)
+        for old in (*folder.glob("*_block*.bin"), folder / LABELS):  # no other file: the folder is the user's
+            old.unlink(missing_ok=True)
         return new
     damaged = _first_damaged(folder, state)
     if damaged is not None:
@@ -101,13 +106,14 @@ def _first_damaged(folder: Path, state: dict) -> int | None:
     made_of, n = state["made_of"], state["made_of"]["images"]
     names = {_name(pool, block): (pool, block) for pool in made_of["pools"] for block in made_of["blocks"]}
     itemsize = np.dtype(made_of["dtype"]).itemsize
-    for name in names:
-        file = folder / name
-        if state["done"] and (not file.is_file() or file.stat().st_size != n * state["widths"][name] * itemsize):
+    if state["done"]:
+        sizes = {name: n * state["widths"][name] * itemsize for name in names} | {LABELS: 8 * n}
+        if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
             return 0
     for start, sums in sorted(state["checksums"].items(), key=lambda item: int(item[0])):
         rows = slice(int(start), min(int(start) + SHARD, n))
-        if any(_checksum(_map(folder, state, *names[name], "r")[rows]) != value for name, value in sums.items()):
+        maps = {name: _map(folder, state, *names[name], "r") for name in names} | {LABELS: _labels(folder, n, "r")}
+        if any(_checksum(maps[name][rows]) != value for name, value in sums.items()):
             return int(start)
     return None
 
@@ -131,28 +137,35 @@ def _fill(folder: Path, state: dict, batches, blocks, pools, dtype: np.dtype) ->
         for shard in range(start // SHARD * SHARD, stop, SHARD):
             if shard + SHARD <= stop or stop == n:
                 rows = slice(shard, min(shard + SHARD, n))
-                state["checksums"][str(shard)] = {name: _checksum(x[rows]) for name, x in maps.items()}
+                state["checksums"][str(shard)] = {name: _checksum(x[rows]) for name, x in (maps | {LABELS: labels}).items()}
         for x in maps.values():
             x.flush()
         labels.flush()
-        write_json(state, folder / "state.json")  # after the bytes it speaks of
+        write_json(state, folder / STATE)  # after the bytes it speaks of
 
 
 def _reserve(folder: Path, state: dict, n: int, dtype: np.dtype) -> None:
     """Take the whole room on the disk at once, so that a full disk is known before the work is done."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {name: n * width * dtype.itemsize for name, width in state["widths"].items()} | {"labels.bin": 8 * n}
+    sizes = {name: n * width * dtype.itemsize for name, width in state["widths"].items()} | {LABELS: 8 * n}
     try:
+        write_json(state, folder / STATE)  # first: says whose files these are
         for name, size in sizes.items():
             with (folder / name).open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                elif shutil.disk_usage(folder).free < size - file.tell():  # macOS
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                file.truncate(size)
     except OSError as error:
+        for name in (*sizes, STATE):
+            (folder / name).unlink(missing_ok=True)
         if not existed:
-            shutil.rmtree(folder)
-        gib = sum(sizes.values()) / 2**30
+            folder.rmdir()
+        mib = sum(sizes.values()) / 2**20
         raise InputError(
-            f"the features need {gib:.2f} GiB, which {folder} has not ({error.strerror}): use another folder"
+            f"the features need {mib:,.1f} MiB, which {folder} has not ({error.strerror}): use another folder"
         ) from error
 
 
@@ -167,16 +180,19 @@ def _map(folder: Path, state: dict, pool: str, block: int, mode: str) -> np.memm
 
 
 def _labels(folder: Path, n: int, mode: str) -> np.memmap:
-    return np.memmap(folder / "labels.bin", "int64", mode, shape=(n,))
+    return np.memmap(folder / LABELS, "int64", mode, shape=(n,))
 
 
 def _checksum(x: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(x))
 
 
-def _data_hash(dataset: Dataset, images: int = 64) -> str:
-    """Hash of the number of images and of a sample of pixels and labels."""
+def _data_hash(dataset: Dataset, images: int = 1024) -> str:
+    """Hash of all labels where the data set lists them, and of pixels and labels of ``images`` images spread evenly over it."""
     digest = hashlib.sha256(str(len(dataset)).encode())
+    labels = getattr(dataset, "labels", None)
+    if labels is not None:
+        digest.update(np.asarray(labels, dtype=np.int64).tobytes())
     for i in range(0, len(dataset), max(1, len(dataset) // images)):
         image, label = dataset[i]
         digest.update(np.asarray(image).tobytes() + str(int(label)).encode())

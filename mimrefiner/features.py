@@ -4,6 +4,7 @@ Tokens are pooled as each block ends, so that only (batch, dim) per block stays 
 which keeps every block's tokens, is the oracle in the tests.
 """
 
+import re
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -45,21 +46,37 @@ class Features:
         rows = torch.as_tensor(rows)
         return replace(self, x={pool: _stack([x[rows] for x in blocks]) for pool, blocks in self.x.items()}, y=self.y[rows])
 
-    def concatenated(self, last: int = 1) -> "Features":
-        """The poolings joined to wider ones: "cls+mean" of every block and, for ``last`` > 1, of the ``last`` blocks up to it.
+    def joined(self, pools: Sequence[str]) -> "Features":
+        """Poolings joined to wider ones.
 
-        With ``last`` 4 these are the paper's "last 4 blocks" features, called "cls_last4", "mean_last4" and "cls+mean_last4";
-        early blocks that have fewer before them take what there is.
+        Args:
+            pools: of "cls", "mean" and "cls+mean" (one behind the other), each with "_lastN" for the blocks b - N + 1 to b behind
+                each other: "cls+mean_last4" is the widest of the paper's grid. The first blocks take what is before them.
+
+        Raises:
+            InputError: another name, a pooling that is not there, a block that was not extracted.
         """
-        x = {pool: list(blocks) for pool, blocks in self.x.items()}
-        if {"cls", "mean"} <= set(x):
-            x["cls+mean"] = [torch.cat(both, -1) for both in zip(x["cls"], x["mean"], strict=True)]
-        if last > 1:
-            x = {
-                f"{pool}_last{last}": [torch.cat(blocks[max(0, b + 1 - last) : b + 1], -1) for b in range(len(blocks))]
-                for pool, blocks in x.items()
-            }
-        return replace(self, x={pool: _stack(blocks) for pool, blocks in x.items()})
+        return replace(self, x={pool: _stack([self._joined(pool, block) for block in self.blocks]) for pool in pools})
+
+    def _joined(self, pool: str, block: int) -> Tensor:
+        parts, last = parse_pool(pool)
+        wanted = range(max(0, block + 1 - last), block + 1)
+        for part in parts:
+            if part not in self.x:
+                raise InputError(f"pooling {pool!r} needs {part!r}, and there are {', '.join(self.x)}")
+        for other in wanted:
+            if other not in self.blocks:
+                raise InputError(f"pooling {pool!r} of block {block} needs block {other}, which was not extracted")
+        found = [self.x[part][self.blocks.index(other)] for other in wanted for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def parse_pool(pool: str) -> tuple[tuple[str, ...], int]:
+    """("cls", "mean"), 4 for "cls+mean_last4": what is joined, and of how many blocks; see :meth:`Features.joined`."""
+    match = re.fullmatch(r"(cls|mean|cls\+mean)(?:_last([1-9]\d*))?", pool)
+    if not match:
+        raise InputError(f"unknown pooling {pool!r}: choose from cls, mean, cls+mean, each with _lastN for the last N blocks")
+    return tuple(match[1].split("+")), int(match[2] or 1)
 
 
 def _stack(blocks: list[Tensor]) -> Tensor | list[Tensor]:

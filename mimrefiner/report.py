@@ -5,6 +5,7 @@ Every probe writes its rows when it ends, so that an interrupted report goes on 
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,12 +17,21 @@ from torch.utils.data import Dataset
 
 from mimrefiner import plotting
 from mimrefiner.checkpoint import atomic_file, sha256_of
+from mimrefiner.config import check_blocks
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.feature_cache import cached_features
-from mimrefiner.features import Features, extract_features, pixel_features
-from mimrefiner.models import load_encoder
-from mimrefiner.probes.checks import COLUMNS, check_finite, tidy
+from mimrefiner.features import (
+    Features,
+    available_pools,
+    block_modules,
+    check_pools,
+    extract_features,
+    parse_pool,
+    pixel_features,
+)
+from mimrefiner.models import default_device, load_encoder
+from mimrefiner.probes.checks import COLUMNS, check_finite, check_labels, tidy
 from mimrefiner.probes.clustering import cluster
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.probes.linear import hold_out, linear_probe
@@ -30,7 +40,12 @@ from mimrefiner.probes.similarity import effective_rank
 from mimrefiner.results import KNN_PROTOCOL, environment, standard_error, write_csv, write_json
 
 PROBES = ("knn", "linear", "low_shot", "cluster", "rank")
-HEADLINE = {"knn": "accuracy", "linear": "accuracy", "low_shot": "accuracy", "cluster": "ACC", "rank": "effective_rank"}
+HEADLINE = {  # probe -> the metrics of table and figure
+    "knn": ("accuracy",), "linear": ("accuracy",), "low_shot": ("accuracy",),
+    "cluster": ("ACC", "cluster_silhouette"), "rank": ("effective_rank",),
+}  # fmt: skip
+K = 10
+PIXEL_BYTES = 2**32  # raw pixels are left out where they take more than this
 
 
 def probe(
@@ -38,7 +53,10 @@ def probe(
     data: str | tuple[Dataset, Dataset],
     *,
     blocks: str | Sequence[int] = "all",
+    pools: Sequence[str] | None = None,
     probes: Sequence[str] = ("knn",),
+    shots: Sequence[int | float] = (1, 2, 5),
+    clusters: int | None = None,
     out: Path | str | None = None,
     resume: bool = False,
     cache: Path | str | None = None,
@@ -48,6 +66,7 @@ def probe(
     batch_size: int = 256,
     num_workers: int = 0,
     device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> pd.DataFrame:
     """Probe every block of an encoder.
 
@@ -57,7 +76,11 @@ def probe(
         encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
         data: what :func:`mimrefiner.load_dataset` takes, or (train, test), map-style data sets of (image, label).
         blocks: "all" or 0-based blocks.
+        pools: "cls", "mean" and joined ones such as "cls+mean_last4" (:meth:`mimrefiner.Features.joined`); None takes cls and
+            mean where the model has them. With several, the linear probe also reports the one that validation chose.
         probes: of knn, linear, low_shot, cluster, rank.
+        shots: of the low-shot probe, images per class or shares of the training set.
+        clusters: of the clustering; None takes the number of classes.
         out: folder for report.csv, report.md, report.png and .pdf, and for the rows of every probe; None writes nothing.
         resume: take the finished probes from ``out``; they must be of the same weights, data and settings.
         cache: folder that keeps the features on disk (:func:`mimrefiner.feature_cache.cached_features`), so that an interrupted
@@ -65,7 +88,8 @@ def probe(
         pretrained: False probes random weights.
         baselines: also raw pixels and the same network with random weights.
         seed: of drawn splits and starts.
-        batch_size, num_workers, device: see :func:`mimrefiner.extract_features`.
+        batch_size, num_workers, autocast: see :func:`mimrefiner.extract_features`.
+        device: of extraction and probes (k-means and ranks are computed on the CPU); None takes a GPU where there is one.
 
     Returns:
         Tidy rows: model ("model", "random weights", "raw pixels"), probe and the columns of the probes.
@@ -84,9 +108,13 @@ def probe(
     if grouped and cache is not None:
         raise InputError("features on disk are filled by one process: leave out the cache, or start without torchrun")
     folder = None if out is None else Path(out)
+    device = default_device() if device is None else torch.device(device)
+    depth, names = len(block_modules(encoder)), tuple(pools) if pools is not None else available_pools(encoder)
+    plain = check_pools(encoder, sorted({part for name in names for part in parse_pool(name)[0]}))
     settings = {
         "weights_sha256": sha256_of(encoder), "data": data if isinstance(data, str) else [len(train), len(test)],
-        "blocks": blocks if isinstance(blocks, str) else list(blocks), "seed": seed,
+        "blocks": list(range(depth) if blocks == "all" else check_blocks(blocks, depth)), "pools": list(names), "seed": seed,
+        "shots": list(shots), "clusters": clusters, "autocast": str(autocast),
     }  # fmt: skip
     if folder is not None and first:
         _open_folder(folder, settings, resume)
@@ -95,15 +123,31 @@ def probe(
     models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
     if baselines:
         models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
-    options = {"blocks": blocks, "batch_size": batch_size, "num_workers": num_workers, "device": device}
-    tables = []
-    for model, build in models.items():
+    options = {
+        "blocks": blocks, "pools": plain, "batch_size": batch_size, "num_workers": num_workers, "device": device,
+        "autocast": autocast,
+    }  # fmt: skip
+
+    def extracted(model: str) -> tuple[list[str], tuple[Features, ...]]:
+        """The probes that are missing, and the features they need."""
         missing = [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
+        if not missing:
+            return [], ()
         kept = None if cache is None else Path(cache) / model.replace(" ", "_")
-        features = _features(build(), train, test, encoder, kept, options) if missing else ()
-        for name in probes if first else ():
+        parts = _features(models[model](), train, test, encoder, kept, options)
+        return missing, tuple(part if model == "raw pixels" else part.joined(names) for part in parts)
+
+    if baselines and _too_many_pixels(encoder, train):
+        del models["raw pixels"]
+    work = ((model, *extracted(model)) for model in models)
+    if grouped:  # all processes extract before one of them probes: none waits for it in the next extraction
+        work = list(work)
+    tables = []
+    for model, missing, features in work if first else ():
+        for name in probes:
             if name in missing:
-                rows = _run(name, *features, seed=seed).assign(model=model, probe=name)
+                rows = _run(name, *features, seed=seed, shots=shots, clusters=clusters, device=device)
+                rows = rows.assign(model=model, probe=name)
                 if folder is not None:
                     write_csv(rows, _rows_file(folder, model, name))
             else:
@@ -122,7 +166,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     Where nothing was drawn, ``spread`` is the binomial standard error of an accuracy on the test images.
     """
-    main = table[table["metric"] == table["probe"].map(HEADLINE)]
+    main = table[[metric in HEADLINE[probe] for probe, metric in zip(table["probe"], table["metric"], strict=True)]]
     keys = ["model", "probe", "protocol", "metric", "pool", "block"]
     stats = main.groupby(keys, sort=False)["value"].agg(value="mean", spread="std", draws="size").reset_index()
     stats["n_test"] = main.groupby(keys, sort=False)["n_test"].first().to_numpy()
@@ -166,7 +210,7 @@ def _number(row) -> str:
 
 def _features(encoder, train, test, original, cache: Path | None, options: dict) -> tuple[Features, Features]:
     if encoder is None:
-        size = min(original.pretrained_cfg["input_size"][-1], 64)
+        size = _pixel_size(original)
         return pixel_features(train, size), pixel_features(test, size)
     if cache is None:
         pair = extract_features(encoder, train, **options), extract_features(encoder, test, **options)
@@ -176,20 +220,34 @@ def _features(encoder, train, test, original, cache: Path | None, options: dict)
     return pair
 
 
-def _run(name: str, train: Features, test: Features, *, seed: int) -> pd.DataFrame:
+def _pixel_size(encoder: nn.Module) -> int:
+    return min(encoder.pretrained_cfg["input_size"][-1], 64)
+
+
+def _too_many_pixels(encoder: nn.Module, train: Dataset) -> bool:
+    size = 4 * 3 * _pixel_size(encoder) ** 2 * len(train)
+    if size > PIXEL_BYTES:
+        print(f"the baseline of raw pixels is left out: it would take {size / 2**30:.0f} GiB", file=sys.stderr)
+    return size > PIXEL_BYTES
+
+
+def _run(name: str, train: Features, test: Features, *, seed: int, shots, clusters: int | None, device) -> pd.DataFrame:
     if name == "knn":
-        common = {"protocol": KNN_PROTOCOL, "metric": "accuracy", "seed": seed, "n_train": len(train.y), "n_test": len(test.y)}
+        k = min(K, len(train.y))  # fewer images than neighbours: all of them vote, and the protocol says so
+        protocol = KNN_PROTOCOL.replace(f"k{K}", f"k{k}")
+        common = {"protocol": protocol, "metric": "accuracy", "seed": seed, "n_train": len(train.y), "n_test": len(test.y)}
         return tidy([
             {**common, "block": block, "pool": pool, "value": right.float().mean().item()}
-            for pool, hits in knn_hits(train, test, k=min(10, len(train.y))).items()
+            for pool, hits in knn_hits(train, test, k=k, device=device).items()
             for block, right in zip(test.blocks, hits, strict=True)
         ])  # fmt: skip
     if name == "linear":
+        check_labels(train.y, "a linear probe")  # before labels decide what is held out
         val, rest = hold_out(train, seed)
-        return linear_probe(rest, test, val=val, seed=seed)
+        return linear_probe(rest, test, val=val, choose=len(train.x) > 1, seed=seed, device=device)
     if name == "low_shot":
-        return low_shot(train, test, seed=seed)
-    return cluster(test, seed=seed) if name == "cluster" else effective_rank(test)
+        return low_shot(train, test, shots=shots, seed=seed, device=device)
+    return cluster(test, clusters=clusters, seed=seed) if name == "cluster" else effective_rank(test)
 
 
 def _random_twin(encoder: nn.Module) -> nn.Module:

@@ -1,5 +1,9 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +86,11 @@ def test_a_flipped_byte_or_a_short_file_is_found_and_mended(vit, images, tmp_pat
     file.write_bytes(content)
     assert same(cached_features(vit, images, folder), expected)
     assert "damaged from image 8 on" in capsys.readouterr().err
+    labels = bytearray((folder / "labels.bin").read_bytes())
+    labels[8] ^= 1
+    (folder / "labels.bin").write_bytes(labels)
+    assert same(cached_features(vit, images, folder), expected)
+    assert "damaged from image 0 on" in capsys.readouterr().err
     os.truncate(file, 100)
     assert same(cached_features(vit, images, folder), expected)
     assert "damaged from image 0 on" in capsys.readouterr().err
@@ -94,9 +103,57 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(vit, images, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(mr.InputError, match=r"need 0\.00 GiB, which .* has not \(No space left on device\)"):
+    with pytest.raises(mr.InputError, match=r"need 0\.0 MiB, which .* has not \(No space left on device\)"):
         cached_features(vit, images, tmp_path / "f")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "f").mkdir()
+    with pytest.raises(mr.InputError, match="No space left"):
+        cached_features(vit, images, tmp_path / "f")
+    assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_room_is_asked_for_where_it_cannot_be_taken(vit, images, tmp_path, monkeypatch):
+    """macOS has no posix_fallocate."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert same(cached_features(vit, images, tmp_path / "f"), mr.extract_features(vit, images))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(mr.InputError, match="No space left"):
+        cached_features(vit, images, tmp_path / "g")
+
+
+def test_other_files_in_the_folder_are_left_alone(vit, images, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(mr.InputError, match="holds files but no features"):
+        cached_features(vit, images, tmp_path)
+    cached_features(vit, images, tmp_path / "f")
+    (tmp_path / "f" / "notes.txt").write_text("mine")
+    cached_features(vit, images.subset(range(5)), tmp_path / "f")
+    assert "extracting anew" in capsys.readouterr().err
+    assert (tmp_path / "f" / "notes.txt").read_text() == "mine"
+
+
+SCRIPT = """
+import os, signal, sys, torch
+import mimrefiner as mr
+from mimrefiner import feature_cache
+def killed(run, *a, **k):
+    for i, batch in enumerate(run(*a, **k)):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+run = feature_cache.feature_batches
+feature_cache.feature_batches = lambda *a, **k: killed(run, *a, **k)
+vit = mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2))
+feature_cache.cached_features(vit, mr.load_dataset("digits", split="test").subset(range(20)), sys.argv[1], batch_size=3)
+"""
+
+
+def test_a_killed_process_loses_nothing_that_was_written(vit, images, tmp_path, capsys):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "f")])
+    assert done.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "f" / "state.json").read_text())["done"] == 6
+    assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
+    assert capsys.readouterr().err == ""  # neither damaged nor of something else
 
 
 def test_half_the_space(vit, images, tmp_path):

@@ -129,11 +129,19 @@ def test_other_families_pool_their_stages_and_blocks(name, images):
 
 def test_joined_poolings_and_subsets(vit, images):
     features = mr.extract_features(vit, images)
-    joined = features.concatenated(last=2)
-    assert set(joined.x) == {"cls_last2", "mean_last2", "cls+mean_last2"}
+    joined = features.joined(("cls_last2", "cls+mean", "cls+mean_last2", "mean"))
+    assert list(joined.x) == ["cls_last2", "cls+mean", "cls+mean_last2", "mean"]
     last = torch.cat([features.x["cls"][1], features.x["mean"][1], features.x["cls"][2], features.x["mean"][2]], -1)
     assert torch.equal(joined.x["cls+mean_last2"][2], last)
-    assert features.concatenated().x["cls+mean"].shape == (3, 10, 64)
+    assert torch.equal(joined.x["cls+mean_last2"][0], joined.x["cls+mean"][0])
+    assert joined.x["cls+mean"].shape == (3, 10, 64)
+    for pool, message in (("max", "unknown pooling 'max'"), ("cls_last0", "unknown pooling"), ("cls+cls", "unknown pooling")):
+        with pytest.raises(mr.InputError, match=message):
+            features.joined((pool,))
+    with pytest.raises(mr.InputError, match="needs 'cls', and there are mean"):
+        mr.extract_features(vit, images, pools=("mean",)).joined(("cls+mean",))
+    with pytest.raises(mr.InputError, match="of block 2 needs block 1, which was not extracted"):
+        mr.extract_features(vit, images, blocks=(0, 2)).joined(("cls_last2",))
     part = features.subset([3, 1])
     assert torch.equal(part.y, features.y[[3, 1]])
     assert torch.equal(part.x["cls"], features.x["cls"][:, [3, 1]])

@@ -64,10 +64,17 @@ def test_bad_settings_are_named(knn_file, change, message):
         mr.knn_accuracy(*knn_file[1], **change)
 
 
-def test_data_without_labels_are_refused(knn_file):
+@pytest.mark.parametrize(("label", "message"), [(-1, "needs labels"), (3, "at least two classes, and all labels are 3")])
+def test_data_without_labels_or_of_one_class_are_refused(knn_file, label, message):
     _, (train_x, train_y, test_x, test_y) = knn_file
-    with pytest.raises(mr.InputError, match="needs labels"):
-        mr.knn_accuracy(train_x, torch.full_like(train_y, -1), test_x, test_y)
+    with pytest.raises(mr.InputError, match=message):
+        mr.knn_accuracy(train_x, torch.full_like(train_y, label), test_x, test_y)
+
+
+def test_constant_features_vote_for_a_class_that_is_there(knn_file):
+    _, (train_x, train_y, test_x, _) = knn_file
+    predicted = mr.knn_predict(torch.ones_like(train_x), train_y, torch.ones_like(test_x))
+    assert torch.isin(predicted, train_y).all()
 
 
 def test_search_in_pieces_and_in_low_precision_finds_the_same(knn_file, monkeypatch):
@@ -75,7 +82,7 @@ def test_search_in_pieces_and_in_low_precision_finds_the_same(knn_file, monkeypa
     settings = {"ks": (1, 10, 20), "temperatures": (0.07,)}
     exact = mr.knn_predict(train_x, train_y, test_x, **settings)
     assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.bfloat16, **settings))
-    monkeypatch.setattr("mimrefiner.probes.knn.BANK_ROWS", 37)
+    monkeypatch.setattr("mimrefiner.probes.knn.BANK_BYTES", 4 * train_x.shape[1] * 37)  # 11 pieces, the last of 30 images
     assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, **settings))
     assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.float16, **settings))
 

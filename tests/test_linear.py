@@ -53,7 +53,7 @@ def test_finds_the_good_block_and_reports_once(features):
 
 
 def test_widths_may_differ(features):
-    wide = features.concatenated(last=2)
+    wide = features.joined(("cls_last2",))
     assert [x.shape[1] for x in wide.x["cls_last2"]] == [8, 16]
     rows = mr.linear_probe(wide, wide, epochs=5)
     assert rows[["pool", "block"]].to_numpy().tolist() == [["cls_last2", 0], ["cls_last2", 1]]
@@ -77,8 +77,43 @@ def test_one_class_is_refused(features):
         mr.linear_probe(features, features)
 
 
-def test_augmented_probe_runs_on_every_block(vit, digits):
-    train, test = digits["train"].take(64), mr.extract_features(vit, digits["test"].take(40))
-    rows = linear_probe_augmented(vit, train, test, test, epochs=2, batch_size=32, learning_rates=(0.1,))
+def test_validation_chooses_the_pooling_too(features):
+    noise = torch.randn(2, 90, 8)
+    both = Features({"mean": noise, "cls": features.x["cls"]}, features.y, (3, 7), 8)
+    rows = mr.linear_probe(both, both, epochs=20, batch_size=32, choose=True).set_index(["pool", "block"])
+    assert rows.loc[("chosen", 7), "value"] == rows.loc[("cls", 7), "value"] > 0.9
+    assert rows.loc[("chosen", 7), "setting"] == f"cls {rows.loc[('cls', 7), 'setting']}"
     assert len(rows) == 6
+
+
+POOLS = ("cls", "mean", "cls+mean_last2")
+
+
+def test_augmented_probe_runs_on_every_block_and_pooling(vit, digits):
+    train, test = digits["train"].take(64), mr.extract_features(vit, digits["test"].take(40)).joined(POOLS)
+    options = {"epochs": 2, "batch_size": 32, "learning_rates": (0.1,)}
+    rows = linear_probe_augmented(vit.train(), train, test, test, **options)
+    assert vit.training
+    assert rows["pool"].drop_duplicates().tolist() == list(POOLS)
+    assert rows["block"].tolist() == 3 * [0, 1, 2]
     assert rows["value"].between(0, 1).all()
+    few = linear_probe_augmented(vit, train, test.joined(("cls",)), test.joined(("cls",)), **options)
+    assert few["value"].tolist() == rows["value"].tolist()[:3]  # probes do not disturb each other
+
+
+def test_without_augmentation_the_augmented_probe_is_the_cached_one(vit, digits, monkeypatch):
+    """The crop is taken away and both go through the images in the same order."""
+    train, test = digits["train"].take(40), mr.extract_features(vit, digits["test"].take(40))
+    cached = mr.extract_features(vit, train)
+    images = torch.stack([mr.models.eval_transform(vit)(train[i][0]) for i in range(40)])
+    options = {"epochs": 3, "batch_size": 40, "learning_rates": (0.1,)}
+    batches = [([images], None, torch.tensor(train.labels))] * 3
+    monkeypatch.setattr("mimrefiner.probes.linear.view_batches", lambda *a, **k: batches)
+    augmented = linear_probe_augmented(vit, train, test, test, **options)
+    assert augmented["value"].tolist() == mr.linear_probe(cached, test, val=test, **options)["value"].tolist()
+
+
+def test_augmented_probe_needs_labels(vit, digits):
+    test = mr.extract_features(vit, digits["test"].take(40))
+    with pytest.raises(mr.InputError, match="no attribute labels"):
+        linear_probe_augmented(vit, [digits["test"][0]], test, test)

@@ -18,9 +18,9 @@ def check_finite(*parts: Features) -> None:
                 raise InputError(f"the {pool} features of block {block} (0-based) hold NaN or infinite values: check the weights")
 
 
-def check_labels(features: Features, what: str) -> Tensor:
-    """The sorted class labels; InputError without labels or with one class only."""
-    classes = features.y[features.y >= 0].unique()
+def check_labels(y: Tensor, what: str) -> Tensor:
+    """The sorted class labels in ``y``; InputError without labels or with one class only."""
+    classes = y[y >= 0].unique()
     if len(classes) == 0:
         raise InputError(f"{what} needs labels, and this data set has none: clustering and CKA work without")
     if len(classes) == 1:

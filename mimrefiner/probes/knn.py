@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features
+from mimrefiner.probes.checks import check_labels
 
-SEARCH_BYTES = 2**28  # at most this much similarity matrix at a time
-BANK_ROWS = 2**18  # at most this much of the bank at a time
+SEARCH_BYTES = 2**28  # at most this much similarity matrix, or votes, at a time
+BANK_BYTES = 2**30  # at most this much of the bank, in float32, at a time
 SPARE = 16  # neighbours found beyond k in low precision, among which float32 decides
 
 
@@ -35,14 +36,14 @@ def knn_predict(
         train_y: labels, (images,), any integers.
         ks, temperatures, standardize: of the vote.
         search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are scored again in float32.
-        device: where to search, one block at a time; None where the features are. A bank of 1.28 M x 1024 takes 5.2 GB there,
-            7.9 GB with a search in 16 bits.
+        device: where to search; None where the features are. One block at a time passes in pieces of BANK_BYTES, so that the
+            memory there is about four such pieces, whatever the number of training images.
 
     Returns:
         Labels, (len(ks), len(temperatures), [blocks,] test images).
 
     Raises:
-        InputError: no neighbour left to find, a temperature that is not positive, no labels.
+        InputError: no neighbour left to find, a temperature that is not positive, no labels or labels of one class only.
     """
     _check(train_x, train_y, test_x, ks, temperatures)
     if train_x.ndim == 2:
@@ -52,48 +53,89 @@ def knn_predict(
     device = train_x.device if device is None else torch.device(device)
     classes, votes_for = train_y.to(device).unique(return_inverse=True)
     out = torch.empty(len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype)
-    rows = max(1, SEARCH_BYTES // (4 * min(BANK_ROWS, train_x.shape[1])))
-    for block in range(len(train_x)):
-        bank, queries = train_x[block].to(device).float(), test_x[block].to(device).float()
-        if standardize:
-            mean, std = bank.mean(0), bank.std(0) + 1e-6
-            bank, queries = (bank - mean) / std, (queries - mean) / std
-        bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
-        coarse = bank if search_dtype == torch.float32 else bank.to(search_dtype)
+    rows = max(1, SEARCH_BYTES // (4 * len(classes)))
+    for block, (bank, queries) in enumerate(zip(train_x, test_x, strict=True)):
+        similarity, neighbour = _search(bank, queries, max(ks), standardize, search_dtype, device)
         for start in range(0, len(queries), rows):
-            similarity, neighbour = _nearest(queries[start : start + rows], bank, coarse, max(ks))
-            label = votes_for[neighbour]  # (rows, k)
+            part = slice(start, start + rows)
+            label = votes_for[neighbour[part]]  # (rows, k)
             for i, temperature in enumerate(temperatures):
-                weight = (similarity / temperature).exp()
-                for j, k in enumerate(ks):
-                    votes = weight.new_zeros(len(label), len(classes)).scatter_add_(1, label[:, :k], weight[:, :k])
-                    out[j, i, block, start : start + rows] = classes[votes.argmax(1)].cpu()
+                weight = (similarity[part] / temperature).exp()
+                votes, counted = weight.new_zeros(len(label), len(classes)), 0
+                for j, k in sorted(enumerate(ks), key=lambda entry: entry[1]):
+                    votes.scatter_add_(1, label[:, counted:k], weight[:, counted:k])
+                    out[j, i, block, part] = classes[votes.argmax(1)].cpu()
+                    counted = k
     return out.to(train_y.device)
 
 
+def _search(bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dtype, device) -> tuple[Tensor, Tensor]:
+    """Cosines and rows of the ``k`` nearest training images of every query, (queries, k), best first."""
+    pieces = torch.arange(len(bank)).split(max(1, BANK_BYTES // (4 * bank.shape[1])))
+    pieces = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in pieces]
+    moments = _mean_and_std(bank, pieces, device) if standardize else None
+    queries = _directions(queries, moments, device)
+    best: tuple[Tensor, Tensor] | None = None
+    for piece in pieces:
+        part = _directions(bank[piece], moments, device)
+        coarse = part.to(search_dtype)
+        found = [_nearest(few, part, coarse, k) for few in queries.split(max(1, SEARCH_BYTES // (4 * len(part))))]
+        similarity, row = (torch.cat(x) for x in zip(*found, strict=True))
+        row += piece.start
+        if best is not None:
+            similarity, order = torch.cat([best[0], similarity], 1).topk(min(k, piece.stop), dim=1)
+            row = torch.cat([best[1], row], 1).gather(1, order)
+        best = similarity, row
+    return best
+
+
 def _nearest(queries: Tensor, bank: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and rows of the ``k`` nearest, (queries, k), best first; ``coarse``: the bank in the precision of the search."""
-    low = coarse.dtype != bank.dtype
-    wanted = min(k + SPARE if low else k, len(bank))
-    found: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(bank), BANK_ROWS):
-        part = coarse[start : start + BANK_ROWS]
-        similarity, row = (queries.to(part.dtype) @ part.T).topk(min(wanted, len(part)), dim=-1)
-        found.append((similarity.float(), row + start))
-    similarity, row = (torch.cat(x, -1) for x in zip(*found, strict=True))
-    if low:
-        similarity = torch.einsum("qd,qkd->qk", queries, bank[row])
-    if low or len(found) > 1:
-        similarity, order = similarity.topk(k, dim=-1)
-        row = row.gather(-1, order)
-    return similarity[:, :k], row[:, :k]
+    """The ``k`` nearest rows of one piece of the bank; ``coarse``: the piece in the precision of the search."""
+    if coarse.dtype == bank.dtype:
+        return (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    row = (queries.to(coarse.dtype) @ coarse.T).topk(min(k + SPARE, len(bank)), dim=1).indices
+    similarity = torch.cat([  # in pieces: (queries, k, dim) is larger than the bank
+        torch.einsum("qd,qkd->qk", few, bank[chosen])
+        for few, chosen in zip(queries.split(1024), row.split(1024), strict=True)
+    ])  # fmt: skip
+    similarity, order = similarity.topk(min(k, len(bank)), dim=1)
+    return similarity, row.gather(1, order)
+
+
+def _mean_and_std(bank: Tensor, pieces: list[slice], device) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation + 1e-6 of every feature, merged over the pieces (Chan et al. 1979)."""
+    images = 0
+    mean = squares = torch.zeros((), dtype=torch.double, device=device)
+    for piece in pieces:
+        variance, centre = (x.double() for x in torch.var_mean(bank[piece].to(device).float(), 0, correction=0))
+        n = piece.stop - piece.start
+        shift = centre - mean
+        squares = squares + variance * n + shift.square() * (images * n / (images + n))
+        mean = mean + shift * (n / (images + n))
+        images += n
+    return mean.float(), (squares / max(1, images - 1)).sqrt().float() + 1e-6
+
+
+def _directions(x: Tensor, moments: tuple[Tensor, Tensor] | None, device) -> Tensor:
+    """Features on ``device``, standardised where ``moments`` are given, of length one."""
+    x = x.to(device).float()
+    if moments is None:
+        return F.normalize(x, dim=-1)
+    x = (x - moments[0]).div_(moments[1])
+    return x.div_(x.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
 def knn_hits(
-    train: Features, test: Features, *, k: int = 10, temperature: float = 0.07, standardize: bool = True
+    train: Features,
+    test: Features,
+    *,
+    k: int = 10,
+    temperature: float = 0.07,
+    standardize: bool = True,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Which test images the k-NN vote gets right after every block: for every pooling, (blocks, test images) bool."""
-    settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize}
+    settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize, "device": device}
     return {
         pool: torch.stack(
             [
@@ -126,8 +168,7 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, ks: Sequence[int], 
     images = train_x.shape[-2]
     if train_y.shape != (images,):
         raise InputError(f"expected one label per training image ({images},), got {tuple(train_y.shape)}")
-    if (train_y < 0).all():
-        raise InputError("k-NN needs labels, and this data set has none")
+    check_labels(train_y, "k-NN")
     if not all(1 <= k <= images for k in ks):
         raise InputError(f"k must be between 1 and the number of training images {images}, got {max(ks)}")
     if not all(t > 0 for t in temperatures):

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from mimrefiner.augment import Crop, Views
 from mimrefiner.data import stratified_split, view_batches
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features, check_pools, pooled_blocks
+from mimrefiner.features import Features, check_pools, parse_pool, pooled_blocks
 from mimrefiner.models import normalisation
-from mimrefiner.probes.checks import check_finite, check_labels, each_block, tidy
+from mimrefiner.probes.checks import check_finite, check_labels, tidy
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
 
@@ -80,18 +80,21 @@ def linear_probe(
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 50,
     batch_size: int = 1024,
+    choose: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> pd.DataFrame:
     """Linear-probe accuracy of every block and pooling on cached features.
 
-    The learning rate is chosen on ``val`` for every block and pooling; the chosen probe is tested once.
+    The learning rate is chosen on ``val`` for every block and pooling; the chosen probe is tested once. The paper's grid of
+    poolings and blocks is ``train.joined(("cls", "cls+mean", "cls_last4", "cls+mean_last4"))`` with ``choose``.
 
     Args:
         train, test: see :func:`mimrefiner.extract_features`; test labels of classes that are not in train count as wrong.
         val: for the choice; None holds out a tenth of ``train``, the same share of every class.
         learning_rates: peak rates of the grid, times batch_size / 256; warm-up over a tenth of the steps, then cosine.
         epochs, batch_size: of the training; a batch is at most the training set.
+        choose: also a row per block, with the pooling "chosen", for the pooling and learning rate that ``val`` prefers.
         seed: of initial weights, order and hold-out.
 
     Returns:
@@ -101,23 +104,19 @@ def linear_probe(
         InputError: labels missing or of one class only; NaN features.
     """
     check_finite(train, test)
-    classes = check_labels(train, "a linear probe")
+    classes = check_labels(train.y, "a linear probe")
     if val is None:
         val, train = hold_out(train, seed)
     batch_size = min(batch_size, len(train.y))
     steps = epochs * (len(train.y) // batch_size)
-    order = np.random.default_rng(seed)
-    rows = []
-    for keys, x_train, x_val, x_test in _by_width(train, val, test):
-        probes = _new_probes(len(keys), x_train[0].shape[1], len(classes), learning_rates, batch_size, seed, device)
-        y = torch.searchsorted(classes, train.y)
-        for step in progress(range(steps), "linear probes"):
-            if step % (len(y) // batch_size) == 0:
-                permutation = torch.from_numpy(order.permutation(len(y)))
-            part = permutation[step % (len(y) // batch_size) * batch_size :][:batch_size]
-            probes.step(_gather(x_train, part, device), y[part].to(device), schedule(step, steps))
-        rows += _select(keys, probes, x_val, val.y, x_test, test.y, classes, learning_rates, seed, len(y), device)
-    return tidy(rows)
+    grid = _Grid(train, classes, learning_rates, batch_size, seed, device)
+    y, order = torch.searchsorted(classes, train.y), np.random.default_rng(seed)
+    for step in progress(range(steps), "linear probes"):
+        if step % (len(y) // batch_size) == 0:
+            permutation = torch.from_numpy(order.permutation(len(y)))
+        part = permutation[step % (len(y) // batch_size) * batch_size :][:batch_size]
+        grid.step(train, part, y[part], schedule(step, steps))
+    return grid.rows(val, test, choose, {"seed": seed, "n_train": len(y), "n_test": len(test.y)})
 
 
 def linear_probe_augmented(
@@ -129,20 +128,24 @@ def linear_probe_augmented(
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 50,
     batch_size: int = 1024,
+    choose: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> pd.DataFrame:
     """As :func:`linear_probe`, with the paper's augmentation (random resized crop of 8 to 100 % of the area, flip) on the fly.
 
-    Every batch passes the frozen encoder once, for all blocks of ``val``. Arguments and rows as there; ``dataset``: map-style,
-    (image, label), the training images.
+    Every batch passes the frozen encoder once, for all blocks and poolings of ``val`` (joined ones too). Arguments and rows as
+    there; ``dataset``: map-style, (image, label), with its ``labels``, the training images.
     """
     check_finite(val, test)
-    pools = check_pools(encoder, [pool for pool in val.x if pool in ("cls", "mean")])
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        raise InputError("a linear probe needs labels, and this data set has no attribute labels")
+    classes = check_labels(torch.as_tensor(labels), "a linear probe")
+    plain = check_pools(encoder, sorted({part for pool in val.x for part in parse_pool(pool)[0]}))
     size = encoder.pretrained_cfg["input_size"][-1]
     crop = Crop(size, (0.08, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)
-    classes = torch.unique(torch.as_tensor(dataset.labels))
     batch_size = min(batch_size, len(dataset))
     steps = epochs * (len(dataset) // batch_size)
     mean, std = normalisation(encoder)
@@ -150,16 +153,73 @@ def linear_probe_augmented(
         dataset, Views((crop,), crop, 0), batch_size=batch_size, steps=steps, seed=seed, mean=mean, std=std, device=device,
         num_workers=num_workers,
     )  # fmt: skip
-    keys = [(pool, block) for pool in pools for block in val.blocks]
-    probes = _new_probes(len(keys), encoder.embed_dim, len(classes), learning_rates, batch_size, seed, device)
-    encoder = encoder.eval().to(device)
-    for step, (views, _, label) in enumerate(progress(batches, "linear probes, augmented", steps)):
-        with torch.no_grad():
-            pooled = pooled_blocks(encoder, views[0], val.blocks, pools)
-        x = torch.stack([x for pool in pools for x in pooled[pool]]).float()
-        probes.step(x, torch.searchsorted(classes.to(device), label), schedule(step, steps))
-    x_val, x_test = ([part.x[pool][part.blocks.index(block)] for pool, block in keys] for part in (val, test))
-    return tidy(_select(keys, probes, x_val, val.y, x_test, test.y, classes, learning_rates, seed, len(dataset), device))
+    grid = _Grid(val, classes, learning_rates, batch_size, seed, device)
+    every = torch.arange(batch_size)
+    home, was_training = next(encoder.parameters()).device, encoder.training
+    encoder.eval().to(device)
+    try:
+        for step, (views, _, label) in enumerate(progress(batches, "linear probes, augmented", steps)):
+            with torch.no_grad():
+                pooled = pooled_blocks(encoder, views[0], val.blocks, plain)
+            batch = Features(pooled, label, val.blocks, val.depth).joined(list(val.x))
+            grid.step(batch, every, torch.searchsorted(classes, label.cpu()), schedule(step, steps))
+    finally:
+        encoder.train(was_training).to(home)
+    return grid.rows(val, test, choose, {"seed": seed, "n_train": len(dataset), "n_test": len(test.y)})
+
+
+class _Grid:
+    """Joint probes on every block and pooling of ``like``, one :class:`JointProbes` per width, and the choice among them."""
+
+    def __init__(self, like: Features, classes: Tensor, learning_rates: Sequence[float], batch_size: int, seed: int, device):
+        if not learning_rates or min(learning_rates) <= 0:
+            raise InputError(f"learning rates must be > 0, got {list(learning_rates)}")
+        self.classes, self.learning_rates, self.device = classes, learning_rates, torch.device(device)
+        self.keys: dict[int, list[tuple[str, int]]] = {}  # width -> (pooling, position of the block)
+        for pool, blocks in like.x.items():
+            for position, x in enumerate(blocks):
+                self.keys.setdefault(x.shape[1], []).append((pool, position))
+        rates = torch.tensor(learning_rates) * batch_size / 256
+        self.probes = {
+            width: JointProbes(len(keys), width, len(classes), rates, seed=seed, device=self.device)
+            for width, keys in self.keys.items()
+        }
+
+    def _batch(self, features: Features, keys: list[tuple[str, int]], rows: Tensor) -> Tensor:
+        """(kinds, rows, width)."""
+        return torch.stack([features.x[pool][position][rows] for pool, position in keys]).float().to(self.device)
+
+    def step(self, features: Features, rows: Tensor, y: Tensor, share: float) -> None:
+        """One step of every probe on ``rows`` of ``features``; ``y``: class indices."""
+        for width, keys in self.keys.items():
+            self.probes[width].step(self._batch(features, keys, rows), y.to(self.device), share)
+
+    def accuracy(self, features: Features, keys: list[tuple[str, int]], probes: JointProbes) -> Tensor:
+        """(kinds, rates)."""
+        y = torch.where(torch.isin(features.y, self.classes), torch.searchsorted(self.classes, features.y), -1)
+        parts = torch.arange(len(y)).split(4096)
+        right = [probes.right(self._batch(features, keys, part), y[part].to(self.device)).cpu() for part in parts]
+        return torch.cat(right, -1).float().mean(-1)
+
+    def rows(self, val: Features, test: Features, choose: bool, common: dict) -> pd.DataFrame:
+        """The rate that does best on ``val`` for every block and pooling, and what it does on ``test``."""
+        found = {}
+        for width, keys in self.keys.items():
+            on_val, on_test = (self.accuracy(part, keys, self.probes[width]) for part in (val, test))
+            for i, key in enumerate(keys):
+                best = on_val[i].argmax().item()
+                found[key] = on_val[i, best].item(), on_test[i, best].item(), f"lr={self.learning_rates[best]:g}"
+        common = {"protocol": "linear", "metric": "accuracy", **common}
+        rows = [
+            {**common, "block": block, "pool": pool, "value": found[pool, position][1], "setting": found[pool, position][2]}
+            for pool in val.x
+            for position, block in enumerate(val.blocks)
+        ]
+        for position, block in enumerate(val.blocks) if choose else ():
+            pool = max(val.x, key=lambda pool: found[pool, position][0])
+            _, value, rate = found[pool, position]
+            rows.append({**common, "block": block, "pool": "chosen", "value": value, "setting": f"{pool} {rate}"})
+        return tidy(rows)
 
 
 def hold_out(features: Features, seed: int, share: float = 0.1) -> tuple[Features, Features]:
@@ -172,42 +232,3 @@ def hold_out(features: Features, seed: int, share: float = 0.1) -> tuple[Feature
 def schedule(step: int, steps: int) -> float:
     """Share of the peak learning rate: a tenth of the steps up, then half a cosine down."""
     return cosine_lr(step, steps, 0.1 * steps, 1.0, 0.0)
-
-
-def _new_probes(kinds, dim, classes, learning_rates, batch_size, seed, device) -> JointProbes:
-    if not learning_rates or min(learning_rates) <= 0:
-        raise InputError(f"learning rates must be > 0, got {list(learning_rates)}")
-    rates = torch.tensor(learning_rates) * batch_size / 256
-    return JointProbes(kinds, dim, classes, rates, seed=seed, device=torch.device(device))
-
-
-def _by_width(*parts: Features):
-    """Groups of equally wide features: keys (pool, block) and, for every part, the list of (images, dim)."""
-    widths: dict[int, list] = {}
-    for (pool, block, x), *others in zip(*(each_block(part) for part in parts), strict=True):
-        widths.setdefault(x.shape[1], []).append(((pool, block), x, *(other for _, _, other in others)))
-    for group in widths.values():
-        yield tuple(list(column) for column in zip(*group, strict=True))
-
-
-def _gather(xs: list[Tensor], rows: Tensor, device) -> Tensor:
-    return torch.stack([x[rows].float() for x in xs]).to(device)
-
-
-def _select(keys, probes, x_val, y_val, x_test, y_test, classes, learning_rates, seed, n_train, device) -> list[dict]:
-    def accuracy(xs, y):
-        encoded = torch.where(torch.isin(y, classes), torch.searchsorted(classes, y), -1)
-        parts = torch.arange(len(y)).split(4096)
-        right = [probes.right(_gather(xs, part, device), encoded[part].to(device)).cpu() for part in parts]
-        return torch.cat(right, -1).float().mean(-1)  # (features, rates)
-
-    chosen = accuracy(x_val, y_val).argmax(1)
-    tested = accuracy(x_test, y_test)
-    return [
-        {
-            "block": block, "pool": pool, "protocol": "linear", "metric": "accuracy", "seed": seed,
-            "value": tested[i, chosen[i]].item(), "n_train": n_train, "n_test": len(y_test),
-            "setting": f"lr={learning_rates[chosen[i]]:g}",
-        }
-        for i, (pool, block) in enumerate(keys)
-    ]  # fmt: skip

@@ -52,7 +52,7 @@ def low_shot(
         InputError: labels missing or of one class, a class with fewer images than shots, several strengths without ``val``.
     """
     check_finite(train, test)
-    classes = check_labels(train, "low-shot classification")
+    classes = check_labels(train.y, "low-shot classification")
     if len(strengths) > 1 and val is None:
         raise InputError(f"choosing among {len(strengths)} strengths needs validation features: pass val=")
     parts = {"test": test, **({"val": val} if val is not None else {})}
