@@ -25,6 +25,7 @@ test: $(VENV)/installed  ## unit tests, golden tests and every notebook at prese
 figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made if missing) into figures/
 	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --out $(RUN)
 	cp $(RUN)/figures/* $(RUN)/claims.md figures/
+	mkdir -p figures/tables && cp $(RUN)/tables/* figures/tables/
 	@echo "figures/ now shows $(RUN)"
 
 publish: $(VENV)/installed  ## keep the executed notebooks of RUN in notebooks/executed/, without paths of this machine

@@ -16,6 +16,8 @@ from mimrefiner.results import write_csv
 COLUMN = 3.4  # inches: one column of a two-column paper
 PAGE = 7.0  # both columns
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
+# of classes, of which there are more than seven: Petroff 2021, arXiv 2107.02270
+CLASS_PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -45,6 +47,7 @@ def plot_blocks(
     ylabel: str = "k-NN accuracy (%)",
     baselines: dict[str, float] | None = None,
     mark_best: bool = True,
+    relative: bool = False,
 ) -> Figure:
     """Accuracy after every block, one line per ``label``; the band is ± one standard deviation over seeds.
 
@@ -54,11 +57,16 @@ def plot_blocks(
         ylabel: of the y axis.
         baselines: horizontal lines by name, shares.
         mark_best: ring the best block of every line.
+        relative: the x axis is block / depth in percent, so that models of several depths meet; ``depth`` is a column of rows then.
     """
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.6), layout="constrained")
-    _draw_lines(axes, rows, mark_best)
+    figure, axes = plt.subplots(figsize=(COLUMN * 1.3 if relative else COLUMN, 2.6), layout="constrained")
+    _draw_lines(axes, rows, mark_best, relative)
     _draw_baselines(axes, baselines or {})
-    _label_blocks(axes, rows["block"].max() + 1)
+    if relative:
+        axes.set(xlabel="relative depth (block / depth, %; 100 = last block)", xlim=(0, 104))
+        axes.grid(axis="y", color="0.92", linewidth=0.6)
+    else:
+        _label_blocks(axes, rows["block"].max() + 1)
     axes.set(ylabel=ylabel, title=title)
     _legend_below(figure, axes)
     return figure
@@ -99,7 +107,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
     for axes, (metric, label) in zip(np.atleast_1d(all_axes), metrics.items(), strict=True):
         for value, colour in zip(values, colours, strict=True):
             chosen = history[by] == value
-            name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
+            name = f"block {value + 1}{' (1 = first)' * (value == values[0])}" if by == "block" else f"{by} {value:g}"
             axes.plot(step[chosen], history.loc[chosen, metric], color=colour, label=name, linewidth=1.1)
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
@@ -197,7 +205,10 @@ def plot_circles(panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.n
         axes.plot(np.cos(angle), np.sin(angle), color="0.85", zorder=0)
         for i, (label, x) in enumerate(points.items()):
             axes.plot(x[:, 0], x[:, 1], MARKERS[i], color=PALETTE[i], label=label, markersize=5)
-        axes.quiver(*starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.012, color="0.15", zorder=4)
+        axes.quiver(
+            *starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.007, headwidth=4, headlength=4, headaxislength=3.5,
+            color="0.15", zorder=4,
+        )  # fmt: skip
         axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
         sns.despine(ax=axes, left=True, bottom=True)
         axes.set_title(name, fontsize=8)
@@ -390,14 +401,17 @@ def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
 
 
 def _class_style(i: int) -> tuple[str, str]:
-    """Colour and marker of class ``i``: colours repeat after seven, pairs of both after 49."""
-    return PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)]
+    """Colour and marker of class ``i``: colours repeat after ten, pairs of both after 70."""
+    return CLASS_PALETTE[i % len(CLASS_PALETTE)], MARKERS[i % len(MARKERS)]
 
 
-def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool) -> None:
+def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool, relative: bool = False) -> None:
     for i, (label, line) in enumerate(rows.groupby("label", sort=False)):
         stats = 100 * line.groupby("block")["value"].agg(["mean", "std"])
-        x = stats.index.to_numpy() + 1
+        stats.index = stats.index.to_numpy() + 1
+        if relative:
+            stats.index = 100 * stats.index / line["depth"].iloc[0]
+        x = stats.index
         colour = PALETTE[i % len(PALETTE)]
         axes.plot(x, stats["mean"], color=colour, marker=MARKERS[i % len(MARKERS)], label=label, zorder=3)
         if line["seed"].nunique() > 1:
@@ -405,7 +419,7 @@ def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool) -> None:
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
         if mark_best:
             best = stats["mean"].idxmax()
-            axes.plot(best + 1, stats.loc[best, "mean"], "o", markersize=8, markerfacecolor="none", color=colour, zorder=4)
+            axes.plot(best, stats.loc[best, "mean"], "o", markersize=8, markerfacecolor="none", color=colour, zorder=4)
 
 
 def _draw_baselines(axes, baselines: dict[str, float]) -> None:

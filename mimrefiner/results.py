@@ -135,6 +135,28 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(temporary, index=False)
 
 
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write ``frame`` without its index as ``path``.csv, .md and .tex (LaTeX, booktabs)."""
+    write_csv(frame, path.with_suffix(".csv"))
+    text = {".md": markdown_table(frame), ".tex": frame.to_latex(index=False, escape=True, na_rep="", float_format="%.4g")}
+    for suffix, table in text.items():
+        with atomic_file(path.with_suffix(suffix)) as temporary:
+            temporary.write_text(table)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """``frame`` without its index as Markdown; missing values are empty."""
+    cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def paired_bootstrap(right_a: np.ndarray, right_b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """Difference of two accuracies on the same images with its 95 % interval: (a - b, low, high).
 
@@ -197,12 +219,10 @@ def compare(measured: pd.DataFrame, pairs: dict[str, str] | None = None) -> pd.D
     return table
 
 
-def claims_markdown(claims: pd.DataFrame) -> str:
-    """The table of claims as Markdown."""
-    lines = ["| claim | measured | verdict | seeds | test images | notebook |", "|---|---|---|---|---|---|"]
-    for c in claims.itertuples():
-        lines.append(f"| {c.claim} | {c.measured} | **{c.verdict}** | {c.n_seeds} | {c.n_test} | {c.notebook} |")
-    return "\n".join(lines) + "\n"
+def claims_table(claims: pd.DataFrame) -> pd.DataFrame:
+    """Claims as they are read: claim, measured, verdict, seeds, test images, notebook."""
+    shown = claims[["claim", "measured", "verdict", "n_seeds", "n_test", "notebook"]]
+    return shown.rename(columns={"n_seeds": "seeds", "n_test": "test images"})
 
 
 def environment() -> dict:

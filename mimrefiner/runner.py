@@ -22,7 +22,18 @@ from mimrefiner.checkpoint import atomic_file
 from mimrefiner.config import Preset, describe, load_preset
 from mimrefiner.errors import InputError
 from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
-from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS, Run, claims_markdown, device_name, environment, write_csv, write_json
+from mimrefiner.results import (
+    CLAIM_COLUMNS,
+    ROW_COLUMNS,
+    Run,
+    claims_table,
+    device_name,
+    environment,
+    markdown_table,
+    write_csv,
+    write_json,
+    write_table,
+)  # fmt: skip
 
 INJECTED = "# Parameters"  # papermill's first line of the cell it adds
 
@@ -119,7 +130,7 @@ def run_notebooks(
         batch: where and how; default one after the other.
 
     Returns:
-        ``out``, which then holds notebooks/, figures/, results/, claims/, logs/, results.csv, claims.csv, claims.md, manifest.json.
+        ``out``, which then holds notebooks/, figures/, tables/, results/, claims/, logs/, results.csv, claims.csv, claims.md, manifest.json.
 
     Raises:
         InputError: before any work for wrong names, parameters or options; at the end for notebooks that failed.
@@ -162,7 +173,13 @@ def run_notebooks(
     _raise_failures([job for job in jobs if job.state in ("failed", "not run")], out)
     print(f"\n{(out / 'claims.md').read_text()}")
     print(f"Done in {time.monotonic() - began:.0f} s.")
-    for what, where in (("notebooks", "notebooks"), ("figures", "figures"), ("rows", "results.csv"), ("claims", "claims.md")):
+    for what, where in (
+        ("notebooks", "notebooks"),
+        ("figures", "figures"),
+        ("tables", "tables"),
+        ("rows", "results.csv"),
+        ("claims", "claims.md"),
+    ):
         print(f"  {what:10s} {os.path.relpath(out / where)}")
     return out
 
@@ -257,8 +274,10 @@ def collect(out: Path) -> None:
         frames = [pd.read_csv(out / what / f"{name}.csv") for name in _records(out)]
         frames = [frame for frame in frames if len(frame)]
         write_csv(pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns), out / f"{what}.csv")
+    claims = claims_table(pd.read_csv(out / "claims.csv"))
+    write_table(claims, out / "tables" / "claims")
     with atomic_file(out / "claims.md") as temporary:
-        temporary.write_text(claims_markdown(pd.read_csv(out / "claims.csv")))
+        temporary.write_text(markdown_table(claims))
 
 
 def check_writable(folder: Path) -> None:
@@ -342,9 +361,10 @@ def _record_file(out: Path, name: str) -> Path:
 
 
 def _written(out: Path, name: str) -> list[Path]:
-    """The files of a notebook that is done: itself, its rows and claims, its figures."""
+    """The files of a notebook that is done: itself, its rows and claims, its figures and tables."""
     own = [out / "notebooks" / f"{name}.ipynb", out / "results" / f"{name}.csv", out / "claims" / f"{name}.csv"]
-    return own + sorted((out / "figures").glob(f"{name.split('_')[0]}_*"))
+    number = name.split("_")[0]
+    return own + [file for folder in ("figures", "tables") for file in sorted((out / folder).glob(f"{number}_*"))]
 
 
 def _sha256(file: Path) -> str:

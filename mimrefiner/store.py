@@ -4,11 +4,16 @@ Every entry is a folder named by the hash of all that determines it. It is writt
 hashes of its files; a damaged entry is announced and built anew. A lock per entry lets one process train while others that need
 the same model wait for it. Training that was cut off goes on where its last checkpoint was written. The folder is
 ``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``.
+
+With a ``paper-*`` preset nothing is trained: the released weights stand for the stages, and the data are ImageNet-1K in the folder
+``$MIMREFINER_IMAGENET``.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -25,9 +30,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
+from mimrefiner.catalogue import BY_NAME
 from mimrefiner.checkpoint import save_encoder
-from mimrefiner.config import Preset
+from mimrefiner.config import PAPER_MODELS, Preset
 from mimrefiner.data import ImageDataset, load_dataset
+from mimrefiner.errors import InputError
 from mimrefiner.finetune import finetune
 from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
@@ -39,6 +46,11 @@ TRAINER_FILES = (
     "refiner", "train",
 )  # fmt: skip
 
+IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it; where it lies is said by $MIMREFINER_IMAGENET
+CURVE_IMAGES = 100_000  # training images behind curves over all blocks, so that their features fit in memory
+# preset -> names, in the table of models, of the released weights before and after refinement
+PUBLISHED = {f"paper-{model}": (model.replace("-", "_"), model.replace("-", "_refined_")) for model in PAPER_MODELS}
+
 _may_train = ContextVar("may_train", default=True)
 
 
@@ -47,12 +59,32 @@ class _NotStoredError(Exception):
 
 
 def load_split(preset: Preset, split: str) -> ImageDataset:
-    """A split of the preset's data set, cut to the preset's size."""
-    return load_dataset(preset.dataset, split=split).take(preset.n_test if split == "test" else preset.n_train)
+    """A split of the preset's data set, cut to the preset's size.
+
+    Raises:
+        InputError: as :func:`mimrefiner.load_dataset`; with the variable to set where ImageNet is not found.
+    """
+    name = preset.dataset
+    if name == IMAGENET:
+        folder = Path(os.environ.get("MIMREFINER_IMAGENET", "imagenet")).expanduser()
+        if not folder.is_dir():
+            raise InputError(
+                f"preset {preset.name} needs ImageNet-1K, and there is no folder {folder}: set MIMREFINER_IMAGENET to the folder "
+                "that holds train/CLASS/IMAGE and val/CLASS/IMAGE"
+            )
+        name = f"imagefolder:{folder}"
+    return load_dataset(name, split=split).take(preset.n_test if split == "test" else preset.n_train)
+
+
+def is_published(preset: Preset) -> bool:
+    """Whether released weights stand for the preset's stages, so that nothing is trained."""
+    return preset.name in PUBLISHED
 
 
 def pretrained(preset: Preset) -> PretrainResult:
-    """The preset's encoder after stage 1."""
+    """The preset's encoder after stage 1. Released weights come without decoder (``model`` None), history and cost (nan)."""
+    if is_published(preset):
+        return PretrainResult(None, _released(preset, 0), pd.DataFrame(), math.nan, math.nan)
     train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain}
     encoder = build_vit(preset.encoder, seed=preset.pretrain.seed)
@@ -64,7 +96,10 @@ def pretrained(preset: Preset) -> PretrainResult:
 
 
 def refined(preset: Preset) -> RefineResult:
-    """The preset's encoder after stages 2 and 3."""
+    """The preset's encoder after stages 2 and 3. Released weights are one set, given as raw and as EMA, without history."""
+    if is_published(preset):
+        encoder = _released(preset, 1)
+        return RefineResult(encoder, encoder, pd.DataFrame(), math.nan, math.nan)
     train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "refine": preset.refine}
 
@@ -80,8 +115,28 @@ def refined(preset: Preset) -> RefineResult:
     return RefineResult(*encoders, _read_history(folder), facts["flops"], facts["seconds"])
 
 
+def untrained(preset: Preset) -> nn.Module:
+    """An encoder like the preset's with random weights, drawn from the preset's seed."""
+    if not is_published(preset):
+        return build_vit(preset.encoder, seed=preset.pretrain.seed)
+    encoder = copy.deepcopy(pretrained(preset).encoder)
+    generator = torch.Generator().manual_seed(preset.pretrain.seed)
+    for name, x in encoder.named_parameters():
+        if x.ndim > 1:
+            nn.init.trunc_normal_(x, std=0.02, generator=generator)
+        else:
+            nn.init.constant_(x, float(name.endswith("weight")))  # of norms; biases are 0
+    return encoder
+
+
 def pretrained_longer(preset: Preset) -> PretrainResult:
-    """The control: the FLOPs of refinement spent on more masked pre-training instead, in a new learning-rate cycle."""
+    """The control: the FLOPs of refinement spent on more masked pre-training instead, in a new learning-rate cycle.
+
+    Raises:
+        InputError: a preset of released weights, which have no such control.
+    """
+    if is_published(preset):
+        raise InputError(f"preset {preset.name} has no longer pre-trained control: nobody has released one")
     first, flops = pretrained(preset), refined(preset).flops
     train_set = load_split(preset, "train")
     config = replace(
@@ -117,6 +172,8 @@ MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pre
 
 def is_stored(model: str, preset: Preset) -> bool:
     """Whether ``MODELS[model](preset)`` would load and not train."""
+    if is_published(preset):
+        return True
     token = _may_train.set(False)
     try:
         MODELS[model](preset)
@@ -129,6 +186,15 @@ def is_stored(model: str, preset: Preset) -> bool:
 
 def cache_folder() -> Path:
     return Path(os.environ.get("MIMREFINER_CACHE", Path.home() / ".cache" / "mimrefiner"))
+
+
+def _released(preset: Preset, stage: int) -> nn.Module:
+    name = PUBLISHED[preset.name][stage]
+    try:
+        return load_encoder(name)
+    except InputError as error:
+        file = f"$MIMREFINER_CACHE/weights/{name}{Path(BY_NAME[name].url).suffix}"
+        raise InputError(f"preset {preset.name} needs the released weights {name} ({error}), or put them at {file}") from error
 
 
 def _cached_pretrain(

@@ -31,7 +31,7 @@ def test_run_writes_rows_and_claims(run, vit, capsys):
     assert len(pd.read_csv(run.out / "results" / "99_test.csv")) == 1
     claims = pd.read_csv(run.out / "claims" / "99_test.csv")
     assert list(claims["verdict"]) == ["not seen"]
-    assert "**not seen**" in results.claims_markdown(claims)
+    assert "| not seen |" in results.markdown_table(results.claims_table(claims))
 
 
 def test_bootstrap_interval_covers_the_truth():

@@ -1,0 +1,86 @@
+"""Which of our rows measure a published number, and what it would take to measure the others."""
+
+import pandas as pd
+
+from mimrefiner.catalogue import BY_NAME
+from mimrefiner.config import PAPER_MODELS, load_preset
+from mimrefiner.results import KNN_PROTOCOL
+from mimrefiner.store import IMAGENET
+
+IMAGENET_TRAIN = 1_281_167
+FAMILIES = {
+    "MAE": "mae", "MAE (original)": "mae", "MAE-Refined": "mae_refined", "D2V2": "d2v2", "D2V2-Refined": "d2v2_refined", "dBOT": "dbot",
+    "dBOT-Refined": "dbot_refined", "CrossMAE": "crossmae", "iBOT": "ibot", "Mugs": "mugs", "MAE-CT": "maect",
+    "MAE-CT_aug": "maectaug", "DINO": "dino", "MIM-Refiner (D2V2-Refined)": "d2v2_refined",
+}  # fmt: skip
+STAGES = {"before": "", "refined": "-Refined", "refined (EMA)": "-Refined"}  # as notebooks name models -> as the paper does
+PAPER_NAMES = {"mae": "MAE", "d2v2": "D2V2", "dbot": "dBOT", "crossmae": "CrossMAE"}
+KNN = ("IN1K", "k-NN", "top1", "")
+TUNED = "logistic regression on frozen features; the paper fine-tunes"
+UNSTATED = "the paper states neither split nor algorithm"
+CLUSTERS = "clustering (split and algorithm not stated in image)"
+# (protocol, metric) of our rows -> dataset, protocol and metric of paper_values.csv, and why the two are not comparable ("": they are)
+PROTOCOLS = {
+    (KNN_PROTOCOL, "accuracy"): KNN,
+    ("knn", "accuracy"): KNN,
+    **{(f"logistic_{n}shot", "accuracy"): (f"IN1K {n}-shot", "low-shot", "top1", "") for n in (1, 2, 5)},
+    ("logistic_0.01", "accuracy"): ("IN1K 1%", "fine-tune", "top1", TUNED),
+    ("logistic_0.1", "accuracy"): ("IN1K 10%", "fine-tune", "top1", TUNED),
+    ("linear", "accuracy"): ("IN1K", "linear probe", "top1", "features of centre crops; the paper augments"),
+    **{("kmeans", metric): ("IN1K", CLUSTERS, metric, UNSTATED) for metric in ("ACC", "NMI", "AMI", "ARI")},
+    ("kmeans", "silhouette"): ("IN1K", "class separation", "silhouette(x100)", UNSTATED),
+}
+
+
+def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The result rows that measure a published number, for :func:`mimrefiner.results.compare`.
+
+    These are rows of the last block of released weights on ImageNet-1K, made with a ``paper-*`` preset.
+
+    Args:
+        rows: columns ROW_COLUMNS.
+
+    Returns:
+        The rows with a column ``paper_id`` and ``value`` in the paper's unit (percent), and why some are not comparable, by paper_id.
+    """
+    found, reasons = [], {}
+    for row in rows.to_dict("records"):
+        key = (row["protocol"], row["metric"])
+        if row["dataset"] != IMAGENET or row["model"] not in STAGES or key not in PROTOCOLS:
+            continue
+        preset = load_preset(row["preset"])
+        family, size = row["preset"].removeprefix("paper-").split("-")
+        if row["block"] != preset.encoder.depth - 1 or row["pool"] != preset.refine.pool:
+            continue
+        dataset, protocol, metric, reason = PROTOCOLS[key]
+        patch = preset.encoder.patch_size
+        paper_id = "|".join((PAPER_NAMES[family] + STAGES[row["model"]], f"{size[:-2].upper()}/{patch}", dataset, protocol, metric))
+        if not reason and row["n_train"] < IMAGENET_TRAIN:
+            reason = f"drawn from {row['n_train']:,} of the {IMAGENET_TRAIN:,} training images"
+        if reason:
+            reasons[paper_id] = reason
+        found.append({**row, "value": 100 * row["value"], "paper_id": paper_id})
+    return pd.DataFrame(found, columns=[*rows.columns, "paper_id"]), reasons
+
+
+def needs(number: dict) -> str:
+    """What it takes to measure a published number with this package; ``number``: a row of ``paper_values.csv``."""
+    model, dataset, protocol = number["model"], number["dataset"], number["protocol"]
+    name = f"{FAMILIES.get(model, model)}_{str(number['backbone']).split()[0].lower().replace('/', '')}"
+    if "(group)" in model:
+        return "the best of a group of models, which are measured one by one"
+    if number["metric"] == "params(M)":
+        return f"no measurement: mimrefiner plan {name} imagenet counts them"
+    if any(word in protocol for word in ("fine-tune", "fine-tuned", "UperNet", "attentive", "header: fine-tuning")):
+        return "not possible: this package neither fine-tunes nor trains attentive probes"
+    if name not in BY_NAME:
+        return "not possible: no weights of it in the table of models"
+    if dataset == "ADE20K":
+        return f"possible with {name} and ADE20K: mimrefiner.probes.dense"
+    if dataset.split()[0] != "IN1K":
+        return f"possible with {name} and this data set: mimrefiner probe {name} imagefolder:PATH --probes linear"
+    preset = next((f"paper-{p}" for p in PAPER_MODELS if name in (p.replace("-", "_"), p.replace("-", "_refined_"))), None)
+    notebook = "07" if "clustering" in protocol or protocol == "class separation" else "06"
+    if preset:
+        return f"possible with released weights and ImageNet-1K: mimrefiner run {notebook} --preset {preset}"
+    return f"possible with {name} and ImageNet-1K: mimrefiner probe {name} imagefolder:PATH"
