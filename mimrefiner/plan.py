@@ -86,6 +86,12 @@ def activation_bytes(s: ViTShape, size: int, *, autocast: bool = True) -> int:
     return s.depth * tokens * 4 * (8 * s.dim + 2 * s.mlp_dim)
 
 
+def kept_bytes(s: ViTShape, size: int, *, recompute: bool) -> int:
+    """:func:`activation_bytes` under autocast, or, if blocks are computed again, the inputs of the blocks only."""
+    tokens = (size // s.patch_size) ** 2 + s.cls_token
+    return s.depth * tokens * 4 * s.dim if recompute else activation_bytes(s, size)
+
+
 def training_bytes(s: ViTShape, config: RefineConfig, *, train_encoder: bool, gpus: int = 1, memory: Memory = PLENTY) -> float:
     """Bytes that stage 2 or 3 needs on each of ``gpus`` that share the batch."""
     c, heads, views = config, len(config.resolve_blocks(s.depth)), len(config.views.crops)
@@ -101,8 +107,7 @@ def training_bytes(s: ViTShape, config: RefineConfig, *, train_encoder: bool, gp
     states = weights * (8 + 12 * trained)  # weight and moving average; gradient and two moments
     if memory.shard:
         states = states / gpus + 4 * 4 * weights / s.depth  # two blocks put together, with gradients
-    inputs = sum(4 * s.dim * ((crop.size // s.patch_size) ** 2 + s.cls_token) for crop in c.views.crops) * s.depth
-    kept = inputs if memory.recompute else sum(activation_bytes(s, crop.size) for crop in c.views.crops)
+    kept = sum(kept_bytes(s, crop.size, recompute=memory.recompute) for crop in c.views.crops)
     return SPARE * (states + head_bytes + at_once * trained * kept + block * memory.recompute)
 
 

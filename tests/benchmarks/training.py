@@ -1,38 +1,55 @@
 """How fast training is, as ratios measured side by side in one run, and what bounds it.
 
-    python tests/benchmarks/training.py loss|step|augment|memory [--device cuda] [--small]
+    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small]
 
-Each comparison alternates between the two ways and prints medians. ``--small`` is for machines with little memory or time; the
-sizes in use are printed. Results are kept in docs/scaling.md.
+Each comparison alternates between the ways and prints medians. ``--small`` is for machines with little memory or time; the
+sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed. Results are kept in
+docs/scaling.md.
 """
 
 import argparse
 import resource
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from harness import own_peak
+from PIL import Image
 
 import mimrefiner as mr
+from mimrefiner import plan
 from mimrefiner.augment import DRAWS, paper_views, photometric
+from mimrefiner.data import view_batches
 from mimrefiner.heads import Heads
+from mimrefiner.layouts import ViTShape
 from mimrefiner.losses import multi_view_nna_loss
+from mimrefiner.masked import build_masked_model, random_mask
+from mimrefiner.memory import plain_attention, recomputed
+from mimrefiner.monitor import Meter
 from mimrefiner.nn_queue import NNQueue
-from mimrefiner.train import forward_backward, recomputed
+from mimrefiner.optim import layer_decay_groups
+from mimrefiner.train import forward_backward
 
 
-def compare(ways: dict, device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of every function in ``ways``, called in turns after one warm-up each."""
+def compare(ways: dict, device: str, repeats: int, warm_ups: int = 1) -> dict[str, float]:
+    """Median seconds of every function in ``ways``, called in turns.
+
+    On a CPU the seconds that the process computed, so that other work on the machine counts less.
+    """
+    clock = time.process_time if device == "cpu" else time.perf_counter
     seconds = {name: [] for name in ways}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_ups):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began = clock()
             way()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+            if turn >= warm_ups:
+                seconds[name].append(clock() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -79,11 +96,12 @@ def loss(device: str, small: bool, repeats: int) -> None:
     def looped():
         looped_loss(z, p, index, queue.z, queue.index, 0.2).sum().backward()
 
-    values = [multi_view_nna_loss(z, queue.lookup(z, index), p), looped_loss(z, p, index, queue.z, queue.index, 0.2)]
-    assert torch.allclose(*values, rtol=1e-4)
+    if repeats > 1:
+        values = [multi_view_nna_loss(z, queue.lookup(z, index), p), looped_loss(z, p, index, queue.z, queue.index, 0.2)]
+        assert torch.allclose(*values, rtol=1e-4)
     ways = {"batched": batched, "one head and pair at a time": looped, "batched, lookup alone": lambda: queue.lookup(z, index)}
     title = f"(a) loss and queue, {heads} heads, batch {batch}, {views} views, dim {dim}, queue {size}, {device}"
-    table(title, compare(ways, device, repeats))
+    table(title, compare(ways, device, repeats, warm_ups=int(repeats > 1)))
 
 
 def refiner_and_views(device: str, small: bool):
@@ -99,10 +117,9 @@ def refiner_and_views(device: str, small: bool):
     return refiner, views, torch.arange(batch, device=device)
 
 
-def step(device: str, small: bool, repeats: int) -> None:
-    """(b) Whole stage-2 and stage-3 steps."""
-    refiner, views, index = refiner_and_views(device, small)
-    single = [Heads(1, refiner.encoder.embed_dim).to(device) for _ in refiner.blocks]  # separate modules for the loop
+def separate_heads(refiner, device: str) -> list[Heads]:
+    """The heads of ``refiner`` as one module each, for the loops."""
+    single = [Heads(1, refiner.encoder.embed_dim).to(device) for _ in refiner.blocks]
     for head, one in enumerate(single):
         one.load_state_dict(
             {
@@ -110,6 +127,13 @@ def step(device: str, small: bool, repeats: int) -> None:
                 for name, x in refiner.heads.state_dict().items()
             }
         )
+    return single
+
+
+def step(device: str, small: bool, repeats: int) -> None:
+    """(b) Whole stage-2 and stage-3 steps."""
+    refiner, views, index = refiner_and_views(device, small)
+    single = separate_heads(refiner, device)
 
     def ours():
         refiner.zero_grad()
@@ -135,6 +159,189 @@ def step(device: str, small: bool, repeats: int) -> None:
             f"{len(refiner.blocks)} heads, batch {len(index)}, 12 views, queue {refiner.queue.size}, {device}"
         )
         table(title, compare({"mimrefiner": ours, "one head and pair at a time": looped}, device, repeats))
+
+
+def refine(device: str, small: bool, repeats: int, only: str | None = None) -> None:
+    """(c) Whole stage-3 steps of ViT-S/16, optimiser included, in bfloat16, each peak memory in a process of its own."""
+    batch, size = (4, 8192) if small else (64, 65536)
+    vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=12, num_heads=6))
+    config = mr.RefineConfig(views=paper_views(), blocks=tuple(range(4, 12)), batch_size=batch, queue_size=size)
+    refiner = mr.MIMRefiner(vit, config).to(device).train()
+    views = [torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops]
+    index = torch.arange(batch, device=device)
+    ways = {"mimrefiner": ours_stage_3(refiner, index), "plain loop": plain_stage_3(refiner, index, device)}
+    try:
+        ways["lightly's NNCLR parts"] = lightly_stage_3(refiner, device)
+    except ImportError:
+        print("lightly is not installed: its row is left out")
+    if only is not None:
+        ways[only](views)
+        print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else own_peak())
+        return
+    with plain_attention(refiner, torch.device(device)):
+        seconds = compare({name: lambda way=way: way(views) for name, way in ways.items()}, device, repeats)
+    table(
+        f"(c) stage-3 step, ViT-S/16, 8 heads, batch {batch}, 12 views of 224 and 96 px, queue {size}, bfloat16, {device}", seconds
+    )
+    shape, peak = ViTShape(224, 16, 384, 12, 6, 1536), matmul_peak(device)
+    work = batch * plan.step_flops(shape, config, train_encoder=True)
+    print(f"\n{work / 1e12:.2f} TFLOP a step by formula; a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n")
+    print("| way | images/s | FLOP utilisation | peak MiB |\n|---|---|---|---|")
+    for name, value in seconds.items():
+        call = [sys.executable, __file__, "refine", "--device", device, "--only", name, *["--small"] * small]
+        held = float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
+        print(f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held:,.0f} |")
+    photos = [Image.effect_noise((256, 256), 80).convert("RGB") for _ in range(batch)]
+    meter = Meter(batch)
+    stream = view_batches(
+        [(photo, 0) for photo in photos],
+        config.views,
+        batch_size=batch,
+        steps=2,
+        seed=0,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=device,
+    )
+    with plain_attention(refiner, torch.device(device)):
+        for images, *_ in meter.waiting(stream):
+            ways["mimrefiner"](images)
+    print(
+        f"\nwith decoded images of 256 px and no loader process, {meter.read()['data_wait_share']:.0%} of the time waits for data"
+    )
+
+
+def matmul_peak(device: str) -> float:
+    """Operations per second of a large bfloat16 matrix product."""
+    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    return 2 * 2048**3 / compare({"": lambda: a @ a}, device, 5)[""]
+
+
+def ours_stage_3(refiner, index):
+    groups = [*layer_decay_groups(refiner.encoder, 0.05, 0.65), {"params": list(refiner.heads.parameters())}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-5)
+
+    def run(views):
+        optimizer.zero_grad()
+        forward_backward(refiner, views, index, top_k=1)
+        optimizer.step()
+
+    return run
+
+
+def block_features(refiner, views, device: str) -> list[list]:
+    """cls features [view][head], one view at a time, by timm's own means."""
+    with torch.autocast(device, torch.bfloat16):
+        outputs = [
+            refiner.encoder.forward_intermediates(
+                x, indices=list(refiner.blocks), return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            )
+            for x in views
+        ]
+    return [[prefix[:, 0] for _, prefix in view] for view in outputs]
+
+
+def plain_stage_3(refiner, index, device: str):
+    """One view and one head at a time, one backward pass."""
+    heads = separate_heads(refiner, device)
+    optimizer = torch.optim.AdamW([*refiner.encoder.parameters(), *(x for head in heads for x in head.parameters())], lr=1e-5)
+
+    def run(views):
+        features = block_features(refiner, views, device)
+        z, p = [], []
+        with torch.autocast(device, torch.bfloat16):
+            for h, head in enumerate(heads):
+                both = head(torch.cat([view[h] for view in features])[:, None])
+                z.append(both[0][:, 0].unflatten(0, (len(views), -1)).transpose(0, 1)[:, :2].float())
+                p.append(both[1][:, 0].unflatten(0, (len(views), -1)).transpose(0, 1).float())
+        z, p = torch.stack(z).detach(), torch.stack(p)
+        optimizer.zero_grad()
+        looped_loss(z, p, index, refiner.queue.z, refiner.queue.index, 0.2).sum().backward()
+        optimizer.step()
+        refiner.queue.enqueue(z[:, :, 0], index)
+
+    return run
+
+
+def lightly_stage_3(refiner, device: str):
+    """Projection and prediction heads, memory bank and loss of lightly, for the same heads and pairs of views. (Its loss takes
+    negatives from both sides.)"""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
+
+    dim, criterion = refiner.encoder.embed_dim, NTXentLoss(temperature=0.2)
+    parts = [
+        torch.nn.ModuleList(
+            [
+                NNCLRProjectionHead(dim, 2048, 256),
+                NNCLRPredictionHead(256, 4096, 256),
+                NNMemoryBankModule((refiner.queue.size, 256)),
+            ]
+        ).to(device)
+        for _ in refiner.blocks
+    ]
+    optimizer = torch.optim.AdamW([*refiner.encoder.parameters(), *(x for part in parts for x in part.parameters())], lr=1e-5)
+
+    def run(views):
+        features, losses = block_features(refiner, views, device), []
+        for h, (project, predict, bank) in enumerate(parts):
+            with torch.autocast(device, torch.bfloat16):
+                z = project(torch.cat([view[h] for view in features]))
+                p = predict(z).float().chunk(len(views))
+            z = z.detach().float().chunk(len(views))
+            neighbours = [bank(z[a], update=a == 0) for a in range(2)]
+            losses += [criterion(neighbours[a], p[b]) for a in range(2) for b in range(len(views)) if a != b]
+        optimizer.zero_grad()
+        (sum(losses) / (2 * len(views) - 2)).backward()
+        optimizer.step()
+
+    return run
+
+
+def attention(device: str, small: bool, repeats: int) -> None:
+    """Pre-training steps with plain and with fused attention: ViT-Tiny/8 at 64 px, batch 128, bfloat16."""
+    images = torch.randn(128, 3, 64, 64, device=device)
+    for method, ratio in (("mae", 0.75), ("simmim", 0.6)):
+        vit = mr.build_vit(mr.ViTConfig(image_size=64, patch_size=8, dim=192, depth=12, num_heads=3))
+        config = mr.PretrainConfig(method=method, mask_ratio=ratio, decoder_dim=96)
+        model, mask = build_masked_model(vit, config).to(device).train(), random_mask(128, 64, ratio).to(device)
+
+        def run(context, model=model, mask=mask):
+            with context:
+                with torch.autocast(device, torch.bfloat16):
+                    loss = model(images, mask)
+                model.zero_grad()
+                loss.backward()
+
+        ways = {
+            "plain": lambda run=run, model=model: run(plain_attention(model, torch.device(device))),
+            "fused": lambda run=run: run(nullcontext()),
+        }
+        table(f"attention in a {method} step, {device}", compare(ways, device, repeats))
+
+
+def compiled(device: str, small: bool, repeats: int) -> None:
+    """Forward and backward of two blocks of ViT-S/16 over both crop sizes, as they are and through ``torch.compile``."""
+    vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=2, num_heads=6)).to(device).train()
+    views = [torch.randn(n, 3, size, size, device=device) for n, size in ((4, 224), (20, 96))]
+    compiled = [torch.compile(block.forward) for block in vit.blocks]
+
+    def run(forwards=None):
+        for block, forward in zip(vit.blocks, forwards or (), strict=False):
+            block.forward = forward
+        with torch.autocast(device, torch.bfloat16):
+            loss = sum(vit.forward_features(x)[:, 0].float().square().mean() for x in views)
+        loss.backward()
+        for block in vit.blocks if forwards else ():
+            del block.forward
+
+    with plain_attention(vit, torch.device(device)):
+        began = time.perf_counter()
+        run(compiled)
+        print(f"compiling took {time.perf_counter() - began:.0f} s")
+        table(
+            f"two blocks of ViT-S/16, {device}", compare({"as they are": run, "compiled": lambda: run(compiled)}, device, repeats)
+        )
 
 
 def augment(device: str, small: bool, repeats: int) -> None:
@@ -168,7 +375,10 @@ def memory(device: str, small: bool, repeats: int) -> None:
     formula = 2 * queue.z.nbytes / 2**20
     print(f"\n(e) queue {tuple(queue.z.shape)}: resident {held:.0f} MiB; two copies (stored and normalised) {formula:.0f} MiB\n")
     refiner, views, _ = refiner_and_views(device, small)
-    print("| options | MiB held for the backward pass |\n|---|---|")
+    print("| options | MiB held for the backward pass | formula |\n|---|---|---|")
+    vit = refiner.encoder
+    side, patch = views[0].shape[-1], vit.patch_embed.patch_size[0]
+    shape = ViTShape(side, patch, vit.embed_dim, refiner.depth, 1, 4 * vit.embed_dim)
     for frozen, recompute in ((0, False), (6, False), (0, True), (6, True)):
         for i, block in enumerate(refiner.encoder.blocks):
             block.requires_grad_(i >= frozen)
@@ -190,17 +400,21 @@ def memory(device: str, small: bool, repeats: int) -> None:
                     features = refiner.features(views)
             else:
                 features = refiner.features(views)
-        print(f"| frozen blocks {frozen}, recompute {recompute} | {sum(storages.values()) / 2**20:.0f} |")
+        kept = sum(plan.kept_bytes(shape, x.shape[-1], recompute=recompute) for x in views)
+        formula = len(views[0]) * kept * (1 - frozen / refiner.depth) / 2**20
+        print(f"| frozen blocks {frozen}, recompute {recompute} | {sum(storages.values()) / 2**20:.0f} | {formula:.0f} |")
         del features
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("loss", "step", "augment", "memory"))
+    parser.add_argument("what", choices=("loss", "step", "refine", "augment", "memory", "attention", "compiled"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one way of "refine", for its memory
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    globals()[args.what](args.device, args.small, args.repeats)
+    only = {} if args.only is None else {"only": args.only}
+    globals()[args.what](args.device, args.small, args.repeats, **only)
