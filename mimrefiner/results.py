@@ -92,12 +92,16 @@ class Run:
         for row in rows[list(columns)].to_dict("records"):
             self.add(dataset=self.preset.dataset, unit=unit, **row)
 
-    def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int) -> str:
-        """Record what was measured about a claim of the paper; ``seen`` None: not decided at this scale. Returns one line."""
+    def claim(self, claim: str, *, seen: bool | None, measured: str, n_test: int, n_seeds: int | None = None) -> str:
+        """Record what was measured about a claim of the paper and return it as one line.
+
+        ``seen``: None is not decided at this scale; ``n_seeds``: of the measurement, None for all of the run.
+        """
+        n_seeds = len(self.seeds) if n_seeds is None else n_seeds
         verdict = {True: "seen", False: "not seen", None: "open"}[seen]
-        row = (self.name, claim, measured, verdict, len(self.seeds), n_test, self.preset.name)
+        row = (self.name, claim, measured, verdict, n_seeds, n_test, self.preset.name)
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-        return f"{verdict.upper()}: {claim} ({measured}; {count(len(self.seeds), 'seed')}, {n_test} test images)"
+        return f"{verdict.upper()}: {claim} ({measured}; {count(n_seeds, 'seed')}, {n_test} test images)"
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=ROW_COLUMNS)
