@@ -23,7 +23,16 @@ from mimrefiner.config import Preset, describe, load_preset
 from mimrefiner.errors import InputError
 from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
 from mimrefiner.results import (
-    CLAIM_COLUMNS, ROW_COLUMNS, Run, claims_table, device_name, environment, markdown_table, write_csv, write_json, write_table,
+    CLAIM_COLUMNS,
+    ROW_COLUMNS,
+    Run,
+    claims_table,
+    device_name,
+    environment,
+    markdown_table,
+    write_csv,
+    write_json,
+    write_table,
 )  # fmt: skip
 
 INJECTED = "# Parameters"  # papermill's first line of the cell it adds
@@ -121,7 +130,8 @@ def run_notebooks(
         batch: where and how; default one after the other.
 
     Returns:
-        ``out``, which then holds notebooks/, figures/, tables/, results/, claims/, logs/, results.csv, claims.csv, claims.md, manifest.json.
+        ``out``, which then holds notebooks/, figures/, tables/, results/, claims/, logs/, results.csv, claims.csv, claims.md and
+        manifest.json.
 
     Raises:
         InputError: before any work for wrong names, parameters or options; at the end for notebooks that failed.
@@ -164,7 +174,13 @@ def run_notebooks(
     _raise_failures([job for job in jobs if job.state in ("failed", "not run")], out)
     print(f"\n{(out / 'claims.md').read_text()}")
     print(f"Done in {time.monotonic() - began:.0f} s.")
-    for what, where in (("notebooks", "notebooks"), ("figures", "figures"), ("tables", "tables"), ("rows", "results.csv"), ("claims", "claims.md")):
+    for what, where in (
+        ("notebooks", "notebooks"),
+        ("figures", "figures"),
+        ("tables", "tables"),
+        ("rows", "results.csv"),
+        ("claims", "claims.md"),
+    ):
         print(f"  {what:10s} {os.path.relpath(out / where)}")
     return out
 
