@@ -5,7 +5,7 @@ RUN    ?= runs/figures
 
 export MIMREFINER_CACHE ?= $(CURDIR)/runs/cache
 
-.PHONY: help reproduce test figures publish docs lint lock clean
+.PHONY: help reproduce test figures publish browser docs lint lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made
 
 publish: $(VENV)/installed  ## keep the executed notebooks of RUN in notebooks/executed/, without paths of this machine
 	$(BIN)/python -m mimrefiner publish $(RUN)
+
+browser: $(VENV)/installed  ## what the tests in a browser need beside a chromium; make test runs them then
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[browser]"
 
 docs: $(VENV)/installed  ## build the documentation site in runs/site and check its links
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"

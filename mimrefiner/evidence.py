@@ -155,7 +155,7 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
     def compare(claim: str, ours: list, theirs: list, text: str = "") -> None:
         gain = paired_bootstrap([x.numpy() for x in ours], [x.numpy() for x in theirs])
         run.claim(
-            f"{claim} ({on})", seen=gain[1] > 0, opposite=gain[2] < 0, measured=text + points(*gain), n_test=n, seeds=len(ours)
+            f"{claim} ({on})", seen=gain[1] > 0, opposite=gain[2] < 0, measured=text + points(*gain), n_test=n, n_seeds=len(ours)
         )
 
     last, best = before.hits[cls][-1], before.hits[cls][before.best]
@@ -183,7 +183,7 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
         decided = len(values) > 1
         run.claim(
             f"refinement raises {protocol} {metric} of the last block above the best block before ({on})",
-            seen=bool(min(values) > max(first)) if decided else None, measured=text, n_test=n, seeds=len(refined),
+            seen=bool(min(values) > max(first)) if decided else None, measured=text, n_test=n, n_seeds=len(refined),
         )  # fmt: skip
 
 

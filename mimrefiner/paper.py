@@ -9,8 +9,8 @@ from mimrefiner.store import IMAGENET
 
 IMAGENET_TRAIN = 1_281_167
 FAMILIES = {
-    "MAE": "mae", "MAE (original)": "mae", "MAE-Refined": "mae_refined", "D2V2": "d2v2", "D2V2-Refined": "d2v2_refined", "dBOT": "dbot",
-    "dBOT-Refined": "dbot_refined", "CrossMAE": "crossmae", "iBOT": "ibot", "Mugs": "mugs", "MAE-CT": "maect",
+    "MAE": "mae", "MAE (original)": "mae", "MAE-Refined": "mae_refined", "D2V2": "d2v2", "D2V2-Refined": "d2v2_refined",
+    "dBOT": "dbot", "dBOT-Refined": "dbot_refined", "CrossMAE": "crossmae", "iBOT": "ibot", "Mugs": "mugs", "MAE-CT": "maect",
     "MAE-CT_aug": "maectaug", "DINO": "dino", "MIM-Refiner (D2V2-Refined)": "d2v2_refined",
 }  # fmt: skip
 STAGES = {"before": "", "refined": "-Refined", "refined (EMA)": "-Refined"}  # as notebooks name models -> as the paper does
@@ -19,7 +19,7 @@ KNN = ("IN1K", "k-NN", "top1", "")
 TUNED = "logistic regression on frozen features; the paper fine-tunes"
 UNSTATED = "the paper states neither split nor algorithm"
 CLUSTERS = "clustering (split and algorithm not stated in image)"
-# (protocol, metric) of our rows -> dataset, protocol and metric of paper_values.csv, and why the two are not comparable ("": they are)
+# (protocol, metric) of our rows -> dataset, protocol, metric of paper_values.csv, and why the two are not comparable ("": they are)
 PROTOCOLS = {
     (KNN_PROTOCOL, "accuracy"): KNN,
     ("knn", "accuracy"): KNN,
@@ -41,7 +41,7 @@ def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
         rows: columns ROW_COLUMNS.
 
     Returns:
-        The rows with a column ``paper_id`` and ``value`` in the paper's unit (percent), and why some are not comparable, by paper_id.
+        The rows with a column ``paper_id`` and ``value`` in the paper's unit (percent); why some are not comparable, by paper_id.
     """
     found, reasons = [], {}
     for row in rows.to_dict("records"):

@@ -107,7 +107,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
     for axes, (metric, label) in zip(np.atleast_1d(all_axes), metrics.items(), strict=True):
         for value, colour in zip(values, colours, strict=True):
             chosen = history[by] == value
-            name = f"block {value + 1}{' (1 = first)' * (value == values[0])}" if by == "block" else f"{by} {value:g}"
+            name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
             axes.plot(step[chosen], history.loc[chosen, metric], color=colour, label=name, linewidth=1.1)
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
@@ -206,8 +206,8 @@ def plot_circles(panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.n
         for i, (label, x) in enumerate(points.items()):
             axes.plot(x[:, 0], x[:, 1], MARKERS[i], color=PALETTE[i], label=label, markersize=5)
         axes.quiver(
-            *starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.007, headwidth=4, headlength=4, headaxislength=3.5,
-            color="0.15", zorder=4,
+            *starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.007, headwidth=4, headlength=4,
+            headaxislength=3.5, color="0.15", zorder=4,
         )  # fmt: skip
         axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
         sns.despine(ax=axes, left=True, bottom=True)

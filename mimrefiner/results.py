@@ -96,18 +96,18 @@ class Run:
             self.add(dataset=dataset or self.preset.dataset, unit=unit, **row)
 
     def claim(
-        self, claim: str, *, seen: bool | None, measured: str, n_test: int, opposite: bool = False, seeds: int | None = None
+        self, claim: str, *, seen: bool | None, measured: str, n_test: int, opposite: bool = False, n_seeds: int | None = None
     ) -> str:
-        """Record what was measured about a claim of the paper; returns one line.
+        """Record what was measured about a claim of the paper and return it as one line.
 
-        ``seen`` None: not decided at this scale; ``opposite``: not only not seen, but the other way round beyond its interval;
-        ``seeds``: how many stand behind it, where they are not the run's.
+        ``seen``: None is not decided at this scale; ``opposite``: not only not seen, but the other way round beyond its interval;
+        ``n_seeds``: of the measurement, None for all of the run.
         """
-        seeds = len(self.seeds) if seeds is None else seeds
+        n_seeds = len(self.seeds) if n_seeds is None else n_seeds
         verdict = "opposite" if opposite else {True: "seen", False: "not seen", None: "open"}[seen]
-        row = (self.name, claim, measured, verdict, seeds, n_test, self.preset.name)
+        row = (self.name, claim, measured, verdict, n_seeds, n_test, self.preset.name)
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-        return f"{verdict.upper()}: {claim} ({measured}; {count(seeds, 'seed')}, {n_test} test images)"
+        return f"{verdict.upper()}: {claim} ({measured}; {count(n_seeds, 'seed')}, {n_test} test images)"
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=ROW_COLUMNS)

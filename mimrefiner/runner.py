@@ -130,7 +130,8 @@ def run_notebooks(
         batch: where and how; default one after the other.
 
     Returns:
-        ``out``, which then holds notebooks/, figures/, tables/, results/, claims/, logs/, results.csv, claims.csv, claims.md, manifest.json.
+        ``out``, which then holds notebooks/, figures/, tables/, results/, claims/, logs/, results.csv, claims.csv, claims.md and
+        manifest.json.
 
     Raises:
         InputError: before any work for wrong names, parameters or options; at the end for notebooks that failed.
