@@ -31,6 +31,7 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.linear = nn.Linear(encoder.embed_dim, classes)
         nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits, (batch, classes)."""
