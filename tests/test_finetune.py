@@ -30,7 +30,7 @@ def test_labels_are_learnt_with_what_computation_there_is(monkeypatch):
     before = sha256_of(encoder)
     tuned = finetune(encoder, data, config, flops=4e9)
     steps = len(losses)
-    assert losses[0].item() == pytest.approx(np.log(3), rel=1e-3) and losses[-1] < 0.2  # starts from knowing nothing
+    assert losses[0].item() == pytest.approx(np.log(3), rel=1e-3) and losses[-1] < 0.5 * losses[0]  # from nothing
     assert sha256_of(encoder) == before != sha256_of(tuned)
     assert torch.equal(tuned.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight)
     assert not torch.equal(tuned.blocks[1].attn.qkv.weight, encoder.blocks[1].attn.qkv.weight)
