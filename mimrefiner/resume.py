@@ -84,7 +84,7 @@ class Checkpoints:
             if _digest(file) != NAME.fullmatch(file.name).group(3):
                 print(f"{file} is damaged (its checksum differs): trying the one before", file=sys.stderr)
                 continue
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # a process may need a part only
+            return torch.load(file, map_location="cpu", weights_only=True)
         return None
 
 
