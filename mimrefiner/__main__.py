@@ -203,7 +203,7 @@ def add_models(commands) -> None:
 def do_models(args) -> None:
     from mimrefiner.catalogue import table
 
-    print(table())
+    print(table(min(100, shutil.get_terminal_size().columns)))
 
 
 def add_plan(commands) -> None:

@@ -1,6 +1,8 @@
 """The table of models: what can be named, where it comes from, and what its loading was verified against."""
 
 from dataclasses import dataclass
+from itertools import groupby
+from textwrap import wrap
 
 RANDOM = "reference implementation with random weights"
 LAYOUT = "layout only"
@@ -143,13 +145,24 @@ MODELS = (
 BY_NAME = {row.name: row for row in MODELS}
 
 
-def table() -> str:
-    """The table of models as text, one row a line."""
-    head = ("name", "family", "dim", "depth", "patch", "px", "cls", "licence", "verified against", "paper", "source page")
-    rows = [head]
-    for m in MODELS:
-        sizes = [str(n) if n else "timm" for n in (m.dim, m.depth, m.patch, m.image_size)]
-        cls = "none" if m.cls is None else str(m.cls)
-        rows.append((m.name, m.family, *sizes, cls, m.licence, m.verified, m.paper or "-", m.page))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+def table(width: int = 100) -> str:
+    """The table of models as text of at most ``width`` columns: models that agree in licence and proof stand together."""
+    head = ("name", "dim", "blocks", "heads", "patch", "px", "cls", "sha256")
+    size = max(len(m.name) for m in MODELS)
+    formats = (f"  {{:{size}}}", "{:>5}", "{:>6}", "{:>5}", "{:>5}", "{:>5}", "{:>5}", "{}")
+
+    def line(*cells) -> str:
+        return " ".join(form.format(cell) for form, cell in zip(formats, cells, strict=True)).rstrip()
+
+    lines = ["px: image size; cls: position of the cls token; timm: sizes are timm's; sha256: of the file"]
+    for (family, licence, page, verified, paper), rows in groupby(
+        MODELS, key=lambda m: (m.family, m.licence, m.page, m.verified, m.paper)
+    ):
+        lines += ["", f"{family}: licence {licence}, {page}"]
+        lines += wrap(f"verified against: {verified}", width, initial_indent="  ", subsequent_indent="    ")
+        lines += wrap(f"in the paper: {paper or 'not in it'}", width, initial_indent="  ", subsequent_indent="    ")
+        lines.append(line(*head))
+        for m in rows:
+            sizes = [n or "timm" for n in (m.dim, m.depth, m.heads, m.patch, m.image_size)]
+            lines.append(line(m.name, *sizes, "none" if m.cls is None else m.cls, m.sha256[:8] or "unknown"))
+    return "\n".join(lines)

@@ -296,4 +296,5 @@ def _announce(pooled: dict[str, list[Tensor]], images: int, batch: int, seconds:
     size = images / batch * sum(4 * x.numel() for blocks in pooled.values() for x in blocks) / 2**30
     if seconds * images / batch > LONG_SECONDS or size > LARGE_GIB:
         minutes = seconds * images / batch / 60
-        print(f"features of {images:,} images: {size:.1f} GiB as float32, about {minutes:.0f} minutes", file=sys.stderr)
+        room = f"{size:,.1f} GiB" if size >= 1 else f"{1024 * size:,.1f} MiB"
+        print(f"features of {images:,} images: {room} as float32, about {minutes:.0f} minutes", file=sys.stderr)

@@ -63,7 +63,8 @@ def load_encoder(
     """Load an encoder in eval mode, without a classifier.
 
     Its ``pretrained_cfg`` carries mean, std, input size and interpolation, so that neither :func:`extract_features` nor the
-    views need a transform. Every image size that the patch size divides is accepted in the forward pass.
+    views need a transform. ViTs accept every image size that the patch size divides in the forward pass, ConvNeXt every size,
+    Hiera its own size only.
 
     Args:
         source: a timm model name (``vit_base_patch16_224.mae``), a name of the table of models (``d2v2_refined_h14``; see
@@ -81,7 +82,8 @@ def load_encoder(
     path = packaged if packaged.is_file() else Path(source).expanduser()
     name = str(source)
     row = BY_NAME.get(name)
-    if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".th", ".tar"):
+    named = row is not None or timm.models.is_model_pretrained(name)  # some timm names end in ".pt"
+    if path.is_file() or (path.suffix in (".safetensors", ".pth", ".pt", ".th", ".tar") and not named):
         return _load_file(path, image_size, num_heads, pretrained, dtype)
     if row and row.url:
         if pretrained:

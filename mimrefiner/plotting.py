@@ -262,35 +262,63 @@ def plot_two_curves(curves: pd.DataFrame, left: str, right: str, *, title: str) 
 def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
     """The block report: one panel per protocol, one line per pooling with its spread, the best block ringed.
 
-    Random weights are the thin dashed line of the same colour, raw pixels the dotted grey one. ``stats``: of
-    :func:`mimrefiner.report.summary`.
+    Random weights are the thin dashed line of the same colour, raw pixels the dotted grey one; crosses are the poolings that
+    validation chose. ``stats``: of :func:`mimrefiner.report.summary`.
     """
     panels = list(stats.groupby(["protocol", "metric"], sort=False))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     width = PAGE if columns > 1 else COLUMN
-    figure, all_axes = plt.subplots(rows, columns, figsize=(width, 2.3 * rows + 0.5), layout="constrained", squeeze=False)
-    colours = dict(zip(stats.loc[stats["model"] == "model", "pool"].unique(), PALETTE, strict=False))
+    figure, all_axes = plt.subplots(rows, columns, figsize=(width, 2.3 * rows + 0.7), layout="constrained", squeeze=False)
+    pools = [pool for pool in stats.loc[stats["model"] == "model", "pool"].unique() if pool != "chosen"]
+    styles = {pool: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, pool in enumerate(pools)}
     for axes in all_axes.flat[len(panels) :]:
         axes.remove()
     for axes, ((protocol, metric), part) in zip(all_axes.flat, panels, strict=False):
         scale, unit = (100, " (%)") if metric in ("accuracy", "ACC") else (1, "")
         for (model, pool), line in part.groupby(["model", "pool"], sort=False):
-            x, y, spread = line["block"].to_numpy() + 1, scale * line["value"].to_numpy(), scale * line["spread"].to_numpy()
-            if model == "raw pixels":
-                axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", label="raw pixels")
-            elif model == "random weights":
-                axes.plot(x, y, color=colours[pool], linewidth=0.9, linestyle="--", label=f"{pool}, random weights")
-            else:
-                axes.plot(x, y, color=colours[pool], marker="o", label=pool, zorder=3)
-                axes.fill_between(x, y - spread, y + spread, color=colours[pool], alpha=0.18, linewidth=0)
-                axes.plot(x[y.argmax()], y.max(), "o", markersize=8, markerfacecolor="none", color=colours[pool], zorder=4)
+            _draw_report_line(axes, model, pool, line, scale, styles)
         _label_blocks(axes, int(part["block"].max()) + 1)
         axes.set_ylabel(f"{metric.replace('_', ' ')}{unit}")
-        axes.set_title(protocol.replace("_", " "), fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    _legend_below(figure, all_axes[0, 0], columns=3)
+        axes.set_title(_protocol_title(protocol), fontsize=8)
+    figure.suptitle(f"{title}, {stats['n_test'].iloc[0]:,} test images", fontsize=9)
+    entries = {}
+    for axes in figure.axes:
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3 if columns > 1 else 2)
+    legend.set_title("ring: best block; band: ± sd over draws, or standard error", {"size": 7})
     return figure
+
+
+def _draw_report_line(axes, model: str, pool: str, line: pd.DataFrame, scale: float, styles: dict[str, tuple[str, str]]) -> None:
+    x, y, spread = line["block"].to_numpy() + 1, scale * line["value"].to_numpy(), scale * line["spread"].to_numpy()
+    if model == "raw pixels":
+        axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", label="raw pixels")
+    elif pool == "chosen":
+        if model == "model":
+            axes.plot(x, y, "x", color="black", markersize=4, markeredgewidth=0.8, label="pooling chosen on validation", zorder=5)
+    elif model == "random weights":
+        axes.plot(x, y, color=styles[pool][0], linewidth=0.9, linestyle="--", label=f"{pool}, random weights")
+    else:
+        colour, marker = styles[pool]
+        axes.plot(x, y, color=colour, marker=marker, label=pool, zorder=3)
+        axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x[y.argmax()], y.max(), "o", markersize=8, markerfacecolor="none", color=colour, zorder=4)
+
+
+def _protocol_title(protocol: str) -> str:
+    """A probe's protocol in words."""
+    if protocol.startswith("knn"):
+        k, temperature = protocol.split("_")[1:3]
+        return f"k-NN (k = {k[1:]}, temperature {temperature[1:]})"
+    if protocol.startswith("logistic"):
+        amount = protocol.removeprefix("logistic_")
+        shots = amount.removesuffix("shot")
+        words = f"{shots} image{'' if shots == '1' else 's'} per class"
+        if shots == amount:
+            words = f"{100 * float(amount):g} % of the images"
+        return f"low-shot: {words}"
+    return {"linear": "linear probe", "kmeans": "k-means", "spectrum": "effective rank"}.get(protocol, protocol.replace("_", " "))
 
 
 def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str) -> Figure:

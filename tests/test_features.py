@@ -160,4 +160,4 @@ def test_processes_share_the_images_and_all_return_the_whole(vit, digits, tmp_pa
 def test_a_long_extraction_says_what_it_takes(vit, images, capsys, monkeypatch):
     monkeypatch.setattr("mimrefiner.features.LONG_SECONDS", 0)
     mr.extract_features(vit, images)
-    assert "features of 10 images: 0.0 GiB as float32, about 0 minutes" in capsys.readouterr().err
+    assert "features of 10 images: 0.0 MiB as float32, about 0 minutes" in capsys.readouterr().err

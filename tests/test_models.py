@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mimrefiner.augment import Crop, Views
 from mimrefiner.catalogue import MODELS
 from mimrefiner.checkpoint import atomic_file, save_encoder, sha256_of
 from mimrefiner.layouts import ReleasedViT, ViTShape
-from mimrefiner.models import _as_encoder
+from mimrefiner.models import _as_encoder, row_shape
 from mimrefiner.refiner import MIMRefiner
 
 
@@ -111,12 +112,47 @@ def test_torchvision_schemas_are_declared_only_where_the_plain_import_fails(tmp_
     assert done.stdout.strip() == str(fails), done.stderr
 
 
-def test_the_table_is_printed_with_licences(capsys):
+def test_the_table_is_printed_with_licences(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(MODELS) == 1 + len({row.name for row in MODELS})
-    assert all(row.licence in line and row.verified in line for row, line in zip(MODELS, lines[1:], strict=True))
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 100
+    sections = text.split("\n\n")[1:]
+    for row in MODELS:
+        (section,) = (s for s in sections if f"\n  {row.name} " in s)  # once
+        assert section.startswith(f"{row.family}: licence {row.licence}, {row.page}\n")
+        assert row.verified in " ".join(section.split())
+        assert (row.paper or "not in it") in " ".join(section.split())
     assert all(row.url or timm.is_model(row.name) for row in MODELS)
+
+
+def local_crop(encoder):
+    """The smaller of the recipe's crops that the patch size divides, without memory or work."""
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (16,))[0]
+    size = 98 if patch == 14 else 96
+    with torch.no_grad():
+        return encoder.to("meta")(torch.empty(2, 3, size, size, device="meta"))
+
+
+@pytest.mark.parametrize("name", [row.name for row in MODELS if not row.dim and row.family != "Hiera"])
+def test_every_timm_name_of_the_table_is_built_and_takes_local_crops(name):
+    with torch.device("meta"):
+        encoder = mr.load_encoder(name, pretrained=False)
+    assert local_crop(encoder).shape == (2, encoder.num_features)
+
+
+def test_every_plain_vit_of_the_table_takes_local_crops():
+    for shape in {replace(row_shape(row), depth=1) for row in MODELS if row.dim}:
+        with torch.device("meta"):
+            encoder = ReleasedViT(shape)
+        assert local_crop(encoder).shape == (2, shape.dim)
+        assert encoder(torch.empty(1, 3, shape.image_size, shape.image_size, device="meta")).shape == (1, shape.dim)
+
+
+def test_a_missing_file_is_no_timm_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mr.InputError, match=r"vit_base_patch16_224\.pt does not exist"):
+        mr.load_encoder("vit_base_patch16_224.pt")
 
 
 def test_documentation_has_every_row():

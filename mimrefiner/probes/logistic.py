@@ -150,28 +150,20 @@ def fit_logistic(
 
 
 def minimise(objective: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *, tolerance: float, iterations: int) -> Tensor:
-    """L-BFGS (Nocedal and Wright, algorithm 7.4) with backtracking, on many convex problems at once.
+    """L-BFGS with backtracking on many convex problems at once.
 
     ``objective``: (problems, size) -> values (problems,) and gradients (problems, size). A problem that has converged stays put
     while others go on.
     """
     value, gradient = objective(x)
-    steps, changes, scales = [], [], []
+    history = _History(x)
     for _ in range(iterations):
         open_ = gradient.abs().amax(1) > tolerance
         if not open_.any():
             break
-        direction, alphas = gradient.clone(), []
-        for s, c, r in zip(reversed(steps), reversed(changes), reversed(scales), strict=True):
-            alphas.append(r * (s * direction).sum(1, keepdim=True))
-            direction -= alphas[-1] * c
-        if steps:
-            gamma = (steps[-1] * changes[-1]).sum(1, keepdim=True) / changes[-1].square().sum(1, keepdim=True).clamp_min(1e-30)
-            direction *= torch.where(gamma > 0, gamma, 1.0)
-        for s, c, r, alpha in zip(steps, changes, scales, reversed(alphas), strict=True):
-            direction += s * (alpha - r * (c * direction).sum(1, keepdim=True))
+        direction = history.direction(gradient)
         slope = (direction * gradient).sum(1)
-        length = torch.where(open_, 1.0, 0.0).to(x) if steps else open_ / gradient.norm(dim=1).clamp_min(1.0)
+        length = torch.where(open_, 1.0, 0.0).to(x) if history.slots else open_ / gradient.norm(dim=1).clamp_min(1.0)
         for _ in range(30):
             trial = x - length[:, None] * direction
             trial_value, trial_gradient = objective(trial)
@@ -182,17 +174,54 @@ def minimise(objective: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *,
         better = trial_value <= value
         trial, trial_value = torch.where(better[:, None], trial, x), torch.where(better, trial_value, value)
         trial_gradient = torch.where(better[:, None], trial_gradient, gradient)
-        s, c = trial - x, trial_gradient - gradient
-        curvature = (s * c).sum(1, keepdim=True)
-        steps.append(s)
-        changes.append(c)
-        scales.append(torch.where(curvature > 1e-20, 1 / curvature.clamp_min(1e-20), 0.0))
-        if len(steps) > HISTORY:
-            steps, changes, scales = steps[1:], changes[1:], scales[1:]
-        if not (s != 0).any():  # rounding stops every problem
+        step = trial - x
+        if not (step != 0).any():  # rounding stops every problem
             break
+        history.add(step, trial_gradient - gradient)
         x, value, gradient = trial, trial_value, trial_gradient
     return x
+
+
+class _History:
+    """The last steps and changes of the gradient, and the direction they give (Nocedal and Wright, algorithm 7.4).
+
+    The two loops run on coefficients of the remembered vectors, whose dot products are kept (Chen et al. 2014): long vectors are
+    only touched by batched matrix products.
+    """
+
+    def __init__(self, x: Tensor):
+        problems, size = x.shape
+        self.vectors = x.new_zeros(problems, 2 * HISTORY, size)  # steps, then changes
+        self.dots = x.new_zeros(problems, 2 * HISTORY, 2 * HISTORY)
+        self.slots: list[int] = []  # oldest first
+
+    def add(self, step: Tensor, change: Tensor) -> None:
+        slot = self.slots.pop(0) if len(self.slots) == HISTORY else len(self.slots)
+        self.slots.append(slot)
+        for row, vector in ((slot, step), (HISTORY + slot, change)):
+            self.vectors[:, row] = vector
+        for row in (slot, HISTORY + slot):
+            self.dots[:, row] = self.dots[:, :, row] = (self.vectors @ self.vectors[:, row, :, None])[..., 0]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """(problems, size); the gradient itself where nothing is remembered."""
+        if not self.slots:
+            return gradient
+        dots, along = self.dots, (self.vectors @ gradient[..., None])[..., 0]  # (problems, 2 * HISTORY)
+        weight, alphas = torch.zeros_like(along), {}
+        curvature = dots[:, :HISTORY, HISTORY:].diagonal(dim1=1, dim2=2)
+        inverse = torch.where(curvature > 1e-20, 1 / curvature.clamp_min(1e-20), 0.0)
+        for slot in reversed(self.slots):
+            alphas[slot] = inverse[:, slot] * (along[:, slot] + (dots[:, slot] * weight).sum(1))
+            weight[:, HISTORY + slot] -= alphas[slot]
+        newest = self.slots[-1]
+        gamma = curvature[:, newest] / dots[:, HISTORY + newest, HISTORY + newest].clamp_min(1e-30)
+        gamma = torch.where(gamma > 0, gamma, 1.0)
+        weight *= gamma[:, None]
+        for slot in self.slots:
+            beta = inverse[:, slot] * (gamma * along[:, HISTORY + slot] + (dots[:, HISTORY + slot] * weight).sum(1))
+            weight[:, slot] += alphas[slot] - beta
+        return gamma[:, None] * gradient + (weight[:, None] @ self.vectors)[:, 0]
 
 
 def _rows_normalised(x: Tensor) -> Tensor:
