@@ -63,7 +63,7 @@ def _run_all_cells(page, lab, name):
     page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
         timeout=2 * MINUTES
     )
-    select = page.get_by_role("button", name="Select Kernel")  # JupyterLab may ask which kernel to take
+    select = page.locator(".jp-Dialog button.jp-mod-accept")  # JupyterLab may ask which kernel to take
     if select.is_visible():
         select.click()
     page.get_by_role("menuitem", name="Run", exact=True).click()
