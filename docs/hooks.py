@@ -1,4 +1,4 @@
-"""The site shows the project's own notebooks: the executed copy where there is one, else the source."""
+"""The site shows the project's own notebooks (the executed copy where there is one, else the source) and the pages of the root."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
+PAGES = {"REPRODUCING.md": "reproducing.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
 def on_files(files, config):
@@ -13,6 +14,10 @@ def on_files(files, config):
         executed = source.parent / "executed" / source.name
         shown = executed if executed.is_file() else source
         files.append(File.generated(config, f"notebooks/{source.name}", abs_src_path=str(shown)))
+    for name, page in PAGES.items():
+        text = (ROOT / name).read_text().replace("](docs/", "](")
+        text = re.sub(r"\[([^\]]+)\]\((?:figures|mimrefiner|tests|examples)[^)]*\)", r"\1", text)  # not part of the site
+        files.append(File.generated(config, page, content=text))
     return files
 
 

@@ -63,8 +63,14 @@ def _run_all_cells(page, lab, name):
     page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
         timeout=2 * MINUTES
     )
+    select = page.locator(".jp-Dialog button.jp-mod-accept")  # JupyterLab may ask which kernel to take
+    if select.is_visible():
+        select.click()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
+    page.wait_for_timeout(2000)
+    if select.is_visible():
+        select.click()
 
 
 def test_quickstart_runs_by_hand(page, lab):
@@ -86,8 +92,8 @@ def test_moving_the_block_slider_changes_the_picture(page, lab):
     picture = page.locator(".jp-OutputArea-output:has(.widget-slider) img").first
     picture.wait_for(timeout=MINUTES)
     before = picture.get_attribute("src")
-    slider.press("ArrowLeft")
-    slider.press("ArrowLeft")
+    slider.press("ArrowRight")  # it begins at the left end
+    slider.press("ArrowRight")
     page.wait_for_function(
         "before => document.querySelector('.jp-OutputArea-output:has(.widget-slider) img')?.src !== before",
         arg=before,
