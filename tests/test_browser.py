@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -63,14 +64,16 @@ def _run_all_cells(page, lab, name):
     page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
         timeout=2 * MINUTES
     )
-    select = page.locator(".jp-Dialog button.jp-mod-accept")  # JupyterLab may ask which kernel to take
-    if select.is_visible():
-        select.click()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
-    page.wait_for_timeout(2000)
-    if select.is_visible():
-        select.click()
+    for _ in range(10):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_timeout(3000)
+        if page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[(\*|\d+)\]")).count():
+            return
+        select = page.locator(".jp-Dialog button.jp-mod-accept")  # too early, and JupyterLab asks which kernel to take
+        if select.is_visible():
+            select.click()
+    pytest.fail("no cell was run")
 
 
 def test_quickstart_runs_by_hand(page, lab):
