@@ -33,6 +33,7 @@ ASSETS = Path(__file__).parent / "assets"
 BANK, VAL = 20_000, 2_000  # training images that vote, and on which blocks are chosen
 LINEAR = {"learning_rates": (1e-3, 5e-3, 0.02, 0.1, 0.5), "epochs": 10, "batch_size": 256}
 TRANSFER = "fruit64"
+PIXELS = 32  # side of the images of the raw-pixel baseline
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,12 @@ def measure(encoder: nn.Module | None, name: str, seed: int, preset: Preset) -> 
         preset.dataset: (train, test),
         TRANSFER: (load_dataset(TRANSFER, split="trainval"), load_dataset(TRANSFER, split="test")),
     }.items():
-        bank, queries = (_features(encoder, part, preset.encoder.image_size) for part in (bank, queries))
+        bank, queries = (_features(encoder, part) for part in (bank, queries))
         short = short_name(data)
         if data == preset.dataset and encoder is not None:
-            val = _features(encoder, load_dataset(data, split="val").take(VAL), preset.encoder.image_size)
+            val = _features(encoder, load_dataset(data, split="val").take(VAL))
             measured.best = int(knn_hits(bank, val)["cls"].float().mean(1).argmax())
-        tables = [_knn_rows(bank, queries, short, measured.hits), linear_probe(bank, queries, seed=seed, **LINEAR)]
+        tables = [_knn_rows(bank, queries, short, measured.hits), linear_probe(_cls(bank), _cls(queries), seed=seed, **LINEAR)]
         few = _some(bank, measured.best), _some(queries, measured.best)
         tables += [low_shot(*few, seed=seed), cluster(few[1], seed=seed)]
         run.add_table(pd.concat(tables).assign(model=name, weights_sha256=sha, seed=seed), dataset=short)
@@ -199,13 +200,19 @@ def _refined_with(preset: Preset, seed: int) -> Preset:
     return replace(preset, refine=replace(preset.refine, seed=seed))
 
 
-def _features(encoder: nn.Module | None, data, size: int) -> Features:
-    return pixel_features(data, size) if encoder is None else extract_features(encoder, data, autocast=torch.bfloat16)
+def _features(encoder: nn.Module | None, data) -> Features:
+    return pixel_features(data, PIXELS) if encoder is None else extract_features(encoder, data, autocast=torch.bfloat16)
+
+
+def _cls(features: Features) -> Features:
+    """The cls token alone (or the pixels)."""
+    pool, x = next(iter(features.x.items()))
+    return replace(features, x={pool: x})
 
 
 def _some(features: Features, best: int) -> Features:
-    """The cls token (or pixels) of the block ``best`` and the last one."""
-    pool, x = next(iter(features.x.items()))
+    """The cls token (or the pixels) of the block ``best`` and the last one."""
+    ((pool, x),) = _cls(features).x.items()
     rows = sorted({min(best, len(features.blocks) - 1), len(features.blocks) - 1})
     return replace(features, x={pool: x[rows]}, blocks=tuple(features.blocks[i] for i in rows))
 
