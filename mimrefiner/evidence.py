@@ -46,11 +46,12 @@ class Recipe:
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
-    """What is trained; the first is the main one, which also gets the controls. A GPU affords decoder depths and a deeper model."""
+    """What is trained; the first is the main one. A CPU affords no refinement of SimMIM, whose epochs are slow; a GPU affords decoder
+    depths, a deeper model and, for the main one, the controls."""
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
         simmim = replace(load_preset("natural-simmim"), dataset=data)
-        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim)]
+        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, ())]
 
     def variant(name: str, **pretrain) -> Recipe:
         return Recipe(name, replace(main, pretrain=replace(main.pretrain, **pretrain)), tuple(seeds))
@@ -64,6 +65,11 @@ def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
     ]
 
 
+def affords_controls(main: Recipe) -> bool:
+    """Whether the computation of refinement is also spent on more pre-training, and on labels."""
+    return main.preset.name != "natural"
+
+
 def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
     """(name, seed of refinement, encoder) of every model; trained now unless the store has it."""
     for recipe in recipes:
@@ -71,8 +77,8 @@ def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
         for seed in recipe.seeds:
             yield f"{recipe.name} refined", seed, store.refined(_refined_with(recipe.preset, seed)).ema_encoder
     main = recipes[0]
-    yield f"{main.name} trained longer", 0, store.pretrained_longer(main.preset).encoder
-    if main.preset.name != "natural":  # more than a CPU affords
+    if affords_controls(main):
+        yield f"{main.name} trained longer", 0, store.pretrained_longer(main.preset).encoder
         yield f"{main.name} fine-tuned with labels", 0, store.finetuned(main.preset)
     yield "random weights", 0, build_vit(main.preset.encoder)
 
@@ -98,9 +104,10 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
             epochs = refine.heads_epochs + refine.refine_epochs
             add(recipe.name, "refinement", seed, epochs, store.refined(_refined_with(preset, seed)))
     main = recipes[0]
-    longer = store.pretrained_longer(main.preset)
-    epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
-    add(main.name, "longer pre-training", 0, epochs, longer)
+    if affords_controls(main):
+        longer = store.pretrained_longer(main.preset)
+        epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
+        add(main.name, "longer pre-training", 0, epochs, longer)
     return pd.DataFrame(facts)
 
 
@@ -166,6 +173,8 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
     where = f"block {before.best + 1} of {depth}, chosen on validation: "
     compare("the best block for k-NN (cls) beats the last one", [best], [last], where)
     compare("the best pre-trained block (cls) beats raw pixels", [best], [pixels])
+    if not refined:
+        return
     compare("refinement lifts the last block", after, [last] * len(after))
     compare("the refined last block beats the best block before", after, [best] * len(after))
     compare("the refined last block beats raw pixels", after, [pixels] * len(after))
