@@ -3,7 +3,7 @@
 One command trains (going on where it was cut off), measures and writes ``assets/evidence_PRESET.csv`` and, for the claims,
 ``evidence_PRESET_claims.csv``, which notebook 04 and the page of results show::
 
-    python -m mimrefiner.evidence --data parquet:TINY_IMAGENET                        # hours on 2 CPU cores
+    python -m mimrefiner.evidence --data parquet:TINY_IMAGENET --seeds 0,1            # hours on 2 CPU cores
     python -m mimrefiner.evidence --data parquet:TINY_IMAGENET --preset natural-gpu   # the same with a GPU's epochs and more models
 """
 
@@ -46,8 +46,8 @@ class Recipe:
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
-    """What is trained; the first is the main one. A CPU affords no refinement of SimMIM, whose epochs are slow; a GPU affords decoder
-    depths, a deeper model and, for the main one, the controls."""
+    """What is trained; the first is the main one. A CPU affords no refinement of SimMIM, whose epochs are slow; a GPU affords
+    decoder depths, a deeper model and, for the main one, the controls."""
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
         simmim = replace(load_preset("natural-simmim"), dataset=data)
