@@ -29,7 +29,8 @@ without labels, for as long as two CPU cores allow: {epochs}. They are weak mode
 One pre-training per model; ± is the standard deviation over seeds of refinement. *tiny-imagenet*: {n_test} validation images,
 which no model and no choice has seen, classified with {n_train} training images; *fruit64*: photos of 14 kinds of fruit, a data
 set the models were not trained on. Accuracies of the cls token in %. The best block is the best on these test images, for
-orientation; the claims use a block chosen on validation images. Device: {device}.
+orientation; the claims use a block chosen on validation images. Compare a model with random weights before reading its claims:
+where the two are alike, it has not learnt enough to say anything. Device: {device}.
 """
 
 

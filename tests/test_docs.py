@@ -1,15 +1,24 @@
-"""The link checker of the documentation site (the site itself is built by ``make docs``)."""
+"""The page of results and the link checker of the documentation site (the site itself is built by ``make docs``)."""
 
 import importlib.util
 from pathlib import Path
 
-FILE = Path(__file__).parent.parent / "docs" / "check_links.py"
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_results_shows_the_measured_tables():
+    assert (DOCS / "results.md").read_text() == load("make_results").page()
 
 
 def test_broken_links_are_found(tmp_path):
-    spec = importlib.util.spec_from_file_location("check_links", FILE)
-    check_links = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check_links)
+    check_links = load("check_links")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "index.html").write_text('<h1 id="top">A</h1><a href="../b.html#here">b</a><a href="https://x.org/y">x</a>')
     (tmp_path / "b.html").write_text('<p id="here"></p><a href="a/#top">a</a><a href="#here">h</a>')
