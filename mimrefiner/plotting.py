@@ -371,7 +371,8 @@ def plot_maps(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, ti
         _draw_map(axes, xy, labels, classes)
         axes.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _legend_below(figure, all_axes[0, 0], columns=min(len(classes), 10))
+    fitting = max(1, 110 // (max(map(len, classes)) + 5))  # about 110 letters and marks in a line of the page's width
+    _legend_below(figure, all_axes[0, 0], columns=min(len(classes), 10, fitting))
     return figure
 
 
