@@ -27,7 +27,7 @@ from mimrefiner.probes.clustering import cluster
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import low_shot
-from mimrefiner.results import Run, paired_bootstrap, points, write_csv
+from mimrefiner.results import KNN_PROTOCOL, Run, paired_bootstrap, points, write_csv
 
 ASSETS = Path(__file__).parent / "assets"
 BANK, VAL = 20_000, 2_000  # training images that vote, and on which blocks are chosen
@@ -231,7 +231,7 @@ def _knn_rows(bank: Features, queries: Features, data: str, hits: dict) -> pd.Da
     for pool, right in knn_hits(bank, queries).items():
         hits[f"{data} {pool}"] = right
         rows += [
-            {"block": block, "pool": pool, "protocol": "knn_k10_t0.07_standardized", "metric": "accuracy", "seed": 0,
+            {"block": block, "pool": pool, "protocol": KNN_PROTOCOL, "metric": "accuracy", "seed": 0,
              "value": x.float().mean().item(), "n_train": len(bank.y), "n_test": len(queries.y)}
             for block, x in zip(queries.blocks, right, strict=True)
         ]  # fmt: skip
