@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import mimrefiner as mr
@@ -31,6 +32,37 @@ def test_batched_solution_equals_scikit_learns(n, dim, strength):
             ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=1e-2 * abs(theirs).max()
         )
         assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.995
+
+
+@pytest.mark.parametrize("shot", [1, 5, 0.1])
+def test_accuracy_is_that_of_scikit_learns_converged_solution(shot):
+    """Pixels of digits are correlated, so that a loose tolerance costs points."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data), torch.tensor(digits.target)
+    x = torch.nn.functional.normalize(x - x.mean(-1, keepdim=True), dim=-1)
+    rows = torch.stack([draw_shots(y, y.unique(), shot, seed) for seed in range(2)])
+    for row, weight in zip(rows, fit_logistic(x[rows], y[rows], 10, 4000.0), strict=True):
+        exact = LogisticRegression(C=4000.0, fit_intercept=False, tol=1e-9, max_iter=20_000).fit(x[row].numpy(), y[row].numpy())
+        theirs, ours = exact.score(x.numpy(), y.numpy()), ((x @ weight).argmax(-1) == y).double().mean().item()
+        assert abs(ours - theirs) <= 0.001  # 0.1 points
+
+
+def test_problems_that_converge_early_keep_their_solution():
+    """One problem is easy, one is hard: both must be as if solved alone."""
+    problems = [problem(0, 24, 30, spread=0.01), problem(1, 24, 30, spread=2.0)]
+    x, y = torch.stack([p[0] for p in problems]), torch.stack([p[1] for p in problems])
+    together = fit_logistic(x, y, 4, torch.tensor([1.0, 4000.0]))
+    alone = [fit_logistic(x[i : i + 1], y[i : i + 1], 4, strength)[0] for i, strength in enumerate((1.0, 4000.0))]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one, other, atol=1e-3 * other.abs().max())
+
+
+def test_equal_images_and_huge_strength_are_solved():
+    x, y = problem(0, 12, 40)
+    x = torch.cat([x, x])  # a singular Gram matrix
+    weights = fit_logistic(x[None], torch.cat([y, y])[None], 4, 1e12)
+    assert torch.isfinite(weights).all()
+    assert ((x @ weights[0]).argmax(-1) == torch.cat([y, y])).all()
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ The paper's protocol (record of ``offline_logreg_callback.py``): every row is ce
 0.00025 / N on mean loss, which is scikit-learn's C = 4000.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice
 
 import numpy as np
@@ -19,7 +20,8 @@ from mimrefiner.features import Features
 from mimrefiner.probes.checks import check_finite, check_labels, each_block, tidy
 
 STRENGTHS = (4000.0,)
-HISTORY = 10  # steps that L-BFGS remembers
+HISTORY = 7  # steps that L-BFGS remembers
+REFRESH = 5  # steps between two looks at convergence and curvature
 MEMORY = 2**30  # bytes that the problems solved together may take
 
 
@@ -108,9 +110,9 @@ def _chunks(train: Features, problems: int, images: int, classes: int) -> Iterat
 
 
 def fit_logistic(
-    x: Tensor, y: Tensor, classes: int, strength: float | Tensor, *, tolerance: float = 1e-5, iterations: int = 1000
+    x: Tensor, y: Tensor, classes: int, strength: float | Tensor, *, tolerance: float = 1e-7, iterations: int = 2000
 ) -> Tensor:
-    """Multinomial logistic regression without intercept, many problems at once, by L-BFGS.
+    """Multinomial logistic regression without intercept, many problems at once, by preconditioned L-BFGS.
 
     Minimises mean cross-entropy + |w|^2 / (2 C n), scikit-learn's objective divided by C n. Where there are fewer images than
     dimensions it is solved in the span of the images, in which the solution lies.
@@ -120,7 +122,7 @@ def fit_logistic(
         y: class indices, (problems, images).
         classes: number of classes.
         strength: C, one or (problems,).
-        tolerance: of the largest component of the gradient.
+        tolerance: of the largest component of the gradient; at 1e-5 accuracies on digits are up to 0.3 points off, at 1e-7 0.06.
         iterations: at most.
 
     Returns:
@@ -132,54 +134,78 @@ def fit_logistic(
         gram = small @ small.mT
         jitter = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)  # equal images make it singular
         small = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(n, device=x.device, dtype=torch.double))
-    target = F.one_hot(y, classes).double()
     penalty = (1 / (torch.as_tensor(strength, device=x.device, dtype=torch.double) * n)).expand(problems)[:, None, None]
-
-    def objective(w: Tensor) -> tuple[Tensor, Tensor]:
-        w = w.view(problems, -1, classes)
-        logits = small @ w
-        loss = (logits.logsumexp(-1) - (logits * target).sum(-1)).mean(-1) + 0.5 * (penalty * w.square()).sum((1, 2))
-        gradient = small.mT @ (logits.softmax(-1) - target) / n + penalty * w
-        return loss, gradient.flatten(1)
-
-    start = x.new_zeros(problems, small.shape[-1] * classes, dtype=torch.double)
-    w = minimise(objective, start, tolerance=tolerance, iterations=iterations).view(problems, -1, classes)
+    w = minimise(_Problems(small, F.one_hot(y, classes).double(), penalty), tolerance=tolerance, iterations=iterations)
     if n < dim:
         w = x.double().mT @ torch.linalg.solve_triangular(small.mT, w, upper=True)
     return w.to(x.dtype)
 
 
-def minimise(objective: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *, tolerance: float, iterations: int) -> Tensor:
-    """L-BFGS with backtracking on many convex problems at once.
+@dataclass
+class _Problems:
+    """``x``: (problems, images, dim), ``target``: one-hot classes, (problems, images, classes), ``penalty``: (problems, 1, 1)."""
 
-    ``objective``: (problems, size) -> values (problems,) and gradients (problems, size). A problem that has converged stays put
-    while others go on.
-    """
-    value, gradient = objective(x)
-    history = _History(x)
-    for _ in range(iterations):
-        open_ = gradient.abs().amax(1) > tolerance
-        if not open_.any():
-            break
-        direction = history.direction(gradient)
-        slope = (direction * gradient).sum(1)
-        length = torch.where(open_, 1.0, 0.0).to(x) if history.slots else open_ / gradient.norm(dim=1).clamp_min(1.0)
+    x: Tensor
+    target: Tensor
+    penalty: Tensor
+
+    def objective(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Values, (problems,), and gradients of weights ``w``, (problems, dim, classes)."""
+        logits = self.x @ w
+        level = logits.logsumexp(-1, keepdim=True)
+        loss = (level[..., 0] - (logits * self.target).sum(-1)).mean(-1) + 0.5 * (self.penalty * w.square()).sum((1, 2))
+        error = (logits - level).exp_().sub_(self.target)
+        return loss, (self.x.mT @ error).div_(self.x.shape[1]).add_(self.penalty * w)
+
+    def inverse_curvature(self, w: Tensor | None) -> Tensor:
+        """One matrix for all classes, (problems, dim, dim): the Hessian with one p (1 - p) per image, between its classes' mean and
+        largest; None: with the bound 1/4.
+
+        Features of one block are alike, so that the Hessian's eigenvalues differ by orders of magnitude; this evens them out.
+        """
+        weight = self.x.new_full((*self.x.shape[:2], 1), 0.25)
+        if w is not None:
+            p = (self.x @ w).softmax(-1)
+            spread = p * (1 - p)
+            weight = (spread.mean(-1, keepdim=True) * spread.amax(-1, keepdim=True)).sqrt().clamp_min(1e-5)
+        hessian = self.x.mT @ (weight * self.x) / self.x.shape[1]
+        shift = torch.maximum(self.penalty[:, 0, 0], 1e-12 * hessian.diagonal(dim1=1, dim2=2).mean(1))  # for huge C
+        hessian.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+        return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+
+    def subset(self, keep: Tensor) -> "_Problems":
+        return _Problems(self.x[keep], self.target[keep], self.penalty[keep])
+
+
+def minimise(problems: _Problems, *, tolerance: float, iterations: int) -> Tensor:
+    """Weights, (problems, dim, classes), by L-BFGS with backtracking; problems that have converged leave the batch."""
+    w = solution = problems.x.new_zeros(*problems.x.shape[::2], problems.target.shape[-1])
+    value, gradient = problems.objective(w)
+    history, rows = _History(w), torch.arange(len(w), device=w.device)
+    for i in range(iterations):
+        if i % REFRESH == 0:
+            keep = gradient.abs().amax((1, 2)) > tolerance
+            solution = solution.index_copy(0, rows, w)
+            if not keep.all():
+                if not keep.any():
+                    return solution
+                rows, w, value, gradient = rows[keep], w[keep], value[keep], gradient[keep]
+                problems, history = problems.subset(keep), history.subset(keep)
+            inverse = problems.inverse_curvature(w if i else None)
+        direction = history.direction(gradient, inverse)
+        slope, length = (direction * gradient).sum((1, 2)), torch.ones_like(value)
         for _ in range(30):
-            trial = x - length[:, None] * direction
-            trial_value, trial_gradient = objective(trial)
+            trial = w - length[:, None, None] * direction
+            trial_value, trial_gradient = problems.objective(trial)
             fine = trial_value <= value - 1e-4 * length * slope
             if fine.all():
                 break
             length = torch.where(fine, length, 0.5 * length)
-        better = trial_value <= value
-        trial, trial_value = torch.where(better[:, None], trial, x), torch.where(better, trial_value, value)
-        trial_gradient = torch.where(better[:, None], trial_gradient, gradient)
-        step = trial - x
-        if not (step != 0).any():  # rounding stops every problem
-            break
-        history.add(step, trial_gradient - gradient)
-        x, value, gradient = trial, trial_value, trial_gradient
-    return x
+        better = (trial_value <= value)[:, None, None]
+        trial, trial_gradient = torch.where(better, trial, w), torch.where(better, trial_gradient, gradient)
+        history.add(trial - w, trial_gradient - gradient)
+        w, value, gradient = trial, torch.minimum(trial_value, value), trial_gradient
+    return solution.index_copy(0, rows, w)
 
 
 class _History:
@@ -189,39 +215,44 @@ class _History:
     only touched by batched matrix products.
     """
 
-    def __init__(self, x: Tensor):
-        problems, size = x.shape
-        self.vectors = x.new_zeros(problems, 2 * HISTORY, size)  # steps, then changes
-        self.dots = x.new_zeros(problems, 2 * HISTORY, 2 * HISTORY)
+    def __init__(self, w: Tensor):
+        problems, size = len(w), w[0].numel()
+        self.steps, self.changes = w.new_zeros(problems, HISTORY, size), w.new_zeros(problems, HISTORY, size)
+        self.dots = w.new_zeros(problems, HISTORY, HISTORY)  # steps times changes
         self.slots: list[int] = []  # oldest first
+
+    def subset(self, keep: Tensor) -> "_History":
+        self.steps, self.changes, self.dots = self.steps[keep], self.changes[keep], self.dots[keep]
+        return self
 
     def add(self, step: Tensor, change: Tensor) -> None:
         slot = self.slots.pop(0) if len(self.slots) == HISTORY else len(self.slots)
         self.slots.append(slot)
-        for row, vector in ((slot, step), (HISTORY + slot, change)):
-            self.vectors[:, row] = vector
-        for row in (slot, HISTORY + slot):
-            self.dots[:, row] = self.dots[:, :, row] = (self.vectors @ self.vectors[:, row, :, None])[..., 0]
+        self.steps[:, slot], self.changes[:, slot] = step.flatten(1), change.flatten(1)
+        self.dots[:, :, slot] = _times(self.steps, self.changes[:, slot])
+        self.dots[:, slot] = _times(self.changes, self.steps[:, slot])
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """(problems, size); the gradient itself where nothing is remembered."""
+    def direction(self, gradient: Tensor, inverse: Tensor) -> Tensor:
+        """(problems, dim, classes); ``inverse``: of the curvature where nothing is remembered, (problems, dim, dim)."""
         if not self.slots:
-            return gradient
-        dots, along = self.dots, (self.vectors @ gradient[..., None])[..., 0]  # (problems, 2 * HISTORY)
-        weight, alphas = torch.zeros_like(along), {}
-        curvature = dots[:, :HISTORY, HISTORY:].diagonal(dim1=1, dim2=2)
-        inverse = torch.where(curvature > 1e-20, 1 / curvature.clamp_min(1e-20), 0.0)
+            return inverse @ gradient
+        curvature = self.dots.diagonal(dim1=1, dim2=2)
+        scale = torch.where(curvature > 1e-25, 1 / curvature.clamp_min(1e-25), 0.0)
+        along, alpha = _times(self.steps, gradient.flatten(1)), torch.zeros_like(curvature)
         for slot in reversed(self.slots):
-            alphas[slot] = inverse[:, slot] * (along[:, slot] + (dots[:, slot] * weight).sum(1))
-            weight[:, HISTORY + slot] -= alphas[slot]
-        newest = self.slots[-1]
-        gamma = curvature[:, newest] / dots[:, HISTORY + newest, HISTORY + newest].clamp_min(1e-30)
-        gamma = torch.where(gamma > 0, gamma, 1.0)
-        weight *= gamma[:, None]
+            alpha[:, slot] = scale[:, slot] * (along[:, slot] - (self.dots[:, slot] * alpha).sum(1))
+        rest = gradient.flatten(1) - (alpha[:, None] @ self.changes)[:, 0]
+        direction = (inverse @ rest.view_as(gradient)).flatten(1)
+        along, weight = _times(self.changes, direction), torch.zeros_like(curvature)
         for slot in self.slots:
-            beta = inverse[:, slot] * (gamma * along[:, HISTORY + slot] + (dots[:, HISTORY + slot] * weight).sum(1))
-            weight[:, slot] += alphas[slot] - beta
-        return gamma[:, None] * gradient + (weight[:, None] @ self.vectors)[:, 0]
+            beta = scale[:, slot] * (along[:, slot] + (self.dots[:, :, slot] * weight).sum(1))
+            weight[:, slot] = alpha[:, slot] - beta
+        return (direction + (weight[:, None] @ self.steps)[:, 0]).view_as(gradient)
+
+
+def _times(vectors: Tensor, vector: Tensor) -> Tensor:
+    """Dot products, (problems, HISTORY), of (problems, HISTORY, size) with (problems, size)."""
+    return (vectors @ vector[..., None])[..., 0]
 
 
 def _rows_normalised(x: Tensor) -> Tensor:
