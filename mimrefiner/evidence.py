@@ -3,7 +3,7 @@
 One command trains (going on where it was cut off), measures and writes ``assets/evidence_PRESET.csv`` and, for the claims,
 ``evidence_PRESET_claims.csv``, which notebook 04 and the page of results show::
 
-    python -m mimrefiner.evidence --data parquet:TINY_IMAGENET --seeds 0,1            # hours on 2 CPU cores
+    python -m mimrefiner.evidence --data parquet:TINY_IMAGENET                        # hours on 2 CPU cores
     python -m mimrefiner.evidence --data parquet:TINY_IMAGENET --preset natural-gpu   # the same with a GPU's epochs and more models
 """
 
@@ -47,7 +47,7 @@ class Recipe:
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
     """What is trained; the first is the main one. A CPU affords no refinement of SimMIM, whose epochs are slow; a GPU affords
-    decoder depths, a deeper model and, for the main one, the controls."""
+    decoder depths, a deeper model and, for the main one, the control with labels."""
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
         simmim = replace(load_preset("natural-simmim"), dataset=data)
@@ -65,8 +65,8 @@ def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
     ]
 
 
-def affords_controls(main: Recipe) -> bool:
-    """Whether the computation of refinement is also spent on more pre-training, and on labels."""
+def affords_labels(main: Recipe) -> bool:
+    """Whether the computation of refinement is also spent on labels."""
     return main.preset.name != "natural"
 
 
@@ -77,8 +77,8 @@ def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
         for seed in recipe.seeds:
             yield f"{recipe.name} refined", seed, store.refined(_refined_with(recipe.preset, seed)).ema_encoder
     main = recipes[0]
-    if affords_controls(main):
-        yield f"{main.name} trained longer", 0, store.pretrained_longer(main.preset).encoder
+    yield f"{main.name} trained longer", 0, store.pretrained_longer(main.preset).encoder
+    if affords_labels(main):
         yield f"{main.name} fine-tuned with labels", 0, store.finetuned(main.preset)
     yield "random weights", 0, build_vit(main.preset.encoder)
 
@@ -104,10 +104,9 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
             epochs = refine.heads_epochs + refine.refine_epochs
             add(recipe.name, "refinement", seed, epochs, store.refined(_refined_with(preset, seed)))
     main = recipes[0]
-    if affords_controls(main):
-        longer = store.pretrained_longer(main.preset)
-        epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
-        add(main.name, "longer pre-training", 0, epochs, longer)
+    longer = store.pretrained_longer(main.preset)
+    epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
+    add(main.name, "longer pre-training", 0, epochs, longer)
     return pd.DataFrame(facts)
 
 

@@ -17,7 +17,7 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     evidence.main()
     rows, claims = (pd.read_csv(tmp_path / f"evidence_natural{part}.csv") for part in ("", "_claims"))
-    names = {"MAE", "MAE refined", "SimMIM", "random weights", "raw pixels"}
+    names = {"MAE", "MAE refined", "MAE trained longer", "SimMIM", "random weights", "raw pixels"}
     assert set(rows["model"]) == names
     refined = rows[rows["model"] == "MAE refined"]
     assert set(refined["seed"]) == {0, 1} and refined.groupby("seed")["weights_sha256"].nunique().eq(1).all()
