@@ -164,7 +164,8 @@ def plot_timeline(rows: pd.DataFrame, *, title: str) -> Figure:
     axes.plot(dates, rows["value"], color=PALETTE[0], marker="o", drawstyle="steps-post")
     for date, name, value in zip(dates, rows["name"], rows["value"], strict=True):
         axes.annotate(f"{name} {value:.1f}", (date, value), xytext=(-3, 5), textcoords="offset points", ha="right", fontsize=7)
-    axes.set(xlabel="published", ylabel="ImageNet linear probe (%)", title=title, ylim=(rows["value"].min() - 0.6, rows["value"].max() + 0.7))
+    axes.set(xlabel="published", ylabel="ImageNet linear probe (%)", title=title)
+    axes.set_ylim(rows["value"].min() - 0.6, rows["value"].max() + 0.7)
     axes.set_xlim(dates.min() - pd.Timedelta(days=560), dates.max() + pd.Timedelta(days=120))
     return figure
 
@@ -251,12 +252,12 @@ def plot_two_curves(curves: pd.DataFrame, left: str, right: str, *, unit: str, t
     """
     figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.7), layout="constrained")
     _label_blocks(axes, curves["block"].max() + 1)
-    for i, (name, scale, unit, side) in enumerate(((left, 100, "%", axes), (right, 1, unit, axes.twinx()))):
+    for i, (name, scale, label, side) in enumerate(((left, 100, "%", axes), (right, 1, unit, axes.twinx()))):
         stats = scale * curves.groupby("block")[name].agg(["mean", "std"])
         x, spread = stats.index.to_numpy() + 1, stats["std"].fillna(0)
         side.plot(x, stats["mean"], color=PALETTE[i], marker=MARKERS[i], label=name)
         side.fill_between(x, stats["mean"] - spread, stats["mean"] + spread, color=PALETTE[i], alpha=0.18, linewidth=0)
-        side.set_ylabel(f"{name}\n({unit})", color=PALETTE[i])
+        side.set_ylabel(f"{name}\n({label})", color=PALETTE[i])
         side.tick_params(axis="y", colors=PALETTE[i])
     axes.set_title(title)
     return figure
