@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from mimrefiner.checkpoint import atomic_file
 from mimrefiner.results import write_csv
@@ -94,7 +95,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
     Args:
         history: of :func:`mimrefiner.refine`, columns stage, step, ``by`` and the metrics; where both stages are in it, stage 3
             is to the right of the dotted line.
-        metrics: column -> title of its panel.
+        metrics: column -> title of its panel, with its unit.
         title: over the figure.
         by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
     """
@@ -114,7 +115,9 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
         axes.set(xlabel="step")
         axes.set_title(label, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(values))
+    legend = _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(values))
+    if by == "block":
+        legend.set_title("head on (block 1 = first)", {"size": 7})
     return figure
 
 
@@ -161,7 +164,8 @@ def plot_timeline(rows: pd.DataFrame, *, title: str) -> Figure:
     axes.plot(dates, rows["value"], color=PALETTE[0], marker="o", drawstyle="steps-post")
     for date, name, value in zip(dates, rows["name"], rows["value"], strict=True):
         axes.annotate(f"{name} {value:.1f}", (date, value), xytext=(-3, 5), textcoords="offset points", ha="right", fontsize=7)
-    axes.set(ylabel="ImageNet linear probe (%)", title=title, ylim=(rows["value"].min() - 0.6, rows["value"].max() + 0.7))
+    axes.set(xlabel="published", ylabel="ImageNet linear probe (%)", title=title)
+    axes.set_ylim(rows["value"].min() - 0.6, rows["value"].max() + 0.7)
     axes.set_xlim(dates.min() - pd.Timedelta(days=560), dates.max() + pd.Timedelta(days=120))
     return figure
 
@@ -180,7 +184,7 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
         closed = np.append(radius[group], radius[group].iloc[0])
         axes.plot(np.append(angles, angles[0]), closed, color=PALETTE[i], marker=MARKERS[i], label=group)
         axes.fill(angles, radius[group], color=PALETTE[i], alpha=0.08)
-    names = [f"{name}\n{low[name]:.1f} to {high[name]:.1f}" for name in table.index]
+    names = [f"{name}\n{low[name]:.1f} to {high[name]:.1f} %" for name in table.index]
     axes.set_xticks(angles, names, fontsize=6.5)
     for tick, angle in zip(axes.get_xticklabels(), angles, strict=True):  # labels grow away from the circle
         across = np.cos(angle)
@@ -241,19 +245,19 @@ def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, ti
     return figure
 
 
-def plot_two_curves(curves: pd.DataFrame, left: str, right: str, *, title: str) -> Figure:
+def plot_two_curves(curves: pd.DataFrame, left: str, right: str, *, unit: str, title: str) -> Figure:
     """Two quantities per block on two axes, mean and ± one standard deviation over seeds; ``left`` is a share, drawn in percent.
 
-    ``curves``: columns block (0-based), seed, ``left`` and ``right``.
+    ``curves``: columns block (0-based), seed, ``left`` and ``right``; ``unit``: of ``right``.
     """
     figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.7), layout="constrained")
     _label_blocks(axes, curves["block"].max() + 1)
-    for i, (name, scale, side) in enumerate(((left, 100, axes), (right, 1, axes.twinx()))):
+    for i, (name, scale, label, side) in enumerate(((left, 100, "%", axes), (right, 1, unit, axes.twinx()))):
         stats = scale * curves.groupby("block")[name].agg(["mean", "std"])
         x, spread = stats.index.to_numpy() + 1, stats["std"].fillna(0)
         side.plot(x, stats["mean"], color=PALETTE[i], marker=MARKERS[i], label=name)
         side.fill_between(x, stats["mean"] - spread, stats["mean"] + spread, color=PALETTE[i], alpha=0.18, linewidth=0)
-        side.set_ylabel(f"{name} (%)" if scale == 100 else name, color=PALETTE[i])
+        side.set_ylabel(f"{name}\n({label})", color=PALETTE[i])
         side.tick_params(axis="y", colors=PALETTE[i])
     axes.set_title(title)
     return figure
@@ -349,7 +353,7 @@ def plot_protocols(rows: pd.DataFrame, *, order: Sequence[str], models: Sequence
         )
     axes.set_xticks(range(len(order)), order)
     axes.grid(axis="y", color="0.92", linewidth=0.6)
-    axes.set(ylabel="accuracy (%)", title=title)
+    axes.set(xlabel="protocol", ylabel="accuracy (%)", title=title)
     _legend_below(figure, axes, columns=len(models))
     return figure
 
@@ -465,5 +469,5 @@ def _label_blocks(axes, depth: int) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend_below(figure: Figure, axes, columns: int = 2) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+def _legend_below(figure: Figure, axes, columns: int = 2) -> Legend:
+    return figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)

@@ -48,6 +48,15 @@ def test_history_sets_stage_three_behind_stage_two():
     figure = plotting.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t")
     assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
     assert [line.get_label() for line in figure.axes[0].lines[:2]] == ["block 1", "block 2"]
+    assert figure.legends[0].get_title().get_text() == "head on (block 1 = first)"
+
+
+def test_two_curves_have_units():
+    curves = pd.DataFrame({"block": [0, 1], "seed": 0, "accuracy": [0.1, 0.2], "loss": [2.0, 1.0]})
+    left, right = plotting.plot_two_curves(curves, "accuracy", "loss", unit="nats", title="t").axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("accuracy\n(%)", "loss\n(nats)")
+    assert left.lines[0].get_ydata().tolist() == pytest.approx([10, 20])
+    assert right.lines[0].get_ydata().tolist() == [2, 1]
 
 
 def test_ablations_show_every_seed_and_the_recipe():
@@ -65,7 +74,7 @@ def test_spider_scales_every_axis_on_its_own():
     rows = pd.DataFrame({"axis": ["x", "x", "y", "y"], "group": ["a", "b"] * 2, "value": [1.0, 3.0, 90.0, 80.0]})
     figure = plotting.plot_spider(rows, title="t")
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.25, 1.0, 0.25]
-    assert figure.axes[0].get_xticklabels()[0].get_text() == "x\n1.0 to 3.0"
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "x\n1.0 to 3.0 %"
 
 
 def test_maps_tell_many_classes_apart():
