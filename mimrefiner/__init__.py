@@ -10,13 +10,13 @@ from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.losses import multi_view_nna_loss, nna_loss
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.nn_queue import NNQueue
+from mimrefiner.parameters import start_run
 from mimrefiner.probes.clustering import cluster
 from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_predict
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import low_shot
 from mimrefiner.refiner import MIMRefiner
 from mimrefiner.report import probe
-from mimrefiner.runner import start_run
 from mimrefiner.train import pretrain, refine
 
 __version__ = "0.1.0"

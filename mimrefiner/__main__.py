@@ -158,8 +158,8 @@ def add_probe(commands) -> None:
 def do_probe(args) -> None:
     import torch
 
+    from mimrefiner.parameters import check_writable
     from mimrefiner.report import markdown, probe
-    from mimrefiner.runner import check_writable
 
     precisions = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if args.precision not in precisions:
@@ -326,7 +326,7 @@ def _train(args, train, names: tuple[str, ...]) -> None:
 
 def _preset_and_data(args):
     from mimrefiner import load_preset
-    from mimrefiner.runner import check_writable
+    from mimrefiner.parameters import check_writable
     from mimrefiner.store import load_split
 
     preset = load_preset(args.preset, args.seed)
@@ -340,7 +340,7 @@ def _preset_and_data(args):
 
 def _assigned(option: str, pairs: list[str]) -> dict:
     """NAME=VALUE pairs; a value is read as a Python literal where it is one, else as text."""
-    from mimrefiner.runner import assignments
+    from mimrefiner.parameters import assignments
 
     found = {}
     for given in pairs:

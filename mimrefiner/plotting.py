@@ -1,4 +1,4 @@
-"""One style, one function per figure. Figures label blocks 1..depth; code and files count from 0."""
+"""One style, and figures of numbers: one function each. Figures label blocks 1..depth; code and files count from 0."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,6 @@ from mimrefiner.results import write_csv
 COLUMN = 3.4  # inches: one column of a two-column paper
 PAGE = 7.0  # both columns
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
-# of classes, of which there are more than seven: Petroff 2021, arXiv 2107.02270
-CLASS_PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -69,7 +67,7 @@ def plot_blocks(
     else:
         _label_blocks(axes, rows["block"].max() + 1)
     axes.set(ylabel=ylabel, title=title)
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -85,7 +83,7 @@ def plot_block_panels(
         axes.set_title(name)
     np.atleast_1d(all_axes)[0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=9)
-    _legend_below(figure, np.atleast_1d(all_axes)[0], columns=4)
+    legend_below(figure, np.atleast_1d(all_axes)[0], columns=4)
     return figure
 
 
@@ -115,7 +113,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
         axes.set(xlabel="step")
         axes.set_title(label, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    legend = _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(values))
+    legend = legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(values))
     if by == "block":
         legend.set_title("head on (block 1 = first)", {"size": 7})
     return figure
@@ -192,56 +190,7 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
     axes.set(yticks=[], ylim=(0, 1.05))
     axes.tick_params(pad=4)
     axes.set_title(title, pad=18)
-    _legend_below(figure, axes, columns=radius.shape[1])
-    return figure
-
-
-def plot_circles(panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]], *, title: str) -> Figure:
-    """Unit vectors in the plane and the forces on some of them.
-
-    Args:
-        panels: panel title -> (label -> points (n, 2), starts of arrows (m, 2), arrows (m, 2)).
-        title: over the figure.
-    """
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE * 0.8, 3.2), layout="constrained")
-    angle = np.linspace(0, 2 * np.pi, 200)
-    for axes, (name, (points, starts, arrows)) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
-        axes.plot(np.cos(angle), np.sin(angle), color="0.85", zorder=0)
-        for i, (label, x) in enumerate(points.items()):
-            axes.plot(x[:, 0], x[:, 1], MARKERS[i], color=PALETTE[i], label=label, markersize=5)
-        axes.quiver(
-            *starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, width=0.007, headwidth=4, headlength=4,
-            headaxislength=3.5, color="0.15", zorder=4,
-        )  # fmt: skip
-        axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
-        sns.despine(ax=axes, left=True, bottom=True)
-        axes.set_title(name, fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    _legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(points))
-    return figure
-
-
-def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, title: str) -> Figure:
-    """Rows of small pictures under each other, such as queries and what was found for them.
-
-    Args:
-        rows: row label -> (image (height, width, 3) uint8, right or wrong or None) for every column; right gets a blue frame, wrong
-            an orange dashed one.
-        title: over the figure.
-    """
-    columns = max(len(row) for row in rows.values())
-    side = PAGE * 0.84 / columns
-    figure, all_axes = plt.subplots(len(rows), columns, figsize=(PAGE, len(rows) * side * 1.12 + 0.35), squeeze=False)
-    for row_axes, (label, row) in zip(all_axes, rows.items(), strict=True):
-        for axes, (image, right) in zip(row_axes, row, strict=True):
-            axes.imshow(image, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(visible=right is not None, linewidth=1.8, color=PALETTE[0] if right else PALETTE[1])
-                spine.set_linestyle("-" if right else "--")
-        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6, fontsize=7)
-    figure.subplots_adjust(left=0.16, right=0.995, bottom=0.01, top=1 - 0.3 / figure.get_figheight(), wspace=0.08, hspace=0.08)
-    figure.suptitle(title, fontsize=9)
+    legend_below(figure, axes, columns=radius.shape[1])
     return figure
 
 
@@ -325,18 +274,6 @@ def _protocol_title(protocol: str) -> str:
     return {"linear": "linear probe", "kmeans": "k-means", "spectrum": "effective rank"}.get(protocol, protocol.replace("_", " "))
 
 
-def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str) -> Figure:
-    """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the one on x), values 0 to 1."""
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
-    image = axes.imshow(table, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    for axis, blocks in ((axes.xaxis, table.shape[1]), (axes.yaxis, table.shape[0])):
-        shown = [b for b in range(blocks) if blocks <= 12 or b == 0 or (b + 1) % 4 == 0]
-        axis.set_ticks(shown, [str(b + 1) for b in shown])
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    figure.colorbar(image, ax=axes, label="linear CKA")
-    return figure
-
-
 def plot_protocols(rows: pd.DataFrame, *, order: Sequence[str], models: Sequence[str], title: str) -> Figure:
     """Accuracy by protocol, one marker per model; the bar is ± one standard deviation over seeds.
 
@@ -354,88 +291,8 @@ def plot_protocols(rows: pd.DataFrame, *, order: Sequence[str], models: Sequence
     axes.set_xticks(range(len(order)), order)
     axes.grid(axis="y", color="0.92", linewidth=0.6)
     axes.set(xlabel="protocol", ylabel="accuracy (%)", title=title)
-    _legend_below(figure, axes, columns=len(models))
+    legend_below(figure, axes, columns=len(models))
     return figure
-
-
-def plot_maps(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str, columns: int = 2) -> Figure:
-    """Points in the plane, one panel per entry, one colour and marker per class.
-
-    Args:
-        maps: panel title -> (images, 2).
-        labels: (images,) indices into ``classes``.
-        classes, title, columns: names of the classes, title of the figure, panels per row.
-    """
-    rows = -(-len(maps) // columns)
-    side = PAGE / columns
-    figure, all_axes = plt.subplots(rows, columns, figsize=(PAGE, rows * side * 0.9 + 0.7), layout="constrained", squeeze=False)
-    for axes in all_axes.flat[len(maps) :]:
-        axes.remove()
-    for axes, (name, xy) in zip(all_axes.flat, maps.items(), strict=False):
-        _draw_map(axes, xy, labels, classes)
-        axes.set_title(name, fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    fitting = max(1, 110 // (max(map(len, classes)) + 5))  # about 110 letters and marks in a line of the page's width
-    _legend_below(figure, all_axes[0, 0], columns=min(len(classes), 10, fitting))
-    return figure
-
-
-def plot_thumbnails(xy: np.ndarray, images: Sequence[np.ndarray], labels, *, title: str, most: int = 250) -> Figure:
-    """A map drawn with the images themselves, framed in their class's colour; images that would cover another are left out."""
-    figure, axes = plt.subplots(figsize=(PAGE * 0.8, PAGE * 0.8), layout="constrained")
-    places = (xy - xy.min(0)) / np.ptp(xy, axis=0)  # UMAP's axes have no unit
-    taken: list[np.ndarray] = []
-    for place, image, label in zip(places, images, labels, strict=True):
-        if len(taken) >= most or any(np.abs(place - other).max() < 0.038 for other in taken):
-            continue
-        taken.append(place)
-        box = (place[0] - 0.018, place[0] + 0.018, place[1] - 0.018, place[1] + 0.018)
-        axes.imshow(image, extent=box, interpolation="nearest", zorder=2)
-        colour, _ = _class_style(int(label))
-        axes.add_patch(plt.Rectangle((box[0], box[2]), 0.036, 0.036, fill=False, edgecolor=colour, linewidth=1.2, zorder=3))
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[], yticks=[], aspect="equal")
-    sns.despine(ax=axes, left=True, bottom=True)
-    axes.set_title(f"{title}; {len(taken)} of {len(images)} images", fontsize=9)
-    return figure
-
-
-def block_slider(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str) -> None:
-    """A slider over maps, shown in the notebook; needs ipywidgets and a live kernel."""
-    import ipywidgets
-
-    def show(panel: str) -> None:
-        axes = plt.figure(figsize=(COLUMN * 1.4, COLUMN * 1.4), layout="constrained").add_subplot()
-        _draw_map(axes, maps[panel], labels, classes)
-        axes.set_title(f"{title}: {panel}")
-        plt.show()
-
-    slider = ipywidgets.SelectionSlider(options=list(maps), description="after", continuous_update=False)
-    ipywidgets.interact(show, panel=slider)
-
-
-def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
-    """A row of images, (height, width, 3) uint8 each, with a word under each."""
-    figure, all_axes = plt.subplots(1, len(images), figsize=(PAGE, PAGE / len(images) + 0.5), layout="constrained")
-    for axes, image, label in zip(np.atleast_1d(all_axes), images, labels, strict=True):
-        axes.imshow(image, interpolation="nearest")
-        axes.set_xlabel(label)
-        axes.set(xticks=[], yticks=[])
-        sns.despine(ax=axes, left=True, bottom=True)
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
-def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
-    for i, name in enumerate(classes):
-        colour, marker = _class_style(i)
-        axes.scatter(*xy[np.asarray(labels) == i].T, s=9, color=colour, marker=marker, linewidths=0, label=name)
-    axes.set(xticks=[], yticks=[])
-    sns.despine(ax=axes, left=True, bottom=True)
-
-
-def _class_style(i: int) -> tuple[str, str]:
-    """Colour and marker of class ``i``: colours repeat after ten, pairs of both after 70."""
-    return CLASS_PALETTE[i % len(CLASS_PALETTE)], MARKERS[i % len(MARKERS)]
 
 
 def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool, relative: bool = False) -> None:
@@ -469,5 +326,6 @@ def _label_blocks(axes, depth: int) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend_below(figure: Figure, axes, columns: int = 2) -> Legend:
+def legend_below(figure: Figure, axes, columns: int = 2) -> Legend:
+    """One legend under the whole figure, made of the lines and points of ``axes``."""
     return figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)

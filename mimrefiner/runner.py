@@ -1,6 +1,5 @@
-"""Notebooks: strict parameters inside them, and their execution in batch through papermill."""
+"""Notebooks in batch: shared models first, then one process per notebook through papermill."""
 
-import ast
 import hashlib
 import json
 import os
@@ -19,81 +18,20 @@ import torch
 
 from mimrefiner import store
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.config import Preset, describe, load_preset
+from mimrefiner.config import Preset, load_preset
 from mimrefiner.errors import InputError
 from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
+from mimrefiner.parameters import check_writable, compare_parameters, declared_parameters, parse_seeds, project_folder
 from mimrefiner.results import (
     CLAIM_COLUMNS,
     ROW_COLUMNS,
-    Run,
     claims_table,
-    device_name,
     environment,
     markdown_table,
     write_csv,
     write_json,
     write_table,
 )  # fmt: skip
-
-INJECTED = "# Parameters"  # papermill's first line of the cell it adds
-
-
-def start_run(name: str, names: dict) -> Run:
-    """First call of every notebook: check its parameters, say what they resolve to, return the run that collects results.
-
-    Args:
-        name: of the notebook, without suffix.
-        names: the notebook's ``globals()``, with ``preset``, ``seeds`` and ``out``.
-
-    Raises:
-        InputError: a parameter that the notebook does not have (papermill passes misspelt ones on) or one of another type.
-    """
-    check_parameters(names.get("In", []))
-    preset = load_preset(names["preset"])
-    run = Run(name, preset, parse_seeds(names["seeds"]), Path(names["out"] or _project_folder() / "runs" / "interactive"))
-    check_writable(run.out)
-    print(f"{name}: preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, run.seeds))}, on {device_name()}")
-    print(describe(preset))
-    return run
-
-
-def check_parameters(cells: list[str]) -> None:
-    """Compare the cell papermill injected with the parameters cell above it; ``cells`` are the notebook's inputs so far."""
-    injected = [i for i, cell in enumerate(cells) if cell.startswith(INJECTED)]
-    if injected:
-        declared = assignments(cells[injected[-1] - 1])
-        compare_parameters(declared, assignments(cells[injected[-1]]))
-
-
-def compare_parameters(declared: dict, given: dict) -> None:
-    """InputError for a name that was not declared or a value of another type than the default (int passes for float)."""
-    valid = ", ".join(f"{name} ({type(value).__name__}, default {value!r})" for name, value in declared.items())
-    for name, value in given.items():
-        if name not in declared:
-            raise InputError(f"unknown parameter {name!r}: this notebook has {valid}")
-        expected = type(declared[name])
-        if type(value) is not expected and not (expected is float and type(value) is int):
-            raise InputError(f"parameter {name} must be {expected.__name__}, got {value!r}: this notebook has {valid}")
-
-
-def assignments(code: str) -> dict:
-    """The plain ``name = literal`` assignments of a cell."""
-    found = {}
-    for node in ast.parse(code).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
-
-
-def parse_seeds(seeds: str) -> tuple[int, ...]:
-    """ "0,1,2" as integers."""
-    try:
-        parsed = tuple(int(seed) for seed in str(seeds).split(","))
-    except ValueError:
-        raise InputError(f"seeds must be whole numbers with commas between, such as 0,1,2, got {seeds!r}") from None
-    if min(parsed) < 0 or len(set(parsed)) < len(parsed):
-        raise InputError(f"seeds must be different and >= 0, got {seeds!r}")
-    return parsed
 
 
 @dataclass(frozen=True)
@@ -248,7 +186,7 @@ def run_job(call: str) -> None:
 
 def find_notebooks(names: list[str]) -> list[Path]:
     """The notebooks called for, in order: all, or by full name or leading number."""
-    folder = _project_folder() / "notebooks"
+    folder = project_folder() / "notebooks"
     there = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not there:
         raise InputError("no notebooks here: run this from a checkout of the project")
@@ -261,14 +199,6 @@ def find_notebooks(names: list[str]) -> list[Path]:
     return chosen or there
 
 
-def declared_parameters(notebook: Path) -> dict:
-    """Names and defaults in the cell tagged ``parameters``."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return assignments(cell.source)
-    raise InputError(f"{notebook.name} has no cell tagged parameters")
-
-
 def collect(out: Path) -> None:
     """Join the rows and claims of all notebooks in ``out`` that ended well."""
     for what, columns in (("results", ROW_COLUMNS), ("claims", CLAIM_COLUMNS)):
@@ -279,16 +209,6 @@ def collect(out: Path) -> None:
     write_table(claims, out / "tables" / "claims")
     with atomic_file(out / "claims.md") as temporary:
         temporary.write_text(markdown_table(claims))
-
-
-def check_writable(folder: Path) -> None:
-    """InputError unless files can be written under ``folder``."""
-    try:
-        with atomic_file(folder / ".writable") as temporary:
-            temporary.write_text("x")
-        (folder / ".writable").unlink(missing_ok=True)  # several runs may write to one folder
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another folder with --out") from error
 
 
 def _model_jobs(preset: Preset, seeds: tuple[int, ...], notebooks: list[Path], out: Path) -> list[Job]:
@@ -388,11 +308,3 @@ def _execute(notebook: Path, out: Path, parameters: dict) -> None:
     with atomic_file(out / "notebooks" / notebook.name) as temporary:
         nbformat.write(executed, temporary)
     unfinished.unlink()
-
-
-def _project_folder() -> Path:
-    """The checkout this package lies in, else the nearest folder above the working one with notebooks, else that one."""
-    for folder in (Path(__file__).resolve().parent.parent, Path.cwd(), *Path.cwd().parents):
-        if (folder / "notebooks").is_dir():
-            return folder
-    return Path.cwd()

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from mimrefiner import results, runner
+from mimrefiner import parameters, results, runner
 
 NOTEBOOKS = runner.find_notebooks([])
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -93,9 +93,9 @@ class Noted(dict):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
 def test_every_declared_parameter_is_read(notebook, tmp_path):
-    declared = runner.declared_parameters(notebook)
+    declared = parameters.declared_parameters(notebook)
     given = Noted(declared | {"preset": "smoke", "out": str(tmp_path)})
-    runner.start_run(notebook.stem, given)
+    parameters.start_run(notebook.stem, given)
     cells = nbformat.read(notebook, as_version=4).cells
     code = [c.source for c in cells if c.cell_type == "code" and not {"parameters", "solution"} & set(c.metadata.get("tags", []))]
     loaded = {n.id for c in code for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}

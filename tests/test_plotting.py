@@ -1,5 +1,4 @@
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -75,16 +74,6 @@ def test_spider_scales_every_axis_on_its_own():
     figure = plotting.plot_spider(rows, title="t")
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.25, 1.0, 0.25]
     assert figure.axes[0].get_xticklabels()[0].get_text() == "x\n1.0 to 3.0 %"
-
-
-def test_maps_tell_many_classes_apart():
-    assert len({plotting._class_style(i) for i in range(49)}) == 49
-    xy, labels = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10
-    figure = plotting.plot_maps({"one": xy}, labels, [str(i) for i in range(10)], title="t", columns=1)
-    assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 30
-    images = [np.zeros((4, 4, 3), np.uint8)] * 30
-    shown = plotting.plot_thumbnails(xy, images, labels, title="t")
-    assert "of 30 images" in shown.axes[0].get_title()
 
 
 def test_paper_figures_use_the_published_numbers():

@@ -13,39 +13,6 @@ import mimrefiner as mr
 from mimrefiner import runner
 from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS
 
-DECLARED = 'preset = "tiny"  # a comment\nseeds = "0"\nshare = 0.5\n'
-
-
-def test_assignments_are_read_without_running_anything():
-    assert runner.assignments(DECLARED) == {"preset": "tiny", "seeds": "0", "share": 0.5}
-
-
-def test_parameters_that_fit_pass():
-    runner.check_parameters(["", DECLARED, '# Parameters\npreset = "smoke"\nshare = 1\n'])
-    runner.check_parameters(["", DECLARED])
-    runner.check_parameters([])
-
-
-@pytest.mark.parametrize(
-    ("injected", "message"),
-    [
-        ('persets = "smoke"', r"unknown parameter 'persets': this notebook has preset \(str, default 'tiny'\), seeds"),
-        ("preset = 3", "parameter preset must be str, got 3"),
-        ("seeds = (0, 1)", r"parameter seeds must be str, got \(0, 1\)"),
-        ('share = "half"', "parameter share must be float, got 'half'"),
-    ],
-)
-def test_a_misspelt_or_ill_typed_parameter_is_named(injected, message):
-    with pytest.raises(mr.InputError, match=message):
-        runner.check_parameters(["", DECLARED, f"# Parameters\n{injected}\n"])
-
-
-def test_seeds_are_parsed():
-    assert runner.parse_seeds("0,2,1") == (0, 2, 1)
-    for wrong in ("a", "", "0,0", "-1", "1.5"):
-        with pytest.raises(mr.InputError, match="seeds must be"):
-            runner.parse_seeds(wrong)
-
 
 def test_notebooks_are_found_by_name_and_number():
     names = [path.stem for path in runner.find_notebooks([])]
@@ -69,22 +36,6 @@ def test_nothing_runs_with_a_wrong_parameter(tmp_path, monkeypatch):
             runner.run_notebooks(["00"], **{"preset": "smoke", "seeds": "0", "out": tmp_path, **change})
 
 
-def test_an_unwritable_folder_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(mr.InputError, match=r"cannot write to .*choose another folder with --out"):
-        runner.check_writable(tmp_path / "file" / "below")
-
-
-def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(mr.InputError, match="No space left on device"):
-        runner.check_writable(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 HEAD = 'preset = "smoke"\nseeds = "0"\nout = ""\nfail = False\n'
 WRITE = f"""
 from pathlib import Path
@@ -105,7 +56,7 @@ def write_notebook(folder, name, *code):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project whose notebooks do next to nothing."""
-    monkeypatch.setattr(runner, "_project_folder", lambda: tmp_path)
+    monkeypatch.setattr(runner, "project_folder", lambda: tmp_path)
     write_notebook(tmp_path, "00_one", "print('one says hello')")
     write_notebook(tmp_path, "01_two", "if fail:\n    raise NameError('it was asked to')")
     return tmp_path
@@ -152,7 +103,7 @@ BATCH = """
 import sys
 from pathlib import Path
 from mimrefiner import runner
-runner._project_folder = lambda: Path(sys.argv[1])
+runner.project_folder = lambda: Path(sys.argv[1])
 runner.run_notebooks([], preset="smoke", seeds="0", out=Path(sys.argv[1]) / "out", batch=runner.Batch(resume=True))
 """
 

@@ -1,0 +1,44 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from mimrefiner import pictures
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+def test_maps_tell_many_classes_apart():
+    assert len({pictures._class_style(i) for i in range(49)}) == 49
+    xy, labels = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10
+    figure = pictures.plot_maps({"one": xy}, labels, [str(i) for i in range(10)], title="t", columns=1)
+    assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 30
+    images = [np.zeros((4, 4, 3), np.uint8)] * 30
+    shown = pictures.plot_thumbnails(xy, images, labels, title="t")
+    assert "of 30 images" in shown.axes[0].get_title()
+
+
+def test_neighbours_are_framed_by_right_and_wrong():
+    image = np.zeros((4, 4, 3), np.uint8)
+    figure = pictures.plot_neighbours({"query": [(image, None), (image, True), (image, False)]}, title="t")
+    frames = [axes.spines["left"] for axes in figure.axes]
+    assert [frame.get_visible() for frame in frames] == [False, True, True]
+    assert [frame.get_linestyle() for frame in frames[1:]] == ["-", "--"]
+    assert figure.axes[0].get_ylabel() == "query"
+
+
+def test_likeness_counts_blocks_from_one():
+    axes = pictures.plot_similarity(np.eye(3, 4), title="t", xlabel="x", ylabel="y").axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "4"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1", "2", "3"]
+
+
+def test_the_arrow_of_a_force_begins_at_its_point():
+    points = np.array([[0.0, 1.0]])
+    panel = {"targets z": points, "neighbour": points, "predictions p": points}, points, np.array([[0.5, 0.0]])
+    axes = pictures.plot_circles({"one": panel}, title="t").axes[0]
+    assert axes.get_title() == "one"
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(panel[0])
