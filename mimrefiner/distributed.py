@@ -59,6 +59,29 @@ def any_process(flag: bool) -> bool:
     return bool(value.item())
 
 
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        dist.barrier()
+
+
+def from_first(function: Callable):
+    """What ``function()`` returns on the first process (the others do not call it), on all of them; bad input and errors of
+    the file system there are raised on all, so that none waits in vain."""
+    if world() == 1:
+        return function()
+    box = [None]
+    if rank() == 0:
+        try:
+            box = [function()]
+        except (InputError, OSError) as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], (InputError, OSError)):
+        raise box[0]
+    return box[0]
+
+
 def gather(x: Tensor) -> Tensor:
     """The rows of all processes in order: (rows, ...) -> (world * rows, ...). Gradients are summed over processes."""
     return x if world() == 1 else _Gather.apply(x.contiguous())

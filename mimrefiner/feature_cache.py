@@ -1,8 +1,9 @@
-"""Features on disk: one memory-mapped file per block and pooling, filled in the data set's order.
+"""Features on disk: one file per block and pooling, the images in the data set's order, memory-mapped when it is read.
 
-Progress is noted after every batch, so that a killed extraction goes on at the next image. Every ``SHARD`` images the bytes of each
-file get a checksum. A folder made from other weights, data, transform or by another version is announced and filled anew; a damaged
-shard is announced and filled again from there on.
+Every process writes the rows of its own images into the same files and notes after every batch which it has written, with their
+checksums, in a file of its own. Whoever comes next, however many processes, puts the notes together and goes on with the images
+that are missing. A folder made from other weights, data, transform or by another version is announced and filled anew; images
+whose bytes are not those that were written are announced and extracted again.
 """
 
 import errno
@@ -12,23 +13,27 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mimrefiner import distributed
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features, block_modules, feature_batches, resolve
 from mimrefiner.models import eval_transform
 from mimrefiner.results import write_json
 
-FORMAT = "mimrefiner-features-2"
-STATE, LABELS = "state.json", "labels.bin"
-SHARD = 8192  # images that share a checksum
+FORMAT = "mimrefiner-features-3"
+STATE, LABELS, PIECES = "state.json", "labels.bin", "pieces_{}.json"
+SHARD = 8192  # images that share a checksum, at least and up to a batch more
 
 
 def cached_features(
@@ -45,9 +50,11 @@ def cached_features(
 ) -> Features:
     """Features as :func:`mimrefiner.extract_features` gives them, kept in ``folder`` and mapped from there, not read.
 
+    In a process group every process fills in its share of the images that are missing, and all return the whole.
+
     Args:
         encoder, dataset, blocks, pools, final_norm, autocast: see :func:`mimrefiner.extract_features`.
-        folder: of this cache; its name should say model and split.
+        folder: of this cache; its name should say model and split. All processes must see the same one.
         dtype: "float32", or "float16" for half the space.
         loading: batch_size, num_workers and device.
 
@@ -55,30 +62,40 @@ def cached_features(
         Features whose ``x[pool]`` is a list of memory-mapped (images, dim_b), one per block.
 
     Raises:
-        InputError: no room on the disk (nothing is left behind); a folder with other files than features.
+        InputError: no room on the disk (known before the work, nothing is left behind); a folder with other files than features.
     """
-    folder = Path(folder)
+    folder, n = Path(folder), len(dataset)
     blocks, pools = resolve(encoder, blocks, pools)
-    made_of = {
-        "format": FORMAT, "weights_sha256": sha256_of(encoder), "data_sha256": _data_hash(dataset), "images": len(dataset),
-        "transform": repr(eval_transform(encoder)), "blocks": list(blocks), "pools": list(pools), "final_norm": final_norm,
-        "autocast": str(autocast), "dtype": dtype,
-    }  # fmt: skip
-    state = _open(folder, made_of)
-    if state["done"] < len(dataset):
+
+    def opened() -> dict:
+        return _open(folder, {
+            "format": FORMAT, "weights_sha256": sha256_of(encoder), "data_sha256": _data_hash(dataset), "images": n,
+            "transform": repr(eval_transform(encoder)), "blocks": list(blocks), "pools": list(pools), "final_norm": final_norm,
+            "autocast": str(autocast), "dtype": dtype,
+        })  # fmt: skip
+
+    state = distributed.from_first(opened)
+    missing = np.ones(n, bool)
+    for piece in state["pieces"]:
+        missing[piece["start"] : piece["stop"]] = False
+    missing = np.flatnonzero(missing)
+    if len(missing):
+        rank, world = distributed.rank(), distributed.world()
+        rows = missing[len(missing) * rank // world : len(missing) * (rank + 1) // world]
+        padding = [0] * (-(-len(missing) // world) - len(rows))  # the same number everywhere: sharded encoders wait
         options = {"final_norm": final_norm, "autocast": autocast, **loading}
-        batches = feature_batches(encoder, dataset, range(state["done"], len(dataset)), blocks, pools, **options)
-        _fill(folder, state, batches, blocks, pools, np.dtype(dtype))
-    maps = {(pool, block): _map(folder, state, pool, block, "c") for pool in pools for block in blocks}
-    x = {pool: [torch.from_numpy(maps[pool, block]) for block in blocks] for pool in pools}
-    y = torch.from_numpy(np.array(_labels(folder, len(dataset), "r")))
+        _fill(folder, state, rows, feature_batches(encoder, dataset, [*rows.tolist(), *padding], blocks, pools, **options))
+        distributed.barrier()
+    maps = {name: _map(folder, state, name, "c") for name in state["widths"]}
+    x = {pool: [torch.from_numpy(maps[_name(pool, block)]) for block in blocks] for pool in pools}
+    y = torch.from_numpy(np.array(_map(folder, state, LABELS, "r")))
     return Features(x, y, blocks, len(block_modules(encoder)))
 
 
 def _open(folder: Path, made_of: dict) -> dict:
     """The state of a usable folder; a new one where there is none, or where the old one is of something else."""
-    file = folder / STATE
-    new = {"made_of": made_of, "done": 0, "widths": {}, "checksums": {}}
+    file, notes = folder / STATE, sorted(folder.glob(PIECES.format("*")))
+    new = {"made_of": made_of, "widths": {}, "pieces": []}
     if not folder.exists() or not any(folder.iterdir()):
         return new
     if not file.is_file():
@@ -86,69 +103,94 @@ def _open(folder: Path, made_of: dict) -> dict:
     try:
         state = json.loads(file.read_text())
         different = [name for name in made_of if state["made_of"].get(name) != made_of[name]]
+        pieces = [*state.get("pieces", ()), *(piece for note in notes for piece in json.loads(note.read_text()))]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         different = [STATE]
     if different:
         print(f"{folder} holds features of other {', '.join(different)}: extracting anew", file=sys.stderr)
-        for old in (*folder.glob("*_block*.bin"), folder / LABELS):  # no other file: the folder is the user's
+        for old in (*folder.glob("*_block*.bin"), folder / LABELS, *notes):  # no other file: the folder is the user's
             old.unlink(missing_ok=True)
         return new
-    damaged = _first_damaged(folder, state)
-    if damaged is not None:
-        print(f"{folder} is damaged from image {damaged} on: extracting again from there", file=sys.stderr)
-        state["done"] = damaged
-        state["checksums"] = {start: sums for start, sums in state["checksums"].items() if int(start) < damaged}
+    damaged = _damaged(folder, state, pieces)
+    if damaged:
+        where = ", ".join(f"{piece['start']} to {piece['stop'] - 1}" for piece in damaged[:5]) + ", ..." * (len(damaged) > 5)
+        print(f"{folder} is damaged at the images {where}: extracting them again", file=sys.stderr)
+    state["pieces"] = [piece for piece in pieces if piece not in damaged]
+    write_json(state, file)
+    for note in notes:
+        note.unlink()
     return state
 
 
-def _first_damaged(folder: Path, state: dict) -> int | None:
-    """First image of the first shard whose bytes are not those that were written; None where all are."""
-    made_of, n = state["made_of"], state["made_of"]["images"]
-    names = {_name(pool, block): (pool, block) for pool in made_of["pools"] for block in made_of["blocks"]}
-    itemsize = np.dtype(made_of["dtype"]).itemsize
-    if state["done"]:
-        sizes = {name: n * state["widths"][name] * itemsize for name in names} | {LABELS: 8 * n}
-        if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
-            return 0
-    for start, sums in sorted(state["checksums"].items(), key=lambda item: int(item[0])):
-        rows = slice(int(start), min(int(start) + SHARD, n))
-        maps = {name: _map(folder, state, *names[name], "r") for name in names} | {LABELS: _labels(folder, n, "r")}
-        if any(_checksum(maps[name][rows]) != value for name, value in sums.items()):
-            return int(start)
-    return None
+def _damaged(folder: Path, state: dict, pieces: list[dict]) -> list[dict]:
+    """The pieces whose bytes are not those that were written, by their first images."""
+    pieces = sorted(pieces, key=lambda piece: piece["start"])
+    sizes = _sizes(state)
+    if any(not (folder / name).is_file() or (folder / name).stat().st_size != size for name, size in sizes.items()):
+        return pieces
+    maps = {name: _map(folder, state, name, "r") for name in sizes} if pieces else {}
+    return [
+        piece
+        for piece in pieces
+        if any(zlib.crc32(maps[name][piece["start"] : piece["stop"]]) != value for name, value in piece["sums"].items())
+    ]
 
 
-def _fill(folder: Path, state: dict, batches, blocks, pools, dtype: np.dtype) -> None:
-    n = state["made_of"]["images"]
-    maps: dict[str, np.ndarray] = {}
-    labels = None
-    for pooled, label in batches:
-        if not maps:
-            state["widths"] = {_name(p, b): x.shape[1] for p in pools for b, x in zip(blocks, pooled[p], strict=True)}
-            _reserve(folder, state, n, dtype)
-            maps = {_name(p, b): _map(folder, state, p, b, "r+") for p in pools for b in blocks}
-            labels = _labels(folder, n, "r+")
-        start, stop = state["done"], state["done"] + len(label)
-        labels[start:stop] = label
-        for pool in pools:
-            for block, x in zip(blocks, pooled[pool], strict=True):
-                maps[_name(pool, block)][start:stop] = x.numpy()
-        state["done"] = stop
-        for shard in range(start // SHARD * SHARD, stop, SHARD):
-            if shard + SHARD <= stop or stop == n:
-                rows = slice(shard, min(shard + SHARD, n))
-                state["checksums"][str(shard)] = {name: _checksum(x[rows]) for name, x in (maps | {LABELS: labels}).items()}
-        for x in maps.values():
-            x.flush()
-        labels.flush()
-        write_json(state, folder / STATE)  # after the bytes it speaks of
+def _fill(folder: Path, state: dict, rows: np.ndarray, batches: Iterator[tuple[dict[str, list[Tensor]], Tensor]]) -> None:
+    """Write the features of the images ``rows``, this process's; ``batches`` may hold others behind them."""
+    made_of, pieces, done = state["made_of"], [], 0
+    with ExitStack() as stack:
+        for pooled, label in batches:
+            arrays = {
+                _name(pool, block): x.numpy().astype(made_of["dtype"])
+                for pool in made_of["pools"]
+                for block, x in zip(made_of["blocks"], pooled[pool], strict=True)
+            }
+            if not state["widths"]:
+                state["widths"] = {name: x.shape[1] for name, x in arrays.items()}
+            arrays[LABELS] = label.numpy()
+            if done == 0:
+                distributed.from_first(partial(_reserve, folder, state))
+                files = {name: stack.enter_context(_existing(folder / name).open("r+b")) for name in arrays}
+            batch = rows[done : done + len(label)]
+            try:
+                _write(files, arrays, batch, pieces)
+                write_json(pieces, folder / PIECES.format(distributed.rank()))  # after the bytes it speaks of
+            except OSError as error:
+                raise InputError(
+                    f"{folder} takes no more features ({error.strerror}); those that are there are kept: make room and start again"
+                ) from error
+            done += len(batch)
 
 
-def _reserve(folder: Path, state: dict, n: int, dtype: np.dtype) -> None:
+def _write(files: dict[str, BinaryIO], arrays: dict[str, np.ndarray], rows: np.ndarray, pieces: list[dict]) -> None:
+    """Write the first rows of ``arrays`` to their places ``rows`` and add them to the last of ``pieces``, or to a new one."""
+    done = 0
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():  # neighbours in the files
+        start, stop = int(run[0]), int(run[-1]) + 1
+        if not pieces or pieces[-1]["stop"] != start or pieces[-1]["stop"] - pieces[-1]["start"] >= SHARD:
+            pieces.append({"start": start, "stop": start, "sums": dict.fromkeys(arrays, 0)})
+        for name, x in arrays.items():  # written, not mapped: processes on several machines must not share a page
+            content = np.ascontiguousarray(x[done : done + len(run)])
+            files[name].seek(start * content[0].nbytes)
+            files[name].write(content)
+            files[name].flush()
+            pieces[-1]["sums"][name] = zlib.crc32(content, pieces[-1]["sums"][name])
+        pieces[-1]["stop"] = stop
+        done += len(run)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path} is not there on every machine: the processes need a folder that they share")
+    return path
+
+
+def _reserve(folder: Path, state: dict) -> None:
     """Take the whole room on the disk at once, so that a full disk is known before the work is done."""
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {name: n * width * dtype.itemsize for name, width in state["widths"].items()} | {LABELS: 8 * n}
+    sizes = _sizes(state)
     try:
         write_json(state, folder / STATE)  # first: says whose files these are
         for name, size in sizes.items():
@@ -169,22 +211,21 @@ def _reserve(folder: Path, state: dict, n: int, dtype: np.dtype) -> None:
         ) from error
 
 
+def _sizes(state: dict) -> dict[str, int]:
+    """Bytes of every file."""
+    n, itemsize = state["made_of"]["images"], np.dtype(state["made_of"]["dtype"]).itemsize
+    return {name: n * width * itemsize for name, width in state["widths"].items()} | {LABELS: 8 * n}
+
+
 def _name(pool: str, block: int) -> str:
     return f"{pool}_block{block:02d}.bin"
 
 
-def _map(folder: Path, state: dict, pool: str, block: int, mode: str) -> np.memmap:
-    name = _name(pool, block)
-    made_of = state["made_of"]
-    return np.memmap(folder / name, made_of["dtype"], mode, shape=(made_of["images"], state["widths"][name]))
-
-
-def _labels(folder: Path, n: int, mode: str) -> np.memmap:
-    return np.memmap(folder / LABELS, "int64", mode, shape=(n,))
-
-
-def _checksum(x: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(x))
+def _map(folder: Path, state: dict, name: str, mode: str) -> np.memmap:
+    n = state["made_of"]["images"]
+    if name == LABELS:
+        return np.memmap(folder / name, "int64", mode, shape=(n,))
+    return np.memmap(folder / name, state["made_of"]["dtype"], mode, shape=(n, state["widths"][name]))
 
 
 def _data_hash(dataset: Dataset, images: int = 1024) -> str:

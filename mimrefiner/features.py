@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from mimrefiner import distributed
 from mimrefiner.config import check_blocks
 from mimrefiner.data import to_pil
 from mimrefiner.errors import InputError
@@ -199,7 +200,7 @@ def extract_features(
         InputError: a block out of range, cls pooling of a model without cls token, an empty data set.
     """
     blocks, pools = resolve(encoder, blocks, pools)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = distributed.rank(), distributed.world()
     n = len(dataset)
     shares = [range(n * r // world, n * (r + 1) // world) for r in range(world)]
     rows = [*shares[rank], *[0] * (-(-n // world) - len(shares[rank]))]  # the same number everywhere: sharded encoders wait

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
-from mimrefiner import plotting
+from mimrefiner import distributed, plotting
 from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.config import check_blocks
 from mimrefiner.data import load_dataset
@@ -103,10 +102,7 @@ def probe(
     if isinstance(encoder, str):
         encoder = load_encoder(encoder, pretrained=pretrained)
     train, test = (load_dataset(data, split=part) for part in ("trainval", "test")) if isinstance(data, str) else data
-    grouped = dist.is_initialized() and dist.get_world_size() > 1
-    first = not grouped or dist.get_rank() == 0
-    if grouped and cache is not None:
-        raise InputError("features on disk are filled by one process: leave out the cache, or start without torchrun")
+    grouped, first = distributed.world() > 1, distributed.rank() == 0
     folder = None if out is None else Path(out)
     device = default_device() if device is None else torch.device(device)
     depth, names = len(block_modules(encoder)), tuple(pools) if pools is not None else available_pools(encoder)
@@ -116,10 +112,8 @@ def probe(
         "blocks": list(range(depth) if blocks == "all" else check_blocks(blocks, depth)), "pools": list(names), "seed": seed,
         "shots": list(shots), "clusters": clusters, "autocast": str(autocast),
     }  # fmt: skip
-    if folder is not None and first:
-        _open_folder(folder, settings, resume)
-    if grouped:
-        dist.barrier()
+    if folder is not None:
+        distributed.from_first(lambda: _open_folder(folder, settings, resume))
     models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
     if baselines:
         models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
@@ -130,7 +124,9 @@ def probe(
 
     def extracted(model: str) -> tuple[list[str], tuple[Features, ...]]:
         """The probes that are missing, and the features they need."""
-        missing = [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
+        missing = distributed.from_first(
+            lambda: [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
+        )
         if not missing:
             return [], ()
         kept = None if cache is None else Path(cache) / model.replace(" ", "_")

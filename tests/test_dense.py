@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mimrefiner as mr
-from mimrefiner.probes import dense
+from mimrefiner.probes import dense, masks
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def folder(tmp_path):
 
 
 def parts(folder):
-    return (dense.SegmentationFolder(folder, split) for split in ("train", "val"))
+    return (masks.SegmentationFolder(folder, split) for split in ("train", "val"))
 
 
 def test_every_block_learns_colours(vit, folder):
@@ -37,7 +39,8 @@ def test_every_block_learns_colours(vit, folder):
     assert (rows["value"] > 0.5).all()
     again = dense.dense_probe(vit, *parts(folder), classes=3, config=config)
     assert rows.equals(again)
-    untrained = dense.dense_probe(vit, *parts(folder), classes=3, config=dense.DenseConfig(epochs=0.1, batch_size=8, lr=1e-9))
+    config = replace(config, epochs=0.1, learning_rates=(1e-9,))
+    untrained = dense.dense_probe(vit, *parts(folder), classes=3, config=config)
     assert (rows["value"] > untrained["value"]).all()
 
 
@@ -45,17 +48,23 @@ def test_maps_keep_the_places_of_patches(vit):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = vit.forward_intermediates(images, intermediates_only=True)
-    for found, other in zip(dense.patch_maps(vit, images, (0, 1, 2)), expected, strict=True):
-        assert torch.allclose(found, other, atol=1e-5)
+        cls = mr.features.pooled_blocks(vit, images, (0, 1, 2), ("cls",))["cls"]
+    maps, cls_maps = dense.token_maps(vit, images, (0, 1, 2))
+    for block in range(3):
+        assert torch.allclose(maps[block], expected[block], atol=1e-5)
+        assert torch.equal(cls_maps[block], cls[block][:, :, None, None].expand(2, 32, 4, 4))
 
 
-def test_mean_iou_equals_counting_by_hand(vit):
-    model = dense.DenseProbes(vit, (2,), 3, seed=0)
+def test_mean_iou_equals_counting_by_hand():
     guess, mask = torch.randint(3, (2, 4, 4)), torch.randint(3, (2, 4, 4))
-    mask[0, 0, :2] = dense.IGNORE
-    model.forward = lambda images: torch.nn.functional.one_hot(guess, 3).permute(0, 3, 1, 2).float()[None]
-    found = dense.mean_iou(model, [(torch.zeros(2, 3, 4, 4), mask)], 3, torch.device("cpu"))
-    counted = mask != dense.IGNORE
+    mask[0, 0, :2] = masks.IGNORE
+
+    def model(images):
+        return torch.nn.functional.one_hot(guess, 3).permute(0, 3, 1, 2).float()[None]
+
+    options = {"classes": 3, "device": "cpu", "config": dense.DenseConfig(), "window": 4}
+    found = dense.mean_iou(model, [(torch.zeros(2, 3, 4, 4), mask)], **options)
+    counted = mask != masks.IGNORE
     by_hand = []
     for c in range(3):
         a, b = (guess == c) & counted, (mask == c) & counted
@@ -65,12 +74,108 @@ def test_mean_iou_equals_counting_by_hand(vit):
 
 def test_ade20k_settings_are_the_papers():
     config = dense.ade20k()
-    assert (config.epochs, config.batch_size, config.lr, config.ignore_zero) == (50, 16, 0.1, True)
+    assert (config.epochs, config.batch_size, config.learning_rates, config.ignore_zero) == (50, 16, (0.1,), True)
+    assert (config.join, config.stride) == (False, None)
+    config, blocks = dense.ade20k_transfer(24)
+    assert blocks == (11, 15, 19, 23)  # -13, -9, -5, -1
+    assert (config.epochs, config.batch_size, len(config.learning_rates), config.ignore_zero) == (50, 16, 9, True)
+    assert (config.scale, config.max_share, config.stride, config.enlarge) == ((0.5, 2.0), 0.75, 170, "nearest")
+    assert (config.join, config.cls) == (True, True)
+    assert dense.ade20k_transfer(12)[1] == (3, 7, 11)
+
+
+def test_a_window_of_the_images_size_is_a_plain_forward(vit):
+    model = dense.DenseProbes(vit, (0, 2), 3, dense.DenseConfig()).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = model(images)
+        slid = list(dense.slide(model, images, 32, 20, "bilinear"))
+    assert len(slid) == 2
+    for logits, found in zip(plain, slid, strict=True):
+        assert torch.equal(found, torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False))
+
+
+@pytest.mark.parametrize("size", [(70, 32), (61, 45), (33, 90), (20, 50)])
+def test_sliding_equals_a_loop_over_pixels(vit, size):
+    """Every pixel is the mean of what the windows over it say; where the image ends, a window ends with it."""
+    model = dense.DenseProbes(vit, (2,), 3, dense.DenseConfig()).eval()
+    images, window, stride = torch.randn(1, 3, *size), 32, 20
+    padded = torch.zeros(1, 3, max(size[0], window), max(size[1], window))
+    padded[..., : size[0], : size[1]] = images
+
+    def starts(side):
+        found = [0]
+        while found[-1] + window < side:
+            found.append(min(found[-1] + stride, side - window))
+        return found
+
+    said = {}
+    with torch.no_grad():
+        for top in starts(padded.shape[2]):
+            for left in starts(padded.shape[3]):
+                logits = model(padded[..., top : top + window, left : left + window])[0, 0]
+                for y in range(window):
+                    for x in range(window):
+                        said.setdefault((top + y, left + x), []).append(logits[:, y // 8, x // 8])  # the nearest of 4 x 4 patches
+        (found,) = dense.slide(model, images, window, stride, "nearest")
+    assert found.shape == (1, 3, *size)
+    for (y, x), values in said.items():
+        if y < size[0] and x < size[1]:
+            assert torch.allclose(found[0, :, y, x], torch.stack(values).mean(0), atol=1e-5)
+
+
+def test_squares_keep_image_and_mask_together():
+    """The red channel tells the class, so that every pixel of a square can be checked."""
+    rng = np.random.default_rng(0)
+    mask = np.repeat(np.repeat(rng.integers(5, size=(3, 6)), 20, 0), 20, 1).astype(np.uint8)
+    image = np.zeros((60, 120, 3), np.uint8)
+    image[..., 0] = 50 * mask
+    for _ in range(20):
+        square, labels = masks.random_square(Image.fromarray(image), Image.fromarray(mask), 32, (0.5, 2.0), 1.0, (7, 7, 7), rng)
+        pixels, labels = np.asarray(square)[..., 0].astype(int), np.asarray(labels)
+        assert pixels.shape == labels.shape == (32, 32)
+        inside = labels != masks.IGNORE
+        assert (pixels[~inside] == 7).all()
+        assert (abs(pixels - 50 * labels.astype(int))[inside] < 25).mean() > 0.8  # but for blurred borders
+    half = Image.fromarray(np.repeat([[0] * 100 + [1] * 20], 60, 0).astype(np.uint8))
+    shares = []
+    for most in (1.0, 0.75):
+        squares = [masks.random_square(Image.fromarray(image), half, 32, (1.0, 1.0), most, (7, 7, 7), rng)[1] for _ in range(100)]
+        shares.append(np.mean([np.bincount(np.asarray(x).ravel(), minlength=2).max() / 1024 <= 0.75 for x in squares]))
+    assert shares[1] > shares[0] + 0.2  # squares of one class are drawn again
+
+
+def test_transfer_joins_blocks_and_validation_chooses_the_rate(vit, folder):
+    train, val = parts(folder)
+    config, blocks = dense.ade20k_transfer(len(vit.blocks))
+    assert blocks == (2,)
+    config = replace(config, epochs=20, batch_size=8, learning_rates=(1e-9, 0.1), ignore_zero=False, stride=20)
+    rows = dense.dense_probe(vit, train, val, classes=3, config=config, blocks=(0, 2), val=val)
+    assert rows[["block", "pool"]].to_numpy().tolist() == [[2, "tokens"], [2, "tokens+cls"]]
+    assert rows["setting"].tolist() == ["lr=0.1 blocks=0+2"] * 2
+    assert (rows["value"] > 0.5).all()
+    assert vit.blocks[0].attn.qkv.weight.requires_grad
+    with pytest.raises(mr.InputError, match="choosing among 2 learning rates needs validation images"):
+        dense.dense_probe(vit, train, val, classes=3, config=config)
+    with pytest.raises(mr.InputError, match="stride must be between 1 and the window of 32 pixels, got 33"):
+        dense.dense_probe(vit, train, val, classes=3, config=replace(config, stride=33), val=val)
+
+
+def test_probes_do_not_disturb_each_other(vit, folder):
+    trained = []
+    for rates in ((0.1,), (0.1, 0.5)):
+        config = dense.DenseConfig(epochs=1, batch_size=8, learning_rates=rates)
+        model = dense.DenseProbes(vit, (1,), 3, config)
+        train = masks.Prepared(next(parts(folder)), vit, 3, config, random=True)
+        dense._train(model, train, config, torch.device("cpu"), 0)
+        trained.append([layer.weight for layer in model.layers])
+    assert torch.allclose(trained[0][0], trained[1][0], atol=1e-6)
+    assert not torch.allclose(trained[1][0], trained[1][1], atol=1e-2)
 
 
 def test_bad_folders_are_named(vit, folder, tmp_path):
     with pytest.raises(mr.InputError, match="expected PATH/images/SPLIT"):
-        dense.SegmentationFolder(folder, "test")
+        masks.SegmentationFolder(folder, "test")
     train, val = parts(folder)
     with pytest.raises(mr.InputError, match="a mask holds class 2, expected classes 0 to 1"):
         dense.dense_probe(vit, train, val, classes=2, config=dense.DenseConfig(epochs=1))
@@ -79,4 +184,4 @@ def test_bad_folders_are_named(vit, folder, tmp_path):
         val[3]
     (folder / "masks" / "val" / "3.png").unlink()
     with pytest.raises(mr.InputError, match=r"3\.jpg has no mask"):
-        dense.SegmentationFolder(folder, "val")
+        masks.SegmentationFolder(folder, "val")

@@ -1,6 +1,8 @@
 """Two processes (gloo), forked so that they need not import everything again, against one."""
 
+import errno
 import os
+import signal
 import socket
 import sys
 import time
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 import mimrefiner as mr
-from mimrefiner import distributed
+from mimrefiner import distributed, feature_cache
 from mimrefiner.augment import digit_views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.heads import StackedBatchNorm
@@ -287,6 +289,91 @@ def test_a_lost_process_ends_the_other(tmp_path, way):
     assert codes == [1, 9]
     assert time.monotonic() - began < 60
     assert "Error" in (tmp_path / "failed0").read_text()
+
+
+@pytest.fixture
+def cached(vit, digits, tmp_path, monkeypatch):
+    """Fill a cache with the features of 20 images; ``killed``: rank -> the batch of 3 images before which it is killed."""
+    monkeypatch.setattr(feature_cache, "SHARD", 4)
+    images, real, folder = digits["test"].subset(range(20)), feature_cache.feature_batches, tmp_path / "features"
+
+    def run(killed, rank=0):
+        extracted = []
+
+        def batches(*args, **how):
+            extracted.extend(args[2])
+            for i, batch in enumerate(real(*args, **how)):
+                if killed.get(rank) == i:
+                    while not all((folder / f"pieces_{other}.json").exists() for other in killed):
+                        time.sleep(0.01)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+
+        monkeypatch.setattr(feature_cache, "feature_batches", batches)
+        features = feature_cache.cached_features(vit, images, folder, batch_size=3)
+        x = {pool: torch.stack(blocks) for pool, blocks in features.x.items()}
+        return {**x, "y": features.y, "extracted": torch.tensor(extracted)}
+
+    return run
+
+
+def same_features(found, vit, digits):
+    expected = mr.extract_features(vit, digits["test"].subset(range(20)))
+    assert torch.equal(found["y"], expected.y)
+    assert all(torch.allclose(found[pool], x, atol=1e-5) for pool, x in expected.x.items())
+
+
+def test_processes_fill_one_cache(vit, digits, tmp_path, cached):
+    outputs, codes = on_two(partial(cached, {}), tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    for rank, output in enumerate(outputs):
+        assert output["extracted"].tolist() == list(range(10 * rank, 10 * rank + 10))
+        same_features(output, vit, digits)
+    alone = cached({})
+    assert len(alone["extracted"]) == 0  # one process reads what two have written
+    same_features(alone, vit, digits)
+
+
+@pytest.mark.parametrize("then", [1, 2])
+@pytest.mark.parametrize("killed", [{1: 2}, {0: 1, 1: 2}])
+def test_a_cache_goes_on_after_a_kill_with_any_number_of_processes(vit, digits, tmp_path, capsys, cached, killed, then):
+    _, codes = on_two(partial(cached, killed), tmp_path)
+    assert codes == [-9 if rank in killed else 1 for rank in range(2)]
+    outputs = [cached({})] if then == 1 else on_two(partial(cached, {}), tmp_path)[0]
+    missing = [*range(3, 10), *range(16, 20)] if 0 in killed else [*range(16, 20)]
+    extracted = [output["extracted"].tolist() for output in outputs]
+    assert [row for rows in extracted for row in rows if row != 0] == missing
+    assert len({len(rows) for rows in extracted}) == 1  # image 0 makes up the number where the shares differ
+    for output in outputs:
+        same_features(output, vit, digits)
+    same_features(cached({}), vit, digits)
+    assert capsys.readouterr().err == ""  # nothing was found damaged
+
+
+def test_two_go_on_where_one_was_killed(vit, digits, tmp_path, cached):
+    child = os.fork()
+    if child == 0:
+        try:
+            cached({0: 4})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    outputs, _ = on_two(partial(cached, {}), tmp_path)
+    assert torch.cat([output["extracted"] for output in outputs]).tolist() == list(range(12, 20))
+    for output in outputs:
+        same_features(output, vit, digits)
+
+
+def test_a_full_disk_is_said_by_all_processes(tmp_path, cached, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    _, codes = on_two(partial(cached, {}), tmp_path)
+    assert codes == [1, 1]
+    for rank in range(2):
+        assert "InputError: the features need 0.0 MiB" in (tmp_path / f"failed{rank}").read_text()
+    assert not (tmp_path / "features").exists()
 
 
 def test_a_batch_that_cannot_be_shared_is_named(digits):

@@ -38,6 +38,11 @@ def test_equal_to_features_in_memory_and_not_extracted_twice(vit, images, tmp_pa
     assert same(cached_features(vit, images, tmp_path / "f"), expected)
 
 
+def written(folder):
+    """(first, last + 1) of the pieces that the first process noted."""
+    return [(piece["start"], piece["stop"]) for piece in json.loads((folder / "pieces_0.json").read_text())]
+
+
 @pytest.mark.parametrize("batches", [1, 3, 4])
 def test_goes_on_at_the_next_image_after_a_kill(vit, images, tmp_path, monkeypatch, batches):
     def until_killed(*args, run=feature_cache.feature_batches, **options):
@@ -50,10 +55,10 @@ def test_goes_on_at_the_next_image_after_a_kill(vit, images, tmp_path, monkeypat
         patch.setattr(feature_cache, "feature_batches", until_killed)
         with pytest.raises(KeyboardInterrupt):
             cached_features(vit, images, tmp_path / "f", batch_size=3)
-    assert json.loads((tmp_path / "f" / "state.json").read_text())["done"] == 3 * batches
+    assert written(tmp_path / "f") == [(0, min(3 * batches, 9)), (9, 12)][: 1 + (batches > 3)]  # a new checksum after 8 images
     started = []
     real = feature_cache.feature_batches
-    monkeypatch.setattr(feature_cache, "feature_batches", lambda *a, **o: started.append(a[2].start) or real(*a, **o))
+    monkeypatch.setattr(feature_cache, "feature_batches", lambda *a, **o: started.append(a[2][0]) or real(*a, **o))
     assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
     assert started == [3 * batches]
 
@@ -85,15 +90,15 @@ def test_a_flipped_byte_or_a_short_file_is_found_and_mended(vit, images, tmp_pat
     content[10 * 32 * 4] ^= 1  # image 10, in the shard that starts at 8
     file.write_bytes(content)
     assert same(cached_features(vit, images, folder), expected)
-    assert "damaged from image 8 on" in capsys.readouterr().err
+    assert "damaged at the images 8 to 15: extracting them again" in capsys.readouterr().err
     labels = bytearray((folder / "labels.bin").read_bytes())
     labels[8] ^= 1
     (folder / "labels.bin").write_bytes(labels)
     assert same(cached_features(vit, images, folder), expected)
-    assert "damaged from image 0 on" in capsys.readouterr().err
+    assert "damaged at the images 0 to 7:" in capsys.readouterr().err
     os.truncate(file, 100)
     assert same(cached_features(vit, images, folder), expected)
-    assert "damaged from image 0 on" in capsys.readouterr().err
+    assert "damaged at the images 0 to 7, 8 to 15, 16 to 19:" in capsys.readouterr().err
     cached_features(vit, images, folder)
     assert capsys.readouterr().err == ""
 
@@ -110,6 +115,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(vit, images, tmp_path, monke
     with pytest.raises(mr.InputError, match="No space left"):
         cached_features(vit, images, tmp_path / "f")
     assert list((tmp_path / "f").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_later_loses_nothing(vit, images, tmp_path, monkeypatch):
+    def full(files, arrays, rows, pieces, write=feature_cache._write):
+        if rows[0] >= 6:
+            raise OSError(28, "No space left on device")
+        write(files, arrays, rows, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "_write", full)
+        with pytest.raises(mr.InputError, match=r"takes no more features \(No space left on device\); those .* are kept"):
+            cached_features(vit, images, tmp_path / "f", batch_size=3)
+    assert written(tmp_path / "f") == [(0, 6)]
+    assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
 
 
 def test_room_is_asked_for_where_it_cannot_be_taken(vit, images, tmp_path, monkeypatch):
@@ -151,7 +170,7 @@ feature_cache.cached_features(vit, mr.load_dataset("digits", split="test").subse
 def test_a_killed_process_loses_nothing_that_was_written(vit, images, tmp_path, capsys):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "f")])
     assert done.returncode == -signal.SIGKILL
-    assert json.loads((tmp_path / "f" / "state.json").read_text())["done"] == 6
+    assert written(tmp_path / "f") == [(0, 6)]
     assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
     assert capsys.readouterr().err == ""  # neither damaged nor of something else
 

@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -77,9 +79,37 @@ def test_cached_features_give_the_same_report(vit, data, tmp_path):
 def test_torchrun_gives_the_report_of_one_process(tmp_path):
     command = ["-m", "mimrefiner", "probe", "simmim_digits", "digits", "--blocks", "0,11", "--no-baselines", "--out"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, *command, str(tmp_path / "two")], capture_output=True, text=True)
+    cache = ["--cache", str(tmp_path / "cache")]
+    done = subprocess.run([*launcher, *command, str(tmp_path / "two"), *cache], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache" / "model" / "train").glob("pieces_*.json"))) == 2  # each wrote its share
     assert done.stdout.count("# Block report") == 1
     assert main([*command[2:], str(tmp_path / "one")]) == 0
     one, two = (pd.read_csv(tmp_path / name / "report.csv", keep_default_na=False) for name in ("one", "two"))
     pd.testing.assert_frame_equal(one, two, atol=2 / 539)
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    """SIGINT once the first probe is on disk: one line, status 130, and --resume ends with the rows of an undisturbed run."""
+    options = ["simmim_digits", "digits", "--probes", "knn,rank,cluster", "--pools", "cls", "--blocks", "0,11", "--out"]
+    first = tmp_path / "stopped" / "rows_knn_model.csv"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it where SIGINT is ignored here
+    try:
+        command = [sys.executable, "-m", "mimrefiner", "probe", *options, str(tmp_path / "stopped")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while not first.exists() and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "mimrefiner: stopped"
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "stopped" / "report.csv").exists()
+    finished = first.stat().st_mtime_ns
+    assert main(["probe", *options, str(tmp_path / "stopped"), "--resume"]) == 0
+    assert first.stat().st_mtime_ns == finished  # not probed again
+    assert main(["probe", *options, str(tmp_path / "whole")]) == 0
+    rows = [(tmp_path / name / "report.csv").read_text() for name in ("stopped", "whole")]
+    assert rows[0] == rows[1]

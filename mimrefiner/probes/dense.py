@@ -1,102 +1,79 @@
-"""Semantic segmentation with a linear probe on the patch tokens of every block: mean intersection over union.
+"""Semantic segmentation with a linear probe on frozen patch tokens: mean intersection over union.
 
-A 1x1 convolution after batch norm without affine parameters, SGD with momentum 0.9 (``ade20k_per_block`` of the released code). All
-blocks are trained together; the encoder is frozen.
+A 1x1 convolution after batch norm without affine parameters, SGD with momentum 0.9: on every block (``ade20k_per_block`` of the
+released code), or on several blocks joined (``probe_transfer/ade20k``). All probes are trained together; the encoder is frozen.
+The paper's other numbers on ADE20K come from fine-tuning the whole encoder with UperNet, which is no probe and not built in.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.config import check_blocks
-from mimrefiner.data import IMAGE_ENDINGS, epoch_order
+from mimrefiner.data import epoch_order
 from mimrefiner.errors import InputError
-from mimrefiner.features import block_modules
-from mimrefiner.models import normalisation
+from mimrefiner.features import block_modules, check_pools
 from mimrefiner.probes.checks import tidy
+from mimrefiner.probes.masks import IGNORE, DenseConfig, Prepared
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
 
-IGNORE = 255  # the label of pixels that do not count
-
-
-@dataclass(frozen=True)
-class DenseConfig:
-    """Settings of the probe; the defaults are the paper's for ADE20K per block (``lr`` times batch_size / 16).
-
-    ``ignore_zero``: label 0 means "no class" and the classes begin at 1, as in ADE20K's annotation files.
-    """
-
-    epochs: float = 50
-    batch_size: int = 16
-    lr: float = 0.1
-    flip: bool = True
-    ignore_zero: bool = False
-    seed: int = 0
-
 
 def ade20k() -> DenseConfig:
-    """ADE20K: 150 classes, 20,210 training images, 224 px; about one pass of 50 epochs over the frozen encoder."""
+    """ADE20K per block: 150 classes, 20,210 training images, 224 px; about 50 epochs over the frozen encoder.
+
+    Test images are resized to 224 px, so that the window of 224 px which the released settings slide by 170 is the whole image.
+    Enlarging bilinearly is ours, the settings do not say.
+    """
     return DenseConfig(ignore_zero=True)
 
 
-class SegmentationFolder(Dataset):
-    """(RGB image, mask) from ``PATH/images/SPLIT/NAME.jpg`` and ``PATH/masks/SPLIT/NAME.png``; masks hold a class per pixel.
+def ade20k_transfer(depth: int) -> tuple[DenseConfig, tuple[int, ...]]:
+    """ADE20K as the paper's linear-probe transfer: (settings, the blocks to join for an encoder of ``depth`` blocks).
 
-    Raises:
-        InputError: a missing or empty folder, an image without mask, files that can not be read, sizes that differ.
+    Every fourth block counted from the end, four of them, with and without cls token, nine learning rates, random squares of images
+    of half to double size, full-size test images under a window of 224 px that slides by 170 px. Our reading: validation images
+    choose the rate, fewer blocks are joined where there are fewer than 13, and logits are enlarged by their nearest neighbours in
+    training too.
     """
-
-    def __init__(self, path: Path | str, split: str):
-        path = Path(path).expanduser()
-        images, masks = path / "images" / split, path / "masks" / split
-        for folder in (images, masks):
-            if not folder.is_dir():
-                raise InputError(f"{folder} does not exist: expected PATH/images/SPLIT and PATH/masks/SPLIT")
-        self.files = [(f, masks / f"{f.stem}.png") for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_ENDINGS]
-        if not self.files:
-            raise InputError(f"{images} holds no images")
-        for image, mask in self.files:
-            if not mask.is_file():
-                raise InputError(f"{image.name} has no mask: expected {mask}")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, Image.Image]:
-        try:
-            with Image.open(self.files[i][0]) as image, Image.open(self.files[i][1]) as mask:
-                image, mask = image.convert("RGB"), Image.fromarray(np.asarray(mask, dtype=np.uint8))
-        except (OSError, SyntaxError, ValueError, TypeError) as error:
-            raise InputError(f"{self.files[i][0]} or its mask cannot be decoded: {error}") from error
-        if image.size != mask.size:
-            raise InputError(f"{self.files[i][0]} is {image.size} and its mask {mask.size} pixels wide and high")
-        return image, mask
+    config = DenseConfig(
+        learning_rates=(1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), ignore_zero=True, scale=(0.5, 2.0), max_share=0.75,
+        stride=170, enlarge="nearest", join=True, cls=True,
+    )  # fmt: skip
+    return config, tuple(block for block in range(depth - 13, depth, 4) if block >= 0)
 
 
 class DenseProbes(nn.Module):
-    """A linear classifier on the patch tokens of every block of a frozen encoder."""
+    """Linear classifiers on patch tokens of a frozen encoder: per block, or on all blocks joined; with cls tokens or without.
 
-    def __init__(self, encoder: nn.Module, blocks: Sequence[int], classes: int, seed: int):
+    Attributes:
+        kinds: (blocks, with cls token) of every batch norm; behind each is one layer per learning rate, rates innermost.
+    """
+
+    def __init__(self, encoder: nn.Module, blocks: Sequence[int], classes: int, config: DenseConfig):
         super().__init__()
-        self.encoder, self.blocks = encoder.eval().requires_grad_(False), tuple(blocks)
+        self.encoder, self.blocks, self.rates = encoder.eval().requires_grad_(False), tuple(blocks), len(config.learning_rates)
+        groups = [self.blocks] if config.join else [(block,) for block in self.blocks]
+        self.kinds = [(group, cls) for cls in ((False, True) if config.cls else (False,)) for group in groups]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.norms = nn.ModuleList(nn.BatchNorm2d(encoder.embed_dim, affine=False) for _ in blocks)
-            self.layers = nn.ModuleList(nn.Conv2d(encoder.embed_dim, classes, 1) for _ in blocks)
+            torch.manual_seed(config.seed)
+            dims = [encoder.embed_dim * len(group) * (1 + cls) for group, cls in self.kinds]
+            self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
+            self.layers = nn.ModuleList(nn.Conv2d(dim, classes, 1) for dim in dims for _ in config.learning_rates)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits per patch, (blocks, batch, classes, rows, columns)."""
-        maps = patch_maps(self.encoder, images, self.blocks)
-        return torch.stack([layer(norm(x)) for layer, norm, x in zip(self.layers, self.norms, maps, strict=True)])
+        """Logits per patch, (probes, batch, classes, rows, columns)."""
+        maps, cls_maps = token_maps(self.encoder, images, self.blocks)
+        logits = []
+        for i, (norm, (group, cls)) in enumerate(zip(self.norms, self.kinds, strict=True)):
+            parts = [maps[block] for block in group] + ([cls_maps[block] for block in group] if cls else [])
+            x = norm(torch.cat(parts, 1))
+            logits += [layer(x) for layer in self.layers[i * self.rates : (i + 1) * self.rates]]
+        return torch.stack(logits)
 
 
 def dense_probe(
@@ -107,92 +84,165 @@ def dense_probe(
     classes: int,
     config: DenseConfig | None = None,
     blocks: str | Sequence[int] = "all",
+    val: Dataset | None = None,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> pd.DataFrame:
-    """Mean intersection over union of a linear probe on every block.
-
-    Images and masks are resized to the encoder's input size; logits are enlarged bilinearly to the mask. (The paper's transfer
-    protocol of a sliding window over full-size images is not built in.)
+    """Mean intersection over union of linear probes on the blocks of a frozen encoder.
 
     Args:
         encoder: a timm ViT; frozen.
-        train, test: data sets of (RGB image, mask), such as :class:`SegmentationFolder`; mask value 255 does not count.
+        train, test: data sets of (RGB image, mask), such as :class:`~mimrefiner.probes.masks.SegmentationFolder`; the mask
+            value 255 does not count.
         classes: number of classes.
-        config: see :class:`DenseConfig`; None takes the paper's.
+        config: see :class:`DenseConfig`; None takes the paper's for every block.
         blocks: "all" or 0-based.
+        val: chooses among several learning rates; needed for that only.
 
     Returns:
-        One row per block, metric "mIoU" over the classes that occur, columns as :data:`mimrefiner.probes.checks.COLUMNS`.
+        One row per block (per cls or not), metric "mIoU" over the classes that occur, columns as
+        :data:`mimrefiner.probes.checks.COLUMNS`; ``block`` is the last of joined ones, ``setting`` the learning rate and the blocks
+        that were joined.
 
     Raises:
-        InputError: a class in a mask that is not below ``classes``; a block out of range.
+        InputError: a class in a mask that is not below ``classes``; a block out of range; several learning rates without ``val``;
+            cls tokens of a model that has none.
     """
     config, device = config or DenseConfig(), torch.device(device)
     depth = len(block_modules(encoder))
     blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
+    _check(config, encoder, val)
     home = next(encoder.parameters()).device
-    model = DenseProbes(encoder, blocks, classes, config.seed).to(device)
-    batch_size = min(config.batch_size, len(train))
-    per_epoch = len(train) // batch_size
-    steps = max(1, round(config.epochs * per_epoch))
-    peak = config.lr * batch_size / 16
-    parameters = [*model.layers.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
-    prepared = {name: _Prepared(part, encoder, classes, config.ignore_zero) for name, part in (("train", train), ("test", test))}
-    order = [
-        [int(i) for i in epoch_order(len(train), step // per_epoch, config.seed)[step % per_epoch * batch_size :][:batch_size]]
-        for step in range(steps)
-    ]
-    loader = DataLoader(prepared["train"], batch_sampler=order, num_workers=num_workers)
-    generator = torch.Generator().manual_seed(config.seed)
-    for step, (images, masks) in enumerate(progress(loader, "dense probe", steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, 0.1 * steps, peak, 1e-6)
-        if config.flip:
-            flipped = torch.rand(len(images), generator=generator) < 0.5
-            images[flipped], masks[flipped] = images[flipped].flip(-1), masks[flipped].flip(-1)
-        loss = _loss(model(images.to(device)), masks.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    values = mean_iou(model.eval(), DataLoader(prepared["test"], batch_size, num_workers=num_workers), classes, device)
-    encoder.requires_grad_(True).to(home)
-    rows = [
-        {
-            "block": block, "pool": "tokens", "protocol": "dense_linear", "metric": "mIoU", "seed": config.seed, "value": value,
-            "n_train": len(train), "n_test": len(test),
-        }
-        for block, value in zip(blocks, values.tolist(), strict=True)
-    ]  # fmt: skip
+    model = DenseProbes(encoder, blocks, classes, config).to(device)
+    try:
+        _train(model, Prepared(train, encoder, classes, config, random=True), config, device, num_workers)
+        model.eval()
+        options = {"classes": classes, "device": device, "config": config, "window": encoder.pretrained_cfg["input_size"][-1]}
+
+        def measured(part: Dataset) -> Tensor:
+            """(kinds, learning rates)."""
+            batch_size = 1 if config.stride else config.batch_size  # full-size images differ in size
+            batches = DataLoader(Prepared(part, encoder, classes, config), batch_size, num_workers=num_workers)
+            return mean_iou(model, batches, **options).unflatten(0, (len(model.kinds), -1))
+
+        best = measured(val).argmax(1) if len(config.learning_rates) > 1 else torch.zeros(len(model.kinds), dtype=torch.long)
+        values = measured(test).gather(1, best[:, None])[:, 0]
+    finally:
+        encoder.requires_grad_(True).to(home)
+    rows = []
+    for (group, cls), value, rate in zip(model.kinds, values.tolist(), best.tolist(), strict=True):
+        joined = f" blocks={'+'.join(map(str, group))}" if config.join else ""
+        rows.append({
+            "block": group[-1], "pool": "tokens+cls" if cls else "tokens", "protocol": "dense_linear", "metric": "mIoU",
+            "seed": config.seed, "value": value, "n_train": len(train), "n_test": len(test),
+            "setting": f"lr={config.learning_rates[rate]:g}{joined}",
+        })  # fmt: skip
     return tidy(rows)
 
 
+def _check(config: DenseConfig, encoder: nn.Module, val: Dataset | None) -> None:
+    if len(config.learning_rates) > 1 and val is None:
+        raise InputError(f"choosing among {len(config.learning_rates)} learning rates needs validation images: pass val=")
+    if config.cls:
+        check_pools(encoder, ("cls",))
+    if config.enlarge not in ("bilinear", "nearest"):
+        raise InputError(f"enlarge must be bilinear or nearest, got {config.enlarge!r}")
+    size = encoder.pretrained_cfg["input_size"][-1]
+    if config.stride is not None and not 1 <= config.stride <= size:
+        raise InputError(f"stride must be between 1 and the window of {size} pixels, got {config.stride}")
+
+
+def _train(model: DenseProbes, train: Dataset, config: DenseConfig, device: torch.device, num_workers: int) -> None:
+    batch_size = min(config.batch_size, len(train))
+    per_epoch = len(train) // batch_size
+    steps = max(1, round(config.epochs * per_epoch))
+    groups = [
+        {"params": layer.parameters(), "peak": config.learning_rates[i % model.rates] * batch_size / 16}
+        for i, layer in enumerate(model.layers)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    order = []
+    for step in range(steps):
+        epoch, batch = divmod(step, per_epoch)
+        rows = epoch_order(len(train), epoch, config.seed)[batch * batch_size :][:batch_size]
+        order.append([(epoch, int(i)) for i in rows])
+    loader = DataLoader(train, batch_sampler=order, num_workers=num_workers)
+    generator = torch.Generator().manual_seed(config.seed)
+    for step, (images, masks) in enumerate(progress(loader, "dense probe", steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(step, steps, 0.1 * steps, group["peak"], 1e-6)
+        if config.flip:
+            flipped = torch.rand(len(images), generator=generator) < 0.5
+            images[flipped], masks[flipped] = images[flipped].flip(-1), masks[flipped].flip(-1)
+        masks = masks.to(device)
+        optimizer.zero_grad()
+        logits = model(images.to(device))
+        leaf = logits.detach().requires_grad_()
+        for probe in leaf:  # one after another: logits per pixel of all probes would be gigabytes
+            loss = F.cross_entropy(_enlarge(probe, masks.shape[-1], config.enlarge), masks, ignore_index=IGNORE, reduction="sum")
+            (loss / (masks != IGNORE).sum().clamp_min(1)).backward()
+        logits.backward(leaf.grad)
+        optimizer.step()
+
+
 @torch.no_grad()
-def mean_iou(model: DenseProbes, batches, classes: int, device: torch.device) -> Tensor:
-    """Mean intersection over union per block, over the classes that occur in masks or predictions, (blocks,)."""
-    table = torch.zeros(len(model.blocks), classes * classes, dtype=torch.long)
+def mean_iou(model: nn.Module, batches: Iterable, *, classes: int, device, config: DenseConfig, window: int) -> Tensor:
+    """Mean intersection over union of every probe, over the classes that occur in masks or predictions, (probes,).
+
+    ``model``: images (batch, 3, window, window) -> logits per patch; ``batches``: (images, masks) of any size.
+    """
+    table = 0
     for images, masks in batches:
-        predicted = _enlarge(model(images.to(device)), masks.shape[-1]).argmax(2).cpu()  # (blocks, batch, size, size)
         counted = masks != IGNORE
-        for block, guess in enumerate(predicted):
-            table[block] += torch.bincount(masks[counted].long() * classes + guess[counted], minlength=classes * classes)
+        found = []
+        for logits in slide(model, images.to(device), window, config.stride or window, config.enlarge):
+            pairs = masks[counted] * classes + logits.argmax(1).cpu()[counted]
+            found.append(torch.bincount(pairs, minlength=classes * classes))
+        table += torch.stack(found)
     table = table.view(-1, classes, classes).double()
     right = table.diagonal(dim1=1, dim2=2)
     union = table.sum(1) + table.sum(2) - right
     return torch.where(union > 0, right / union.clamp_min(1), 0.0).sum(1) / (union > 0).sum(1)
 
 
+def slide(model: nn.Module, images: Tensor, window: int, stride: int, enlarge: str) -> Iterator[Tensor]:
+    """Logits per pixel, (batch, classes, height, width), of one probe after the other.
+
+    A window of ``window`` pixels slides over the images by ``stride``; the last one of a row or column is moved back to end with
+    the image. Logits are averaged where windows overlap. Images smaller than the window are padded with the mean colour.
+
+    Args:
+        model: images (batch, 3, window, window) -> logits per patch (probes, batch, classes, rows, columns).
+        images: normalised, (batch, 3, height, width).
+        enlarge: "bilinear" or "nearest".
+    """
+    height, width = images.shape[-2:]
+    images = F.pad(images, (0, max(0, window - width), 0, max(0, window - height)))
+    tops, lefts = ([min(start, side - window) for start in range(0, side - window + stride, stride)] for side in images.shape[-2:])
+    places = [(..., slice(top, top + window), slice(left, left + window)) for top in tops for left in lefts]
+    patches = [model(images[place]) for place in places]  # small: per patch
+    for probe in range(len(patches[0])):
+        total = patches[0].new_zeros(len(images), patches[0].shape[2], *images.shape[-2:])
+        times = total.new_zeros(images.shape[-2:])
+        for place, logits in zip(places, patches, strict=True):
+            total[place] += _enlarge(logits[probe], window, enlarge)
+            times[place] += 1
+        yield (total / times)[..., :height, :width]
+
+
 @torch.no_grad()
-def patch_maps(encoder: nn.Module, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-    """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each."""
+def token_maps(encoder: nn.Module, images: Tensor, blocks: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each, and the first token of each spread over such a
+    map (the cls token where there is one)."""
     patch = encoder.patch_embed.patch_size[0]
     rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
     maps: dict[int, Tensor] = {}
+    first: dict[int, Tensor] = {}
 
     def keep(block: int):
         def hook(module, inputs, tokens):
             maps[block] = tokens[:, encoder.num_prefix_tokens :].mT.unflatten(2, (rows, columns)).float()
+            first[block] = tokens[:, 0, :, None, None].float().expand_as(maps[block])
 
         return hook
 
@@ -202,41 +252,9 @@ def patch_maps(encoder: nn.Module, images: Tensor, blocks: Sequence[int]) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    return [maps[block] for block in blocks]
+    return maps, first
 
 
-class _Prepared(Dataset):
-    """Images as normalised tensors and masks as class indices, both of the encoder's input size."""
-
-    def __init__(self, dataset: Dataset, encoder: nn.Module, classes: int, ignore_zero: bool):
-        self.dataset, self.classes, self.ignore_zero = dataset, classes, ignore_zero
-        self.size = encoder.pretrained_cfg["input_size"][-1]
-        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in normalisation(encoder))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.dataset[i]
-        shape = (self.size, self.size)
-        pixels = torch.from_numpy(np.array(image.resize(shape, Image.Resampling.BICUBIC))).permute(2, 0, 1).float() / 255
-        mask = torch.from_numpy(np.array(mask.resize(shape, Image.Resampling.NEAREST))).long()
-        if self.ignore_zero:
-            mask = torch.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1)
-        worst = mask[mask != IGNORE].max().item() if (mask != IGNORE).any() else 0
-        if worst >= self.classes:
-            raise InputError(f"a mask holds class {worst}, expected classes 0 to {self.classes - 1} and {IGNORE} for none")
-        return (pixels - self.mean) / self.std, mask
-
-
-def _enlarge(logits: Tensor, size: int) -> Tensor:
-    blocks, batch = logits.shape[:2]
-    return F.interpolate(logits.flatten(0, 1), size=(size, size), mode="bilinear", align_corners=False).unflatten(
-        0, (blocks, batch)
-    )
-
-
-def _loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Sum over blocks of the mean cross-entropy, so that every block's probe sees its own gradient only."""
-    enlarged = _enlarge(logits, masks.shape[-1])
-    return sum(F.cross_entropy(block, masks, ignore_index=IGNORE) for block in enlarged)
+def _enlarge(logits: Tensor, size: int, mode: str) -> Tensor:
+    """(batch, classes, rows, columns) -> (batch, classes, size, size)."""
+    return F.interpolate(logits, size=(size, size), mode=mode, align_corners=False if mode == "bilinear" else None)
