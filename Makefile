@@ -17,13 +17,13 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	touch $@
 
 reproduce: $(VENV)/installed  ## execute all notebooks at preset tiny; everything lands under runs/tiny
-	$(BIN)/python -m mimrefiner run --preset tiny --out runs/tiny
+	$(BIN)/python -m mimrefiner run --preset tiny --workers 2 --out runs/tiny
 
 test: $(VENV)/installed  ## unit tests, golden tests and every notebook at preset smoke
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made if missing) into figures/
-	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --out $(RUN)
+	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --workers 2 --out $(RUN)
 	cp $(RUN)/figures/* $(RUN)/claims.md figures/
 	mkdir -p figures/tables && cp $(RUN)/tables/* figures/tables/
 	@echo "figures/ now shows $(RUN)"

@@ -88,7 +88,7 @@ def run_notebooks(
         key = hashlib.sha256(json.dumps([common, notebook.read_text(), preset, seeds, parameters]).encode()).hexdigest()[:16]
         call = {"name": notebook.stem, "notebook": str(notebook), "out": str(out), "parameters": given, "key": key}
         job = Job(notebook.stem, json.dumps(call), out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout)
-        job.needs = trained if shared_models(notebook) else ()
+        job.needs = trained if shared_models(notebook) or batch.workers > 1 else ()  # models have the cores to themselves
         job.state = "skipped" if batch.resume and _is_done(out, notebook.stem, key) else "waiting"
         if reads_other_notebooks(notebook):  # they come first, and what they do anew makes it stale
             others = jobs[len(trained) :]
@@ -231,13 +231,14 @@ def _start_jobs(jobs: list[Job], board: Board, batch: Batch, out: Path) -> None:
 
         slots = [None] * len(jobs)
     else:
+        slots, cores = list(batch.gpus) or [None] * batch.workers, os.cpu_count() or 1
+        shared = batch.workers > 1 and "OMP_NUM_THREADS" not in os.environ and not batch.gpus
 
         def start(job, slot):
-            return LocalProcess(job, variables if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})
+            at_once = min(batch.workers, len(jobs) if job.needs else sum(not other.needs for other in jobs))
+            threads = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} if shared else {}
+            return LocalProcess(job, threads if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})
 
-        slots = list(batch.gpus) or [None] * batch.workers
-        shared = len(slots) > 1 and "OMP_NUM_THREADS" not in os.environ and not batch.gpus
-        variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(slots)))} if shared else {}
     run_jobs(jobs, start, slots, board, keep_going=batch.keep_going)
 
 

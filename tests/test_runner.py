@@ -114,8 +114,10 @@ def test_killed_and_run_again_it_completes(project):
     write_notebook(project, "01_two", wait)
     command, pid = [sys.executable, "-c", BATCH, str(project)], project / "out" / "pid"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
-        wait_for(lambda: pid.exists() and pid.read_text())
-        first.send_signal(signal.SIGKILL)
+        try:
+            wait_for(lambda: pid.exists() and pid.read_text())
+        finally:
+            first.send_signal(signal.SIGKILL)
     wait_for(lambda: not alive(int(pid.read_text())))  # the kernel ends with the batch
     assert not (project / "out" / "claims.md").exists()
     again = subprocess.run(command, capture_output=True, text=True)
@@ -127,7 +129,7 @@ def test_killed_and_run_again_it_completes(project):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -165,3 +167,26 @@ def test_options_that_can_not_be_met_are_named(options, message):
 def test_notebooks_that_read_the_others_claims_come_last(tmp_path):
     reading = [n.stem for n in runner.find_notebooks([]) if runner.reads_other_notebooks(n)]
     assert reading == ["08_paper_vs_measured"] == [n.stem for n in runner.find_notebooks([])][-1:]
+
+
+def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch):
+    write_notebook(project, "02_three", "import os; print('threads', os.environ['OMP_NUM_THREADS'])")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
+    started = {}
+
+    class Started(runner.LocalProcess):
+        def __init__(self, job, variables):
+            started[job.name] = variables
+            super().__init__(job, variables)
+
+    def one_model(preset, seeds, notebooks, out):
+        call = json.dumps({"models": [], "preset": "smoke", "seed": 0})
+        return [runner.Job("models, seed 0", call, out / "logs" / "models_seed0.log")]
+
+    monkeypatch.setattr(runner, "LocalProcess", Started)
+    monkeypatch.setattr(runner, "_model_jobs", one_model)
+    run(project)
+    assert next(iter(started)) == "models, seed 0" and started["models, seed 0"] == {"OMP_NUM_THREADS": "6"}
+    assert started["00_one"] == started["02_three"] == {"OMP_NUM_THREADS": "3"}
+    assert "threads 3" in (project / "out" / "logs" / "02_three.log").read_text()
