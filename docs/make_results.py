@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
 What was measured with this package, claim by claim. *Seen*: the 95 % interval of the difference lies above zero, or every seed
-agrees; *opposite*: it lies below zero; *not seen*: neither; *open*: one seed can not decide. This page is written by
+agrees; *opposite*: it lies below zero, or every seed disagrees; *not seen*: neither; *open*: one seed can not decide. This page is written by
 `python docs/make_results.py` from the committed tables.
 
 **How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a ViT of 5 M is refined on 64-pixel
