@@ -31,7 +31,8 @@ class Features:
     """Features of a data set.
 
     Attributes:
-        x: for every pooling ("cls", "mean"), float32 (blocks, images, dim); a list of (images, dim_b) where widths differ.
+        x: for every pooling ("cls", "mean"), float32 (blocks, images, dim); a list of (images, dim_b) where widths differ or
+            where they are mapped from a disk.
         y: labels, (images,), -1 where there are none.
         blocks: the 0-based block of every row of ``x``.
         depth: number of blocks of the encoder.
@@ -57,7 +58,12 @@ class Features:
         Raises:
             InputError: another name, a pooling that is not there, a block that was not extracted.
         """
-        return replace(self, x={pool: _stack([self._joined(pool, block) for block in self.blocks]) for pool in pools})
+        return replace(self, x={pool: self._joined_blocks(pool) for pool in pools})
+
+    def _joined_blocks(self, pool: str) -> Tensor | list[Tensor]:
+        if pool in self.x and not isinstance(self.x[pool], Tensor):
+            return self.x[pool]  # a list stays one: stacking would read a disk's features into memory
+        return _stack([self._joined(pool, block) for block in self.blocks])
 
     def _joined(self, pool: str, block: int) -> Tensor:
         parts, last = parse_pool(pool)

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mimrefiner._torchvision  # noqa: F401  before the first timm import
@@ -226,6 +228,20 @@ def normalisation(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, .
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def frozen(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Within it, ``encoder`` is on ``device``, in eval mode and needs no gradient; after it, as it was."""
+    home, was_training = next(encoder.parameters()).device, encoder.training
+    needed = [x.requires_grad for x in encoder.parameters()]
+    encoder.eval().requires_grad_(False).to(device)
+    try:
+        yield
+    finally:
+        encoder.train(was_training).to(home)
+        for x, flag in zip(encoder.parameters(), needed, strict=True):
+            x.requires_grad_(flag)
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,3 +43,11 @@ def test_without_labels_the_clusters_judge_themselves(features):
 def test_more_clusters_than_images_are_refused(features):
     with pytest.raises(mr.InputError, match="between 2 and the number of images 60, got 61"):
         mr.cluster(features, clusters=61)
+
+
+def test_constant_features_leave_out_what_is_not_defined(features):
+    features.x["mean"][0] = 1.0
+    rows = mr.cluster(features)
+    assert set(rows.loc[rows["block"] == 4, "metric"]) == {"ACC", "NMI", "AMI", "ARI", "silhouette", "davies_bouldin"}
+    features.y[:] = -1
+    assert set(mr.cluster(features, clusters=3)["block"]) == {7}

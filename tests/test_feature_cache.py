@@ -179,3 +179,10 @@ def test_half_the_space(vit, images, tmp_path):
     features = cached_features(vit, images, tmp_path / "f", dtype="float16")
     assert features.x["cls"][0].dtype == torch.float16
     assert torch.allclose(features.x["cls"][2].float(), mr.extract_features(vit, images).x["cls"][2], atol=1e-2)
+
+
+def test_plain_poolings_stay_on_the_disk(vit, images, tmp_path):
+    features = cached_features(vit, images, tmp_path / "f")
+    joined = features.joined(("cls", "cls+mean"))
+    assert [x.data_ptr() for x in joined.x["cls"]] == [x.data_ptr() for x in features.x["cls"]]
+    assert torch.equal(joined.x["cls+mean"][1], torch.cat([features.x["cls"][1], features.x["mean"][1]], -1))

@@ -71,6 +71,14 @@ def test_data_without_labels_or_of_one_class_are_refused(knn_file, label, messag
         mr.knn_accuracy(train_x, torch.full_like(train_y, label), test_x, test_y)
 
 
+def test_training_images_without_labels_do_not_vote(knn_file):
+    _, (train_x, train_y, test_x, _) = knn_file
+    train_y = train_y.clone()
+    train_y[:3] = -1
+    with pytest.raises(mr.InputError, match="k-NN needs labels, and 3 of 400 training images have none"):
+        mr.knn_predict(train_x, train_y, test_x)
+
+
 def test_constant_features_vote_for_a_class_that_is_there(knn_file):
     _, (train_x, train_y, test_x, _) = knn_file
     predicted = mr.knn_predict(torch.ones_like(train_x), train_y, torch.ones_like(test_x))
@@ -94,3 +102,12 @@ def test_rescored_similarities_are_float32(knn_file):
     coarse, coarse_rows = knn._nearest(queries, bank, bank.bfloat16(), 5)
     assert torch.equal(rows, coarse_rows)
     assert torch.allclose(exact, coarse, atol=1e-6)
+
+
+def test_the_features_given_stay_as_they_are(knn_file):
+    _, (train_x, train_y, test_x, _) = knn_file
+    bank, queries = train_x.clone(), test_x.clone()
+    for standardize in (True, False):
+        mr.knn_predict(bank, train_y, queries, standardize=standardize)
+        assert torch.equal(bank, train_x)
+        assert torch.equal(queries, test_x)

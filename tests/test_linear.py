@@ -77,6 +77,12 @@ def test_one_class_is_refused(features):
         mr.linear_probe(features, features)
 
 
+def test_images_without_labels_are_refused(features):
+    features.y[:2] = -1
+    with pytest.raises(mr.InputError, match="a linear probe needs labels, and 2 of 90 training images have none"):
+        mr.linear_probe(features, features)
+
+
 def test_validation_chooses_the_pooling_too(features):
     noise = torch.randn(2, 90, 8)
     both = Features({"mean": noise, "cls": features.x["cls"]}, features.y, (3, 7), 8)

@@ -33,9 +33,11 @@ def test_training_lowers_the_loss_and_repeats(vit, digits):
     few, _ = reconstruction(vit, train, test, epochs=0.25, batch_size=32, **SMALL)
     more, model = reconstruction(vit, train, test, epochs=15, batch_size=32, base_lr=2e-2, **SMALL)
     assert (more["value"] < few["value"] - 0.05).all()
+    vit.train().pos_embed.requires_grad_(False)
     again, _ = reconstruction(vit, train, test, epochs=15, batch_size=32, base_lr=2e-2, **SMALL)
     assert more.equals(again)
-    assert all(x.requires_grad for x in vit.parameters())
+    assert vit.training
+    assert [name for name, x in vit.named_parameters() if not x.requires_grad] == ["pos_embed"]  # as it was
     assert [p.shape for p in model.predict(torch.randn(2, 3, 32, 32), masked.random_mask(2, 16, 0.75))] == [(2, 16, 192)] * 3
 
 

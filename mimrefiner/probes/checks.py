@@ -18,13 +18,17 @@ def check_finite(*parts: Features) -> None:
                 raise InputError(f"the {pool} features of block {block} (0-based) hold NaN or infinite values: check the weights")
 
 
-def check_labels(y: Tensor, what: str) -> Tensor:
-    """The sorted class labels in ``y``; InputError without labels or with one class only."""
+def check_labels(y: Tensor, what: str, *, everywhere: bool = False) -> Tensor:
+    """The sorted class labels in ``y``; InputError without labels or with one class only, or, if they must be ``everywhere``, where
+    some images have none."""
     classes = y[y >= 0].unique()
     if len(classes) == 0:
         raise InputError(f"{what} needs labels, and this data set has none: clustering and CKA work without")
     if len(classes) == 1:
         raise InputError(f"{what} needs at least two classes, and all labels are {classes.item()}")
+    without = int((y < 0).sum())
+    if everywhere and without:
+        raise InputError(f"{what} needs labels, and {without} of {len(y)} training images have none: leave these out")
     return classes
 
 

@@ -4,11 +4,14 @@ As the nearest published code of the authors does it: standardised features, the
 the best matching of clusters to classes (the paper does not say more; silhouette and Davies-Bouldin are of the true classes).
 """
 
+import warnings
+
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
 from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
 
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features
@@ -30,7 +33,8 @@ def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, 
     Returns:
         Rows with the metrics ACC, NMI, AMI, ARI (0 to 1, higher is better), silhouette (-1 to 1, higher is better) and
         davies_bouldin (lower is better); without labels silhouette and davies_bouldin of the clusters themselves, called
-        cluster_silhouette and cluster_davies_bouldin. Columns as :data:`mimrefiner.probes.checks.COLUMNS`.
+        cluster_silhouette and cluster_davies_bouldin. The last two are left out where they are not defined: a single cluster
+        (constant features), or as many as images. Columns as :data:`mimrefiner.probes.checks.COLUMNS`.
 
     Raises:
         InputError: neither labels nor ``clusters``; more clusters than images; NaN features.
@@ -48,12 +52,15 @@ def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, 
     for pool, block, x in progress(list(each_block(features)), "k-means"):
         x = x.double().numpy()
         x = (x - x.mean(0)) / (x.std(0) + 1e-6)
-        found = algorithm(k, n_init=runs, max_iter=1000, random_state=seed).fit_predict(x)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)  # equal images; rows tell
+            found = algorithm(k, n_init=runs, max_iter=1000, random_state=seed).fit_predict(x)
         values = agreement(labels, found) if labelled else {}
         of, prefix = (labels, "") if labelled else (found, "cluster_")
-        sample = min(len(x), 5000)
-        values[f"{prefix}silhouette"] = metrics.silhouette_score(x, of, sample_size=sample, random_state=seed)
-        values[f"{prefix}davies_bouldin"] = metrics.davies_bouldin_score(x, of)
+        if 1 < len(np.unique(of)) < len(x):
+            sample = min(len(x), 5000)
+            values[f"{prefix}silhouette"] = metrics.silhouette_score(x, of, sample_size=sample, random_state=seed)
+            values[f"{prefix}davies_bouldin"] = metrics.davies_bouldin_score(x, of)
         common = {"block": block, "pool": pool, "protocol": "kmeans", "seed": seed, "n_train": 0, "n_test": len(x)}
         rows += [{**common, "metric": name, "value": float(value), "setting": f"k={k}"} for name, value in values.items()]
     return tidy(rows)

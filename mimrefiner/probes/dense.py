@@ -17,6 +17,7 @@ from mimrefiner.config import check_blocks
 from mimrefiner.data import epoch_order
 from mimrefiner.errors import InputError
 from mimrefiner.features import block_modules, check_pools
+from mimrefiner.models import frozen
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.masks import IGNORE, DenseConfig, Prepared
 from mimrefiner.progress import progress
@@ -56,7 +57,7 @@ class DenseProbes(nn.Module):
 
     def __init__(self, encoder: nn.Module, blocks: Sequence[int], classes: int, config: DenseConfig):
         super().__init__()
-        self.encoder, self.blocks, self.rates = encoder.eval().requires_grad_(False), tuple(blocks), len(config.learning_rates)
+        self.encoder, self.blocks, self.rates = encoder, tuple(blocks), len(config.learning_rates)
         groups = [self.blocks] if config.join else [(block,) for block in self.blocks]
         self.kinds = [(group, cls) for cls in ((False, True) if config.cls else (False,)) for group in groups]
         with torch.random.fork_rng(devices=[]):
@@ -112,9 +113,8 @@ def dense_probe(
     depth = len(block_modules(encoder))
     blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
     _check(config, encoder, val)
-    home = next(encoder.parameters()).device
-    model = DenseProbes(encoder, blocks, classes, config).to(device)
-    try:
+    with frozen(encoder, device):
+        model = DenseProbes(encoder, blocks, classes, config).to(device)
         _train(model, Prepared(train, encoder, classes, config, random=True), config, device, num_workers)
         model.eval()
         options = {"classes": classes, "device": device, "config": config, "window": encoder.pretrained_cfg["input_size"][-1]}
@@ -127,8 +127,6 @@ def dense_probe(
 
         best = measured(val).argmax(1) if len(config.learning_rates) > 1 else torch.zeros(len(model.kinds), dtype=torch.long)
         values = measured(test).gather(1, best[:, None])[:, 0]
-    finally:
-        encoder.requires_grad_(True).to(home)
     rows = []
     for (group, cls), value, rate in zip(model.kinds, values.tolist(), best.tolist(), strict=True):
         joined = f" blocks={'+'.join(map(str, group))}" if config.join else ""

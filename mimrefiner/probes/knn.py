@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimrefiner.errors import InputError
@@ -86,6 +85,7 @@ def _search(bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dty
             similarity, order = torch.cat([best[0], similarity], 1).topk(min(k, piece.stop), dim=1)
             row = torch.cat([best[1], row], 1).gather(1, order)
         best = similarity, row
+        del part, coarse, found  # before the next piece is made
     return best
 
 
@@ -118,10 +118,9 @@ def _mean_and_std(bank: Tensor, pieces: list[slice], device) -> tuple[Tensor, Te
 
 def _directions(x: Tensor, moments: tuple[Tensor, Tensor] | None, device) -> Tensor:
     """Features on ``device``, standardised where ``moments`` are given, of length one."""
-    x = x.to(device).float()
-    if moments is None:
-        return F.normalize(x, dim=-1)
-    x = (x - moments[0]).div_(moments[1])
+    x = torch.empty(x.shape, dtype=torch.float32, device=device).copy_(x)  # one copy, changed in place
+    if moments is not None:
+        x.sub_(moments[0]).div_(moments[1])
     return x.div_(x.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
@@ -168,7 +167,7 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, ks: Sequence[int], 
     images = train_x.shape[-2]
     if train_y.shape != (images,):
         raise InputError(f"expected one label per training image ({images},), got {tuple(train_y.shape)}")
-    check_labels(train_y, "k-NN")
+    check_labels(train_y, "k-NN", everywhere=True)
     if not all(1 <= k <= images for k in ks):
         raise InputError(f"k must be between 1 and the number of training images {images}, got {max(ks)}")
     if not all(t > 0 for t in temperatures):

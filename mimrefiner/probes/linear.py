@@ -104,7 +104,7 @@ def linear_probe(
         InputError: labels missing or of one class only; NaN features.
     """
     check_finite(train, test)
-    classes = check_labels(train.y, "a linear probe")
+    classes = check_labels(train.y, "a linear probe", everywhere=True)
     if val is None:
         val, train = hold_out(train, seed)
     batch_size = min(batch_size, len(train.y))
@@ -142,7 +142,7 @@ def linear_probe_augmented(
     labels = getattr(dataset, "labels", None)
     if labels is None:
         raise InputError("a linear probe needs labels, and this data set has no attribute labels")
-    classes = check_labels(torch.as_tensor(labels), "a linear probe")
+    classes = check_labels(torch.as_tensor(labels), "a linear probe", everywhere=True)
     plain = check_pools(encoder, sorted({part for pool in val.x for part in parse_pool(pool)[0]}))
     size = encoder.pretrained_cfg["input_size"][-1]
     crop = Crop(size, (0.08, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)

@@ -14,7 +14,7 @@ from mimrefiner.augment import Crop, Views
 from mimrefiner.data import view_batches
 from mimrefiner.features import Transformed
 from mimrefiner.masked import Decoder, masked_pixel_loss, random_mask, visible_tokens
-from mimrefiner.models import eval_transform, normalisation
+from mimrefiner.models import eval_transform, frozen, normalisation
 from mimrefiner.probes.checks import tidy
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
@@ -31,7 +31,7 @@ class DecoderPerBlock(nn.Module):
 
     def __init__(self, encoder: nn.Module, *, depth: int = 2, dim: int = 512, heads: int = 16, seed: int = 0):
         super().__init__()
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder = encoder
         self.patch, grid = encoder.patch_embed.patch_size[0], encoder.patch_embed.grid_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -85,30 +85,29 @@ def reconstruction(
         One row per block (metric "masked_mse", columns as :data:`mimrefiner.probes.checks.COLUMNS`), and the trained decoders.
     """
     device = torch.device(device)
-    home = next(encoder.parameters()).device
-    model = DecoderPerBlock(encoder, depth=depth, dim=dim, heads=heads, seed=seed).to(device)
-    size = encoder.patch_embed.img_size[0]
-    patches = (size // model.patch) ** 2
-    mean, std = normalisation(encoder)
-    crop = Crop(size, (0.2, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)
-    batch_size = min(batch_size, len(train))
-    steps = max(1, round(epochs * (len(train) // batch_size)))
-    optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
-    batches = view_batches(
-        train, Views((crop,), crop, 0), batch_size=batch_size, steps=steps, seed=seed, mean=mean, std=std, device=device,
-        num_workers=num_workers,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    for step, (views, _, _) in enumerate(progress(batches, "decoder per block", steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, steps / 4, base_lr * batch_size / 256, 1e-6)
-        loss = model(views[0], random_mask(len(views[0]), patches, mask_ratio, generator).to(device))
-        optimizer.zero_grad()
-        loss.sum().backward()  # every decoder sees its own gradient only
-        optimizer.step()
-    model.eval()
-    value = held_out_loss(model, test, mask_ratio=mask_ratio, seed=seed, device=device)
-    encoder.requires_grad_(True).to(home)
+    with frozen(encoder, device):
+        model = DecoderPerBlock(encoder, depth=depth, dim=dim, heads=heads, seed=seed).to(device)
+        size = encoder.patch_embed.img_size[0]
+        patches = (size // model.patch) ** 2
+        mean, std = normalisation(encoder)
+        crop = Crop(size, (0.2, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)
+        batch_size = min(batch_size, len(train))
+        steps = max(1, round(epochs * (len(train) // batch_size)))
+        optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+        batches = view_batches(
+            train, Views((crop,), crop, 0), batch_size=batch_size, steps=steps, seed=seed, mean=mean, std=std, device=device,
+            num_workers=num_workers,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        for step, (views, _, _) in enumerate(progress(batches, "decoder per block", steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(step, steps, steps / 4, base_lr * batch_size / 256, 1e-6)
+            loss = model(views[0], random_mask(len(views[0]), patches, mask_ratio, generator).to(device))
+            optimizer.zero_grad()
+            loss.sum().backward()  # every decoder sees its own gradient only
+            optimizer.step()
+        model.eval()
+        value = held_out_loss(model, test, mask_ratio=mask_ratio, seed=seed, device=device)
     rows = [
         {
             "block": block, "pool": "tokens", "protocol": "decoder_per_block", "metric": "masked_mse", "seed": seed,

@@ -1,6 +1,7 @@
 """Benchmarks of features and probes: ``python -m tests.benchmarks.probing`` prints the tables of docs/probing.md."""
 
 import functools
+import subprocess
 import sys
 import time
 import warnings
@@ -94,6 +95,36 @@ def knn() -> str:
     return compare("k-NN, 4 k x 3 temperatures x 24 blocks, 2,000 x 200 images, dim 192, 100 classes", runs)
 
 
+BANKS = (320_000, 640_000, 1_280_000)  # the last is about ImageNet's training set
+QUERIES = (250, 500, 1000)
+
+
+def knn_memory() -> str:
+    """Memory above the features of one block, each bank in a process of its own."""
+    lines = ["**k-NN of one block, dim 768, float16 features, 1,000 classes, k = 10: memory above the features**", ""]
+    lines += ["| training images | features, MiB | queries | memory above them, MiB | seconds |", "|---|---|---|---|---|"]
+    for images, queries in [*((n, QUERIES[0]) for n in BANKS), *((BANKS[0], n) for n in QUERIES[1:])]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.probing", "--knn-memory", str(images), str(queries)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        features, above, seconds = map(float, done.stdout.split())
+        lines.append(f"| {images:,} | {features:,.0f} | {queries:,} | {above:,.0f} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def measure_knn(images: int, queries: int) -> None:
+    """Prints MiB of the features, peak MiB above them, CPU seconds."""
+    bank, y = torch.empty(images, 768, dtype=torch.float16), torch.arange(images) % 1000
+    for part in bank.split(2**14):
+        part.copy_(torch.randn(part.shape))
+    test = torch.randn(queries, 768).half()
+    mr.knn_predict(bank[:2000], y[:2000], test[:10])  # what the first call loads
+    before, began = resident(), time.process_time()
+    mr.knn_predict(bank, y, test)
+    print(bank.nbytes / 2**20, own_peak() - before, time.process_time() - began)
+
+
 def linear() -> str:
     y = torch.randint(20, (2000,))
     features = Features({"cls": torch.randn(12, 2000, 192), "mean": torch.randn(12, 2000, 192)}, y, tuple(range(12)), 12)
@@ -166,7 +197,7 @@ def growth() -> str:
     return "\n".join(tables)
 
 
-TABLES = {"extraction": extraction, "knn": knn, "linear": linear, "logistic": logistic, "growth": growth}
+TABLES = {"extraction": extraction, "knn": knn, "knn_memory": knn_memory, "linear": linear, "logistic": logistic, "growth": growth}
 
 
 def main() -> None:
@@ -175,6 +206,9 @@ def main() -> None:
         before = resident()
         EXTRACTION[sys.argv[-1]](encoder, images)
         print(own_peak() - before)
+        return
+    if "--knn-memory" in sys.argv:
+        measure_knn(*map(int, sys.argv[-2:]))
         return
     warnings.simplefilter("ignore")
     print(f"Measured on: {machine()}; seconds are {'wall' if DEVICE == 'cuda' else 'CPU'} time\n")
