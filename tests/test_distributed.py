@@ -186,7 +186,7 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, l
     def interrupted(rank):
         saving = Saving(tmp_path / "checkpoints", every=2)
         stop = pytest.MonkeyPatch()
-        stop.setattr(distributed, "moving_average", lambda decay: partial(_stop_after, [4], real(decay)))
+        stop.setattr(distributed, "update_average", partial(_stop_after, [4], distributed.update_average))
         with pytest.raises(KeyboardInterrupt):
             run(rank, saving=saving)
         stop.undo()
@@ -194,7 +194,6 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, l
             assert Checkpoints(saving.folder).newest()["step"] == 4
         return run(rank, memory=later, saving=replace(saving, resume=True))
 
-    real = distributed.moving_average
     (tmp_path / "whole").mkdir()
     expected, _ = on_two(partial(run, memory=Memory()), tmp_path / "whole")
     alone, codes = on_two(run, tmp_path)
