@@ -209,7 +209,8 @@ def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
     average = copy.deepcopy(refiner.encoder)
     index, draws = torch.zeros(16, dtype=torch.long, device="meta"), torch.rand(16, DRAWS)
     models = [
-        build_masked_model(mr.build_vit(smoke.encoder), replace(smoke.pretrain, method=method)).to("meta") for method in ("simmim", "mae")
+        build_masked_model(mr.build_vit(smoke.encoder), replace(smoke.pretrain, method=method)).to("meta")
+        for method in ("simmim", "mae")
     ]
     with Waits() as waits, Copies():
         views = [photometric(torch.empty(16, 3, c.size, c.size, device="meta"), c, draws) for c in config.views.crops]
@@ -231,7 +232,7 @@ def test_sigterm_to_all_processes_spares_the_loaders(smoke, some, tmp_path, monk
             loaders.extend(torch.multiprocessing.active_children())
             subprocess.run(["kill", "-TERM", *(str(loader.pid) for loader in loaders), str(os.getpid())], check=True)
             for loader in loaders:
-                loader.join(0.3)
+                loader.join(0.5)
         watch(self, step, losses)
 
     monkeypatch.setattr(resume.Run, "watch", spy)
