@@ -193,7 +193,7 @@ class Run:
         bad = [name for name, x in weights if not distributed.local(x).isfinite().all()]
         if distributed.any_process(bool(bad)):
             raise FloatingPointError(
-                f"weights became nan or infinite by step {step} ({', '.join(bad[:3]) or 'on another process'}), the losses were not: "
+                f"weights became nan or infinite by step {step} ({', '.join(bad[:3]) or 'of another process'}), losses did not: "
                 f"lower the learning rate or set clip_norm; the last good checkpoint is in {self.saving.folder}"
             )
 

@@ -208,10 +208,8 @@ def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
     refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).to("meta")
     average = copy.deepcopy(refiner.encoder)
     index, draws = torch.zeros(16, dtype=torch.long, device="meta"), torch.rand(16, DRAWS)
-    models = [
-        build_masked_model(mr.build_vit(smoke.encoder), replace(smoke.pretrain, method=method)).to("meta")
-        for method in ("simmim", "mae")
-    ]
+    recipes = [replace(smoke.pretrain, method=method) for method in ("simmim", "mae")]
+    models = [build_masked_model(mr.build_vit(smoke.encoder), recipe).to("meta") for recipe in recipes]
     with Waits() as waits, Copies():
         views = [photometric(torch.empty(16, 3, c.size, c.size, device="meta"), c, draws) for c in config.views.crops]
         train.forward_backward(refiner, views, index, index, top_k=4, generator=torch.Generator())
