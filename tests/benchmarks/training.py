@@ -3,8 +3,8 @@
     python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small]
 
 Each comparison alternates between the ways and prints medians. ``--small`` is for machines with little memory or time; the
-sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed, and says so where not. Results are kept in
-docs/scaling.md.
+sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed, and says so where it is not.
+Results are kept in docs/scaling.md.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from mimrefiner.monitor import Meter
 from mimrefiner.nn_queue import NNQueue
 from mimrefiner.optim import layer_decay_groups
 from mimrefiner.train import forward_backward
-
 
 LIGHTLY = "lightly's NNCLR parts"
 
