@@ -80,7 +80,8 @@ def do_pretrain(args) -> None:
 
     preset, dataset = _preset_and_data(args)
     encoder = build_vit(preset.encoder, seed=args.seed)
-    _train(args, lambda **how: pretrain(encoder, dataset, preset.pretrain, shard=args.shard, **how), ("encoder",))
+    config = preset.pretrain if args.clip_norm is None else replace(preset.pretrain, clip_norm=args.clip_norm)
+    _train(args, lambda **how: pretrain(encoder, dataset, config, shard=args.shard, **how), ("encoder",))
 
 
 def add_refine(commands) -> None:
@@ -125,6 +126,8 @@ def do_refine(args) -> None:
         config = replace(config, temperature=args.temperature)
     if args.freeze_first is not None:
         config = replace(config, frozen_blocks=args.freeze_first)
+    if args.clip_norm is not None:
+        config = replace(config, clip_norm=args.clip_norm)
     monitor = None
     if args.watch:
         held_out = load_dataset(preset.dataset, split="val")
@@ -297,6 +300,7 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="data set by name or path (default: the preset's)")
     parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clip-norm", type=float, metavar="NORM", help="limit of the norm of all gradients (default: none)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
     parser.add_argument("--in-memory", action="store_true", help="decode every image once and keep it, 3 bytes a pixel")
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoint in --out")

@@ -165,7 +165,8 @@ def photometric(x: Tensor, crop: Crop, u: Tensor) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=x.device, dtype=x.dtype)  # ITU-R 601, as PIL and torchvision
+    weights = torch.tensor([0.2989, 0.587, 0.114], dtype=x.dtype)  # ITU-R 601, as PIL and torchvision
+    weights = weights.to(x.device, non_blocking=True)
     return torch.einsum("bchw,c->bhw", x, weights)[:, None]
 
 

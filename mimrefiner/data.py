@@ -7,6 +7,7 @@ reported on ``test``. ImageNet's folder ``val`` is therefore ``test`` here, unle
 
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -346,6 +347,7 @@ def view_batches(
         collate_fn=_collate,
         generator=torch.Generator(),  # a loader's own draw must not move the global state, or a resumed run would differ
         pin_memory=device.type == "cuda",
+        worker_init_fn=_outlive_sigterm,
     )
     for pixels, draws, index, label in loader:
         batch = []
@@ -353,6 +355,11 @@ def view_batches(
             x = pixels[v].to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
             batch.append((photometric(x, crop, draws[:, v]) - mean) / std)
         yield batch, index.to(device, non_blocking=True), label.to(device, non_blocking=True)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Schedulers and ``torchrun`` send SIGTERM to all processes; the one that trains must still save, and ends its loaders then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(rows):

@@ -6,7 +6,7 @@ and queue.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -188,14 +188,16 @@ def load_whole(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
     part.load_state_dict({**state, "state": moments})
 
 
-def moving_average(decay: float) -> Callable:
-    """The update of :class:`torch.optim.swa_utils.AveragedModel`, average = decay * average + (1 - decay) * weights, in which
-    each process sees to its own part."""
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """``average`` = decay * ``average`` + (1 - decay) * ``model``, buffers copied; each process sees to its own part.
 
-    def update(average: list[Tensor], weights: list[Tensor], _) -> None:
-        torch._foreach_lerp_([local(x) for x in average], [local(x) for x in weights], 1 - decay)
-
-    return update
+    (:class:`torch.optim.swa_utils.AveragedModel` waits for the GPU at every update.)
+    """
+    weights = [[local(x) for x in part.parameters()] for part in (average, model)]
+    torch._foreach_lerp_(*weights, 1 - decay)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:

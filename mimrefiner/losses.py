@@ -87,7 +87,9 @@ def nna_terms(
         z = F.normalize(z.float(), dim=-1)
         nn_z = F.normalize(nn_z.float(), dim=-1)
     p = F.normalize(p.float(), dim=-1)
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=p.device).reshape(-1, 1, 1, 1)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((1,), temperature, device=p.device)  # filled there: copying it would wait for the GPU
+    temperature = temperature.to(p).reshape(-1, 1, 1, 1)
 
     terms = []
     for a in range(global_views):  # one target view at a time bounds the logits to (heads, views, batch, batch_all)
@@ -103,11 +105,11 @@ def nna_terms(
 
 def average_pairs(terms: Tensor, pairing: str) -> Tensor:
     """Average (heads, global_views, views, batch) terms over the pairs of views that ``pairing`` counts: (heads,)."""
-    weights = pair_weights(terms.shape[1], terms.shape[2], pairing).to(terms)
+    weights = pair_weights(terms.shape[1], terms.shape[2], pairing, terms.device)
     return torch.einsum("hab,ab->h", terms.mean(-1), weights / weights.sum())
 
 
-def pair_weights(global_views: int, views: int, pairing: str) -> Tensor:
+def pair_weights(global_views: int, views: int, pairing: str, device: torch.device | None = None) -> Tensor:
     """How often each ordered pair (target a, predicted b) counts, (global_views, views).
 
     ``"intended"``: every pair of different views whose target is global: 2 + 20 = 22 pairs for 2 global and 10 local views.
@@ -117,8 +119,8 @@ def pair_weights(global_views: int, views: int, pairing: str) -> Tensor:
     """
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {PAIRINGS}, got {pairing!r}")
-    different = ~torch.eye(global_views, views, dtype=torch.bool)
-    view = torch.arange(views)
+    different = ~torch.eye(global_views, views, dtype=torch.bool, device=device)
+    view = torch.arange(views, device=device)
     if pairing == "intended":
         return different.float()
     return (different & (view < global_views)).float() + (view < views - global_views).float()

@@ -63,6 +63,7 @@ class SimMIM(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Mean absolute error over the pixels of masked patches; ``mask`` as from :func:`random_mask`."""
+        mask = mask.to(images.device, non_blocking=True)
         error = (self.predict(images, mask).float() - patchify(images, self.patch)).abs().mean(-1)
         return (error * mask).sum() / mask.sum()
 
@@ -126,15 +127,18 @@ class MAE(nn.Module):
         return self.decoder(x, visible, mask.shape[1], self.encoder.num_prefix_tokens)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over the normalised pixels of masked patches."""
-        return masked_pixel_loss(self.predict(images, mask), images, mask, self.patch)
+        """Mean squared error over the normalised pixels of masked patches; ``mask`` as from :func:`random_mask`."""
+        return masked_pixel_loss(self.predict(images, mask), images, mask.to(images.device, non_blocking=True), self.patch)
 
 
 def visible_tokens(encoder: nn.Module, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What MAE's first block sees: prefix tokens and visible patches (batch, tokens, dim), and which these are (batch, visible)."""
+    """What MAE's first block sees: prefix tokens and visible patches (batch, tokens, dim), and which these are (batch, visible).
+
+    With ``mask`` on the CPU nothing waits for the GPU.
+    """
     prefix = encoder.num_prefix_tokens
     x = encoder._pos_embed(encoder.patch_embed(images))  # (batch, prefix + patches, dim)
-    order = mask.int().argsort(dim=1, stable=True)  # visible patches first
+    order = mask.to(images.device, non_blocking=True).int().argsort(dim=1, stable=True)  # visible patches first
     visible = order[:, : int((~mask[0]).sum())]
     patches = x[:, prefix:].gather(1, visible[:, :, None].expand(-1, -1, x.shape[-1]))
     return encoder.norm_pre(torch.cat([x[:, :prefix], patches], 1)), visible

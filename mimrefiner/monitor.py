@@ -98,13 +98,13 @@ def queue_spread(refiner: MIMRefiner) -> Tensor:
 
 
 class Meter:
-    """Throughput since it was last read."""
+    """Throughput since it was started."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.began, self.waited, self.batches = time.perf_counter(), 0.0, 0
 
     def waiting(self, batches: Iterable) -> Iterator:
@@ -128,10 +128,8 @@ class Meter:
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         seconds = time.perf_counter() - self.began
-        values = {
+        return {
             "images_per_second": self.batches * self.batch_size / seconds,
             "data_wait_share": self.waited / seconds,
             "peak_memory_mib": memory,
         }
-        self._start()
-        return values

@@ -71,7 +71,10 @@ class NNQueue(nn.Module):
         if top_k > 1:
             device = z.device if generator is None else generator.device
             pick = torch.randint(top_k, (heads, batch * part[1], views, 1), generator=generator, device=device)
-            pick = pick[:, part[0] * batch : (part[0] + 1) * batch].to(z.device)
+            pick = pick[:, part[0] * batch : (part[0] + 1) * batch]
+            if z.device.type == "cuda" and device.type == "cpu":
+                pick = pick.pin_memory()  # else the copy would wait for the GPU
+            pick = pick.to(z.device, non_blocking=True)
         rows = max(1, LOOKUP_BYTES // (4 * heads * views * self.size))
         slots = []
         with torch.autocast(z.device.type, enabled=False):

@@ -124,11 +124,12 @@ class MIMRefiner(nn.Module):
 
     def _metrics(self, z: Tensor, neighbours: Tensor, slots: Tensor, terms: Tensor, label: Tensor | None) -> dict[str, Tensor]:
         global_views = z.shape[2]
+        alignment = terms[:, :, :global_views].neg().exp().mean(-1)  # (heads, global_views, global_views)
         different = ~torch.eye(global_views, dtype=torch.bool, device=z.device)
         metrics = {
             "nn_similarity": F.cosine_similarity(z, neighbours, dim=-1).mean((1, 2)),
             "nn_age": self.queue.age[slots].float().mean((1, 2)),
-            "alignment": terms[:, :, :global_views].neg().exp().mean(-1)[:, different].mean(-1),
+            "alignment": (alignment * different).sum((1, 2)) / (global_views * (global_views - 1)),
         }
         if label is not None:
             found = self.queue.label[slots]

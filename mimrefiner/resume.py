@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimrefiner import distributed
 from mimrefiner.checkpoint import atomic_file
@@ -181,9 +181,21 @@ class Run:
             return
         if last or stop or self._next % self.saving.every == 0:
             self.check_finite(names)
+            self._check_weights(step)
             self.save()
         if stop:
             raise Stopped(f"stopped at stage {self.stage}, step {self._next}; resume from {self.saving.folder}")
+
+    def _check_weights(self, step: int) -> None:
+        """A finite loss can have gradients that are not: such weights are not saved either."""
+        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        weights = [named for part in modules for named in part.named_parameters()]
+        bad = [name for name, x in weights if not distributed.local(x).isfinite().all()]
+        if distributed.any_process(bool(bad)):
+            raise FloatingPointError(
+                f"weights became nan or infinite by step {step} ({', '.join(bad[:3]) or 'of another process'}), losses did not: "
+                f"lower the learning rate or set clip_norm; the last good checkpoint is in {self.saving.folder}"
+            )
 
     def save(self) -> None:
         """Write a checkpoint. Process 0 does; the others hold the same state, or give it their shards."""
@@ -210,7 +222,7 @@ class Run:
         found = self.checkpoints.newest()
         if found is not None and found["settings"] != self.settings:
             there = found["settings"]
-            different = [name for name in self.settings if there.get(name) != self.settings[name]]
+            different = [name for name in {**there, **self.settings} if there.get(name) != self.settings.get(name)]
             raise InputError(
                 f"{self.saving.folder} holds checkpoints of a run with other settings ({', '.join(different)}): resume with the "
                 "same ones, or use an empty folder"

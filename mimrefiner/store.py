@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
+from mimrefiner import distributed
 from mimrefiner.catalogue import BY_NAME
 from mimrefiner.checkpoint import save_encoder
 from mimrefiner.config import PAPER_MODELS, Preset
@@ -226,25 +227,34 @@ def _entry(
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{kind}-{key}"
-    if (facts := _stored_facts(folder)) is not None:
-        return folder, facts
+    if _is_stored(folder):
+        return folder, _stored_facts(folder)
     if not _may_train.get():
         raise _NotStoredError(folder.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
-        if (facts := _stored_facts(folder)) is None:  # else trained by another process while this one waited
+    with _lock(folder) if distributed.rank() == 0 else nullcontext():
+        if not _is_stored(folder):  # else trained by another process while this one waited
             _train_entry(folder, described, train)
-            facts = _stored_facts(folder)
-    return folder, facts
+    return folder, _stored_facts(folder)
+
+
+def _is_stored(folder: Path) -> bool:
+    """Of a group of processes that train together the first one looks, so that all agree."""
+    return distributed.any_process(distributed.rank() == 0 and _stored_facts(folder) is not None)
 
 
 def _train_entry(folder: Path, described: dict, train: Callable[[Path, Saving], dict]) -> None:
+    unfinished = folder.parent / "unfinished" / folder.name
+    if distributed.rank() > 0:
+        with tempfile.TemporaryDirectory() as temporary:
+            train(Path(temporary), Saving(unfinished, resume=True))
+        distributed.any_process(False)  # until the first one has written the entry
+        return
     for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed: the lock says nobody trains this now
         shutil.rmtree(left_over)
     if folder.exists():
         print(f"{folder} is damaged ({_damage(folder)}): training again", file=sys.stderr)
         shutil.rmtree(folder)
-    unfinished = folder.parent / "unfinished" / folder.name
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         part = Path(temporary) / "entry"
         part.mkdir()
@@ -253,6 +263,7 @@ def _train_entry(folder: Path, described: dict, train: Callable[[Path, Saving], 
         (part / "manifest.json").write_text(json.dumps({**described, **facts, "files": files}, indent=2))
         part.rename(folder)
     shutil.rmtree(unfinished)
+    distributed.any_process(False)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -117,7 +116,7 @@ def pretrain(
             images = views[0]
             generator.manual_seed(_step_seed(config.seed, 1, step))
             mask = random_mask(config.batch_size, (size // model.patch) ** 2, config.mask_ratio, generator)
-            mask = mask.chunk(part[1])[part[0]].to(device)
+            mask = mask.chunk(part[1])[part[0]]
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
                 with autocast(device, model.encoder):
                     loss = model(images, mask)
@@ -220,20 +219,19 @@ def refine_encoder(
     refiner.encoder.requires_grad_(True).train()
     freeze_first(refiner.encoder, config.frozen_blocks)
     decay = ema_decay(config, stage_steps(len(dataset), config.batch_size, config.refine_epochs))
-    ema = AveragedModel(refiner.encoder, multi_avg_fn=distributed.moving_average(decay), use_buffers=True)
+    ema = copy.deepcopy(refiner.encoder)
     plain = copy.deepcopy(refiner.encoder).cpu() if memory.shard else None
-    for model in (refiner.encoder, ema.module) if memory.shard else ():
+    for model in (refiner.encoder, ema) if memory.shard else ():
         distributed.shard(model, model.blocks, "forward_features")
     groups = layer_decay_groups(refiner.encoder, config.encoder_weight_decay, config.layer_decay)
     groups += param_groups_weight_decay(refiner.heads, config.head_weight_decay)
     recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k)
     with recomputed(refiner.encoder) if memory.recompute else nullcontext():
-        _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema)
-    averaged = ema.module
+        _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema, decay)
     if memory.shard:
-        averaged = _unsharded(averaged, copy.deepcopy(plain))
+        ema = _unsharded(ema, copy.deepcopy(plain))
         refiner.encoder = _unsharded(refiner.encoder, plain)
-    return averaged.eval().requires_grad_(True).cpu(), run.history, run.flops
+    return ema.eval().requires_grad_(True).cpu(), run.history, run.flops
 
 
 @dataclass(frozen=True)
@@ -255,7 +253,8 @@ def _contrastive_stage(
     num_workers: int,
     memory: Memory,
     monitor: Monitor | None,
-    ema: AveragedModel | None = None,
+    ema: nn.Module | None = None,
+    decay: float = 0.0,
 ) -> None:
     config, stage = refiner.config, recipe.stage
     device = next(refiner.parameters()).device
@@ -287,7 +286,7 @@ def _contrastive_stage(
                 distributed.clip_gradients(refiner.parameters(), config.clip_norm)
             optimizer.step()
             if ema is not None:
-                ema.update_parameters(refiner.encoder)
+                distributed.update_average(ema, refiner.encoder, decay if step > 0 else 0.0)  # starts behind the first step
             loss = distributed.mean(result.loss.detach())
             run.watch(step, loss)
             if _is_logged(step, steps):
@@ -300,6 +299,7 @@ def _contrastive_stage(
             if monitor is not None and (step + 1) % per_epoch == 0:
                 run.epochs.append({"stage": stage, "epoch": (step + 1) // per_epoch, **meter.read()})
                 monitor.measure(refiner, run.epochs)
+                meter.start()
             run.end_step(step, names)
 
 

@@ -38,6 +38,20 @@ def test_pretrain_then_refine(tmp_path, capsys):
     assert len(mr.load_encoder(tmp_path / "ref" / "ema_encoder.safetensors").blocks) == 4
 
 
+def test_gradients_are_clipped_where_asked(tmp_path, monkeypatch):
+    """``--clip-norm`` reaches every step of all three stages; without it nothing is clipped."""
+    limits = []
+    monkeypatch.setattr("mimrefiner.distributed.clip_gradients", lambda parameters, limit: limits.append(limit))
+    model = str(tmp_path / "clipped" / "encoder.safetensors")
+    for name, clip in (("clipped", ["--clip-norm", "0.5"]), ("plain", [])):
+        assert main(["pretrain", "--preset", "smoke", *clip, "--out", str(tmp_path / name)]) == 0
+        arguments = ["refine", "--preset", "smoke", "--model", model, "--heads", "1", *clip]
+        assert main([*arguments, "--out", str(tmp_path / name / "refined")]) == 0
+        steps = 24  # 256 images, batch 64: 4 epochs of stage 1, one each of stages 2 and 3
+        assert limits == [0.5] * steps * bool(clip)
+        limits.clear()
+
+
 def test_datasets_lists_names(capsys):
     assert main(["datasets"]) == 0
     assert "fashion_mnist" in capsys.readouterr().out
@@ -55,6 +69,8 @@ BAD = [
     (["refine", "--model", "simmim_digits", "--heads", "13"], "--heads must be between 1 and the number of blocks 12"),
     (["refine", "--model", "simmim_digits", "--top-k", "5000"], "top_k must be between 1 and the queue size"),
     (["refine", "--model", "simmim_digits", "--temperature", "0"], "temperature must be > 0"),
+    (["refine", "--model", "simmim_digits", "--clip-norm", "0"], "clip_norm must be > 0 or None, got 0"),
+    (["pretrain", "--clip-norm", "-1"], "clip_norm must be > 0 or None, got -1"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Two processes (gloo), forked so that they need not import everything again, against one."""
+"""Two to four processes (gloo), forked so that they need not import everything again, against one."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import mimrefiner as mr
-from mimrefiner import distributed, feature_cache
+from mimrefiner import distributed, feature_cache, store
 from mimrefiner.augment import digit_views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.heads import StackedBatchNorm
@@ -26,19 +26,19 @@ from mimrefiner.train import forward_backward
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def on_two(function, folder, *, timeout=60):
-    """What ``function(rank)`` returns on both processes (tensors, numbers, text), and their exit codes."""
+def on_several(function, folder, *, world=2, timeout=60):
+    """What ``function(rank)`` returns on every process (tensors, numbers, text), and their exit codes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     children = []
-    for rank in range(2):
+    for rank in range(world):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-                os.environ |= {"MASTER_PORT": str(port), "MIMREFINER_TIMEOUT": str(timeout)}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "MIMREFINER_TIMEOUT": str(timeout)}
                 sys.stderr = (folder / f"err{rank}").open("w")
                 with distributed.processes():
                     torch.save(function(rank), folder / f"out{rank}.pt")
@@ -49,7 +49,7 @@ def on_two(function, folder, *, timeout=60):
                 os._exit(code)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    outputs = [folder / f"out{rank}.pt" for rank in range(2)]
+    outputs = [folder / f"out{rank}.pt" for rank in range(world)]
     return [torch.load(f, weights_only=True) if f.exists() else None for f in outputs], codes
 
 
@@ -74,7 +74,7 @@ def test_gathered_rows_are_in_order_and_gradients_summed(tmp_path):
         (out * torch.arange(6.0) * (rank + 1)).sum().backward()
         return {"out": out.detach(), "grad": x.grad}
 
-    outputs, _ = on_two(job, tmp_path)
+    outputs, _ = on_several(job, tmp_path)
     for rank, output in enumerate(outputs):
         assert output["out"].tolist() == [0, 1, 2, 10, 11, 12]
         assert torch.equal(output["grad"], 3 * torch.arange(6.0)[3 * rank : 3 * rank + 3])
@@ -90,7 +90,7 @@ def test_batch_norm_equals_that_of_the_whole_batch(tmp_path):
         (out * weight[rows]).sum().backward()
         return {"out": out.detach(), "grad": part.grad, **{n: b.float() for n, b in norm.named_buffers()}}
 
-    outputs, _ = on_two(lambda rank: run(slice(5 * rank, 5 * rank + 5)), tmp_path)
+    outputs, _ = on_several(lambda rank: run(slice(5 * rank, 5 * rank + 5)), tmp_path)
     whole = run(slice(0, 10))
     for name in ("out", "grad"):
         assert torch.allclose(torch.cat([o[name] for o in outputs]), whole[name], atol=1e-5), name
@@ -98,8 +98,8 @@ def test_batch_norm_equals_that_of_the_whole_batch(tmp_path):
         assert torch.allclose(outputs[0][name], whole[name], rtol=1e-5), name
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
-def test_two_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch, micro_batch):
+@pytest.mark.parametrize(("processes", "micro_batch"), [(2, None), (2, 3), (4, None)])
+def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch, processes, micro_batch):
     """Loss, gradients, queue and batch norm after two steps; neighbours are pinned so that near-ties cannot flip."""
 
     def pinned(self, z, index, *, part, **_):
@@ -120,16 +120,16 @@ def test_two_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeyp
         distributed.average_gradients(refiner.parameters())
         values = {f"grad of {name}": x.grad for name, x in refiner.named_parameters() if x.grad is not None}
         values |= {name: x.float() for name, x in refiner.named_buffers()}
-        return {**values, "loss": distributed.mean(result.loss)} if world == 2 else {**values, "loss": result.loss.detach()}
+        return {**values, "loss": distributed.mean(result.loss.detach())}
 
-    outputs, _ = on_two(lambda rank: run(rank, 2), tmp_path)
+    outputs, _ = on_several(lambda rank: run(rank, processes), tmp_path, world=processes)
     whole = run(0, 1)
     assert len(whole) > 60
     for name, x in whole.items():
         if x.abs().max() < 1e-5:
             continue  # zero but for rounding: means and gradients behind a batch norm
         assert close(outputs[0][name], x), name
-        assert torch.equal(outputs[0][name], outputs[1][name]), name
+        assert all(torch.equal(outputs[0][name], other[name]) for other in outputs[1:]), name
 
 
 def test_draws_do_not_depend_on_the_number_of_processes():
@@ -154,7 +154,7 @@ def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
         losses = [*first.history["loss"], *second.history["loss"]]
         return {"loss": torch.tensor(losses), "hash": sha256_of(second.ema_encoder), "flops": first.flops + second.flops}
 
-    outputs, _ = on_two(run, tmp_path)
+    outputs, _ = on_several(run, tmp_path)
     alone = run()
     assert outputs[0]["hash"] == outputs[1]["hash"]
     assert torch.allclose(outputs[0]["loss"][:4], alone["loss"][:4], rtol=1e-4)
@@ -188,7 +188,7 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, l
     def interrupted(rank):
         saving = Saving(tmp_path / "checkpoints", every=2)
         stop = pytest.MonkeyPatch()
-        stop.setattr(distributed, "moving_average", lambda decay: partial(_stop_after, [4], real(decay)))
+        stop.setattr(distributed, "update_average", partial(_stop_after, [5], distributed.update_average))
         with pytest.raises(KeyboardInterrupt):
             run(rank, saving=saving)
         stop.undo()
@@ -196,12 +196,11 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, l
             assert Checkpoints(saving.folder).newest()["step"] == 4
         return run(rank, memory=later, saving=replace(saving, resume=True))
 
-    real = distributed.moving_average
     (tmp_path / "whole").mkdir()
-    expected, _ = on_two(partial(run, memory=Memory()), tmp_path / "whole")
-    alone, codes = on_two(run, tmp_path)
+    expected, _ = on_several(partial(run, memory=Memory()), tmp_path / "whole")
+    alone, codes = on_several(run, tmp_path)
     assert codes == [0, 0], (tmp_path / "failed0").read_text()
-    resumed, codes = on_two(interrupted, tmp_path)
+    resumed, codes = on_several(interrupted, tmp_path)
     assert codes == [0, 0], (tmp_path / "failed0").read_text()
     for output in alone + resumed:
         assert output.keys() == expected[0].keys()
@@ -219,16 +218,17 @@ def _stop_after(left, update, *args):
 
 
 def test_pretraining_with_a_sharded_model(digits, tmp_path):
-    preset, some = mr.load_preset("smoke"), digits["train"].take(128)
-    config = replace(preset.pretrain, method="mae", decoder_dim=32, decoder_heads=2, clip_norm=0.5)
+    """Three processes, so that widths of 32 are not shared equally."""
+    preset, some = mr.load_preset("smoke"), digits["train"].take(120)
+    config = replace(preset.pretrain, method="mae", decoder_dim=32, decoder_heads=2, clip_norm=0.5, batch_size=60)
 
     def run(shard, rank):
         result = mr.pretrain(mr.build_vit(preset.encoder), some, config, shard=shard)
         return {"loss": torch.tensor(result.history["loss"])} | result.model.state_dict()
 
-    (expected, _), _ = on_two(partial(run, False), tmp_path)
-    outputs, codes = on_two(partial(run, True), tmp_path)
-    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    expected = run(False, 0)
+    outputs, codes = on_several(partial(run, True), tmp_path, world=3)
+    assert codes == [0, 0, 0], (tmp_path / "failed0").read_text()
     for name, x in expected.items():
         assert all(close(output[name], x) for output in outputs), name
 
@@ -249,7 +249,7 @@ def test_a_shard_is_a_share(tmp_path, vit):
         return {"held": held, "saved": sum(x["exp_avg"].numel() for x in saved)}
 
     count = sum(x.numel() for x in vit.parameters())
-    outputs, _ = on_two(job, tmp_path)
+    outputs, _ = on_several(job, tmp_path)
     for output in outputs:
         assert all(0.4 * count < held < 0.6 * count for held in output["held"])
         assert output["saved"] == count
@@ -258,6 +258,23 @@ def test_a_shard_is_a_share(tmp_path, vit):
 def test_sharding_alone_is_refused(vit):
     with pytest.raises(mr.InputError, match="start with torchrun"):
         distributed.shard(vit, vit.blocks)
+
+
+def test_a_preset_alone_is_trained_by_all_processes_together(tmp_path, monkeypatch):
+    """What the store does not hold is trained once, by all; the first one locks and writes."""
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
+    preset = mr.load_preset("smoke")
+
+    def run(rank):
+        first, again = (store.pretrained(preset) for _ in range(2))
+        return {"hashes": [sha256_of(first.model), sha256_of(again.model)], "seconds": [first.seconds, again.seconds]}
+
+    outputs, codes = on_several(run, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0]["hashes"])) == len(set(outputs[0]["seconds"])) == 1
+    assert sorted(f.name.partition("-")[0] for f in (tmp_path / "cache").iterdir()) == ["locks", "pretrain", "unfinished"]
+    assert store.is_stored("pretrained", preset)
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e6])
@@ -285,7 +302,7 @@ def test_a_lost_process_ends_the_other(tmp_path, way):
             distributed.mean(torch.zeros(1))
 
     began = time.monotonic()
-    _, codes = on_two(job, tmp_path, timeout=1)
+    _, codes = on_several(job, tmp_path, timeout=1)
     assert codes == [1, 9]
     assert time.monotonic() - began < 60
     assert "Error" in (tmp_path / "failed0").read_text()

@@ -57,7 +57,7 @@ def test_collapse_is_said(refiner, digits, capsys):
 
 
 def test_waiting_is_counted(monkeypatch):
-    now = iter([0.0, 1.0, 4.0, 6.0, 7.0, 10.0, 10.0])  # start; ask, get, ask, get; read, restart
+    now = iter([0.0, 1.0, 4.0, 6.0, 7.0, 10.0])  # start; ask, get, ask, get; read
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     meter = Meter(8)
     batches = meter.waiting("ab")

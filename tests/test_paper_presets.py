@@ -43,7 +43,7 @@ def test_what_the_columns_share(model):
     assert (c.warmup_epochs, c.min_lr, c.betas) == (4, 1e-6, (0.9, 0.95))
     assert (c.heads_top_k, c.refine_top_k, c.queue_size) == (1, 20, 65536)
     assert (c.hidden_dim, c.out_dim, c.predictor_dim) == (2048, 256, 4096)
-    assert (c.pairing, c.swap_negatives) == ("published", False)
+    assert (c.pairing, c.swap_negatives, c.clip_norm) == ("published", False, None)
 
 
 @pytest.mark.parametrize("model", COLUMNS)
@@ -60,11 +60,12 @@ def test_the_views_are_those_of_the_released_code(model):
         assert (crop.brightness, crop.contrast, crop.saturation, crop.hue) == (0.4, 0.4, 0.2, 0.1)
 
 
-def test_rates_in_use():
+@pytest.mark.parametrize("model", COLUMNS)
+def test_rates_in_use(model):
     """Peak rates after scaling by batch / 256: 8e-4 and 1.6e-3 for L, 4e-4 and 8e-4 for H and 2B."""
-    for model, rates in (("mae-l16", (8e-4, 1.6e-3)), ("mae-h14", (4e-4, 8e-4)), ("mae-2b14", (4e-4, 8e-4))):
-        c = mr.load_preset(f"paper-{model}").refine
-        assert [rate * c.batch_size / 256 for rate in (c.heads_base_lr, c.refine_base_lr)] == pytest.approx(rates)
+    c = mr.load_preset(f"paper-{model}").refine
+    rates = (8e-4, 1.6e-3) if model.endswith("l16") else (4e-4, 8e-4)
+    assert [rate * c.batch_size / 256 for rate in (c.heads_base_lr, c.refine_base_lr)] == pytest.approx(rates)
 
 
 def test_published_weights_are_asked_for(image_folder, tmp_path, capsys):

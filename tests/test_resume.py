@@ -165,6 +165,24 @@ def test_nan_names_head_and_step_and_keeps_the_last_good_checkpoint(smoke, some,
     assert all(x.isfinite().all() for x in state["parts"]["refiner"].values() if x.is_floating_point())
 
 
+def test_damaged_weights_are_not_saved(smoke, some, tmp_path, monkeypatch):
+    """The loss before the update is finite, the gradient is not."""
+    zero_grad, calls = torch.optim.AdamW.zero_grad, []
+
+    def poisoned(self, *args):
+        zero_grad(self, *args)
+        calls.append(1)
+        if len(calls) == 2:
+            self.param_groups[0]["params"][0].register_hook(lambda grad: grad * float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", poisoned)
+    with pytest.raises(FloatingPointError, match=r"weights became nan or infinite by step 1 \(heads.*good checkpoint is in"):
+        mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine, saving=Saving(tmp_path, every=1))
+    state = Checkpoints(tmp_path).newest()
+    assert state["step"] == 1
+    assert all(x.isfinite().all() for x in state["parts"]["refiner"].values() if x.is_floating_point())
+
+
 def test_sigterm_means_what_it_did_after_training(smoke, some):
     before = signal.getsignal(signal.SIGTERM)
     mr.pretrain(mr.build_vit(smoke.encoder), some, replace(smoke.pretrain, epochs=1))

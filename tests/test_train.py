@@ -1,5 +1,7 @@
 import copy
 import math
+import os
+import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -7,10 +9,16 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimrefiner as mr
-from mimrefiner import train
+from mimrefiner import distributed, resume, train
+from mimrefiner.augment import DRAWS, paper_views, photometric
 from mimrefiner.checkpoint import sha256_of
+from mimrefiner.errors import Stopped
+from mimrefiner.masked import build_masked_model, random_mask
+from mimrefiner.resume import Saving
 
 
 @pytest.fixture
@@ -124,13 +132,13 @@ def test_moving_average_is_that_of_the_weights(smoke, some, monkeypatch):
     """Against a plain recursion over the encoder's weights after every step."""
     refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), replace(smoke.refine, ema_decay=0.7))
     seen = []
-    update = train.AveragedModel.update_parameters
+    update = distributed.update_average
 
-    def spy(self, model):
+    def spy(average, model, decay):
         seen.append(model.norm.bias.detach().clone())
-        update(self, model)
+        update(average, model, decay)
 
-    monkeypatch.setattr(train.AveragedModel, "update_parameters", spy)
+    monkeypatch.setattr(distributed, "update_average", spy)
     ema, _, _ = train.refine_encoder(refiner, some)
     average = seen[0]
     for x in seen[1:]:
@@ -156,6 +164,79 @@ def test_gradients_are_clipped_where_asked(smoke, some, monkeypatch):
     for config in (smoke.pretrain, smoke.refine):
         with pytest.raises(mr.InputError, match="clip_norm must be > 0 or None, got 0"):
             replace(config, clip_norm=0)
+
+
+class Copies(TorchFunctionMode):
+    """Refuses numbers and lists turned into tensors of a device, which copies them and waits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func not in (torch.tensor, torch.as_tensor) or torch.device(kwargs.get("device") or "cpu").type == "cpu"
+        return func(*args, **kwargs)
+
+
+class Waits(TorchDispatchMode):
+    """Collects what would make the processor wait for a device, of which "meta" takes the place: values read from it, and copies
+    to it that are not asked to go on by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.name()
+        there = [x.device.type == "meta" for x in args if isinstance(x, torch.Tensor)]
+        target = torch.device(kwargs.get("device") or ("meta" if there[:1] == [True] else "cpu")).type == "meta"
+        if (
+            (name in ("aten::_local_scalar_dense", "aten::nonzero") and there[0])
+            or (name == "aten::_to_copy" and target != there[0] and not kwargs.get("non_blocking"))
+            or (name == "aten::copy_" and there[0] != there[1])
+        ):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
+    """Views, all three stages, clipping and moving average."""
+    with Waits() as waits:
+        torch.ones(1).to("meta"), torch.ones(2, device="meta").copy_(torch.ones(2)), torch.ones(1).to("meta", non_blocking=True)
+    assert waits.found == ["aten::_to_copy", "aten::copy_"]
+    with pytest.raises(AssertionError), Copies():
+        torch.tensor([1.0], device="meta")
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # knows no such device
+    config = replace(smoke.refine, views=paper_views(32, 16, 2), batch_size=16)
+    refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).to("meta")
+    average = copy.deepcopy(refiner.encoder)
+    index, draws = torch.zeros(16, dtype=torch.long, device="meta"), torch.rand(16, DRAWS)
+    recipes = [replace(smoke.pretrain, method=method) for method in ("simmim", "mae")]
+    models = [build_masked_model(mr.build_vit(smoke.encoder), recipe).to("meta") for recipe in recipes]
+    with Waits() as waits, Copies():
+        views = [photometric(torch.empty(16, 3, c.size, c.size, device="meta"), c, draws) for c in config.views.crops]
+        train.forward_backward(refiner, views, index, index, top_k=4, generator=torch.Generator())
+        distributed.clip_gradients(refiner.parameters(), 1.0)
+        distributed.update_average(average, refiner.encoder, 0.9)
+        for model in models:
+            model(views[0], random_mask(16, 16, 0.6)).backward()
+    assert waits.found == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="loaders are forked")
+def test_sigterm_to_all_processes_spares_the_loaders(smoke, some, tmp_path, monkeypatch):
+    """Schedulers send it to the loaders too; one that died would stop training with an error before the state is saved."""
+    watch, loaders = resume.Run.watch, []
+
+    def spy(self, step, losses):
+        if step == 2:
+            loaders.extend(torch.multiprocessing.active_children())
+            subprocess.run(["kill", "-TERM", *(str(loader.pid) for loader in loaders), str(os.getpid())], check=True)
+            for loader in loaders:
+                loader.join(0.5)
+        watch(self, step, losses)
+
+    monkeypatch.setattr(resume.Run, "watch", spy)
+    with pytest.raises(Stopped, match="stopped at stage 1, step 3; resume from"):
+        mr.pretrain(mr.build_vit(smoke.encoder), some, smoke.pretrain, num_workers=2, saving=Saving(tmp_path))
+    assert len(loaders) == 2
 
 
 def test_default_horizon_of_the_average_is_a_share_of_training(smoke):

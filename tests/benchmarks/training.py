@@ -3,8 +3,8 @@
     python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small]
 
 Each comparison alternates between the ways and prints medians. ``--small`` is for machines with little memory or time; the
-sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed. Results are kept in
-docs/scaling.md.
+sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed, and says so where it is not.
+Results are kept in docs/scaling.md.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ from mimrefiner.monitor import Meter
 from mimrefiner.nn_queue import NNQueue
 from mimrefiner.optim import layer_decay_groups
 from mimrefiner.train import forward_backward
+
+LIGHTLY = "lightly's NNCLR parts"
 
 
 def compare(ways: dict, device: str, repeats: int, warm_ups: int = 1) -> dict[str, float]:
@@ -170,10 +172,8 @@ def refine(device: str, small: bool, repeats: int, only: str | None = None) -> N
     views = [torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops]
     index = torch.arange(batch, device=device)
     ways = {"mimrefiner": ours_stage_3(refiner, index), "plain loop": plain_stage_3(refiner, index, device)}
-    try:
-        ways["lightly's NNCLR parts"] = lightly_stage_3(refiner, device)
-    except ImportError:
-        print("lightly is not installed: its row is left out")
+    with suppress(ImportError):
+        ways[LIGHTLY] = lightly_stage_3(refiner, device)
     if only is not None:
         ways[only](views)
         print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else own_peak())
@@ -186,29 +186,26 @@ def refine(device: str, small: bool, repeats: int, only: str | None = None) -> N
     shape, peak = ViTShape(224, 16, 384, 12, 6, 1536), matmul_peak(device)
     work = batch * plan.step_flops(shape, config, train_encoder=True)
     print(f"\n{work / 1e12:.2f} TFLOP a step by formula; a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n")
-    print("| way | images/s | FLOP utilisation | peak MiB |\n|---|---|---|---|")
+    photos = [(Image.effect_noise((256, 256), 80).convert("RGB"), 0) for _ in range(batch)]
+    print("| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|")
     for name, value in seconds.items():
         call = [sys.executable, __file__, "refine", "--device", device, "--only", name, *["--small"] * small]
         held = float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
-        print(f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held:,.0f} |")
-    photos = [Image.effect_noise((256, 256), 80).convert("RGB") for _ in range(batch)]
-    meter = Meter(batch)
-    stream = view_batches(
-        [(photo, 0) for photo in photos],
-        config.views,
-        batch_size=batch,
-        steps=2,
-        seed=0,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        device=device,
-    )
-    with plain_attention(refiner, torch.device(device)):
-        for images, *_ in meter.waiting(stream):
-            ways["mimrefiner"](images)
-    print(
-        f"\nwith decoded images of 256 px and no loader process, {meter.read()['data_wait_share']:.0%} of the time waits for data"
-    )
+        with plain_attention(refiner, torch.device(device)):
+            waited = data_wait_share(ways[name], photos, config.views, device, steps=1 if small else 5)
+        print(f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held:,.0f} | {waited:.0%} |")
+    if LIGHTLY not in ways:
+        print(f"| {LIGHTLY} | not measured: the package lightly is not installed | | | |")
+    print("\nwaiting for data: images of 256 px in memory, the same loader for all ways, no loader process")
+
+
+def data_wait_share(way, photos: list, views, device: str, steps: int) -> float:
+    """The share of the time that ``way`` waits for its views, as ``--watch`` records it."""
+    options = {"seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": device}
+    meter = Meter(len(photos))
+    for images, *_ in meter.waiting(view_batches(photos, views, batch_size=len(photos), steps=steps, **options)):
+        way(images)
+    return meter.read()["data_wait_share"]
 
 
 def matmul_peak(device: str) -> float:
