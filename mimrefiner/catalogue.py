@@ -7,6 +7,7 @@ from textwrap import wrap
 RANDOM = "reference implementation with random weights"
 LAYOUT = "layout only"
 OFFICIAL = "golden tensors of the official implementation, random weights"
+TIMM_CODE = "timm's own model code"
 UNKNOWN = "see source page"
 
 
@@ -61,8 +62,10 @@ def _released(family: str, licence: str, page: str, verified: str, paper: str, b
     )
 
 
-def _timm(name: str, family: str, licence: str, page: str, size: str = "", cls: int | None = 0, paper: str = "") -> Model:
-    return Model(name, family, *SIZES.get(size, (0,) * 5), licence, page, cls=cls, paper=paper, verified="timm's own model code")
+def _timm(
+    name: str, family: str, licence: str, page: str, size: str = "", cls: int | None = 0, paper: str = "", verified: str = TIMM_CODE
+) -> Model:
+    return Model(name, family, *SIZES.get(size, (0,) * 5), licence, page, cls=cls, paper=paper, verified=verified)
 
 
 TIMM = "https://huggingface.co/timm"
@@ -132,7 +135,7 @@ MODELS = (
     _timm("vit_base_patch8_224.dino", "DINO", "Apache 2.0", TIMM, "b8"),
     _timm("vit_huge_patch14_gap_224.in1k_ijepa", "I-JEPA", NC, TIMM, "h14", None, BLOCKS),
     _timm("vit_huge_patch16_gap_448.in1k_ijepa", "I-JEPA", NC, TIMM, "h16_448", None, BLOCKS),
-    _timm("vit_giant_patch14_dinov2.lvd142m", "DINOv2", "Apache 2.0", TIMM, paper=f"clustering; {COMPARED}"),
+    _timm("vit_giant_patch14_dinov2.lvd142m", "DINOv2", "Apache 2.0", TIMM, paper=f"clustering; {COMPARED}", verified=RANDOM),
     _timm("vit_gigantic_patch14_clip_224.laion2b", "OpenCLIP", "MIT", TIMM, paper=COMPARED),
     _timm("eva02_large_patch14_224.mim_m38m", "EVA-02", UNKNOWN, TIMM),
     _timm("beit3_large_patch16_224.pt", "BEiT-3", UNKNOWN, TIMM),
