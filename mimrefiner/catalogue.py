@@ -2,20 +2,24 @@
 
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from textwrap import wrap
 
 RANDOM = "reference implementation with random weights"
 LAYOUT = "layout only"
 OFFICIAL = "golden tensors of the official implementation, random weights"
 TIMM_CODE = "timm's own model code"
+PACKAGED = "the file itself, which comes with this package"
 UNKNOWN = "see source page"
+ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
 class Model:
     """One model.
 
-    ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, or a name of this table with ``url``, the published file.
+    ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, or a name of this table with ``url``, the published file,
+    or ``file``, which comes with this package.
     ``dim``, ``depth``, ``heads``, ``patch``, ``image_size`` (pixels): of plain ViTs, 0 where timm knows better.
     ``cls``: position of the cls token, None without one. ``sha256``: of the published file, "" where it is not known.
     ``paper``: what it is for in the paper ("" : nothing, for comparison). ``verified``: see the constants above.
@@ -35,6 +39,7 @@ class Model:
     sha256: str = ""
     paper: str = ""
     verified: str = LAYOUT
+    file: Path | None = None
 
 
 SIZES = {
@@ -68,7 +73,13 @@ def _timm(
     return Model(name, family, *SIZES.get(size, (0,) * 5), licence, page, cls=cls, paper=paper, verified=verified)
 
 
+def _packaged(name: str, family: str, licence: str, sizes: tuple[int, ...], sha256: str) -> Model:
+    file = ASSETS / f"{name}.safetensors"
+    return Model(name, family, *sizes, licence, "mimrefiner/assets/README.md", sha256=sha256, verified=PACKAGED, file=file)
+
+
 TIMM = "https://huggingface.co/timm"
+RESEARCH = "non-commercial (ImageNet's terms)"
 COMPARED = "larger models the abstract compares with"
 BLOCKS = "k-NN per block"
 LONGLIAN = "https://huggingface.co/longlian/CrossMAE/resolve/main/vitl-mr0.75-kmr0.75-dd12/"
@@ -144,6 +155,18 @@ MODELS = (
     _timm("vit_large_patch16_dinov3.lvd1689m", "DINOv3", UNKNOWN, TIMM),
     _timm("hiera_large_224.mae", "Hiera", UNKNOWN, TIMM, cls=None),
     _timm("convnextv2_large.fcmae", "ConvNeXtV2", UNKNOWN, TIMM, cls=None),
+    _packaged(
+        "simmim_digits", "this package, SimMIM", "MIT", (64, 12, 4, 8, 32),
+        "b57f7ac877f6070308cb8aa4f59af5b6152acd5c03c7f2a0d2d53d1773027ffb",
+    ),
+    _packaged(
+        "mae_tiny_64", "this package, MAE", RESEARCH, (192, 12, 3, 8, 64),
+        "2c09ff10a40727193f2071cf4a07f13935a9cb1d55cc67b6322346fc39b4f3c5",
+    ),
+    _packaged(
+        "mae_tiny_64_refined", "this package, MAE", RESEARCH, (192, 12, 3, 8, 64),
+        "29b49baf3b4431e84c3e0078a1f723f680763dfbad9d71e8eb8141a45aeeea45",
+    ),
 )  # fmt: skip
 BY_NAME = {row.name: row for row in MODELS}
 
