@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from textwrap import wrap
 
 RANDOM = "reference implementation with random weights"
@@ -11,15 +10,14 @@ OFFICIAL = "golden tensors of the official implementation, random weights"
 TIMM_CODE = "timm's own model code"
 PACKAGED = "the file itself, which comes with this package"
 UNKNOWN = "see source page"
-ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
 class Model:
     """One model.
 
-    ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, or a name of this table with ``url``, the published file,
-    or ``file``, which comes with this package.
+    ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, the name of a file in ``assets/``, or a name of this table
+    with ``url``, the published file.
     ``dim``, ``depth``, ``heads``, ``patch``, ``image_size`` (pixels): of plain ViTs, 0 where timm knows better.
     ``cls``: position of the cls token, None without one. ``sha256``: of the published file, "" where it is not known.
     ``paper``: what it is for in the paper ("" : nothing, for comparison). ``verified``: see the constants above.
@@ -39,7 +37,6 @@ class Model:
     sha256: str = ""
     paper: str = ""
     verified: str = LAYOUT
-    file: Path | None = None
 
 
 SIZES = {
@@ -74,8 +71,7 @@ def _timm(
 
 
 def _packaged(name: str, family: str, licence: str, sizes: tuple[int, ...], sha256: str) -> Model:
-    file = ASSETS / f"{name}.safetensors"
-    return Model(name, family, *sizes, licence, "mimrefiner/assets/README.md", sha256=sha256, verified=PACKAGED, file=file)
+    return Model(name, family, *sizes, licence, "mimrefiner/assets/README.md", sha256=sha256, verified=PACKAGED)
 
 
 TIMM = "https://huggingface.co/timm"

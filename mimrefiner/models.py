@@ -20,6 +20,7 @@ from mimrefiner.errors import InputError
 from mimrefiner.layouts import ReleasedViT, ViTShape, convert
 
 HALF = (0.5, 0.5, 0.5)
+ASSETS = Path(__file__).parent / "assets"
 
 
 def build_vit(config: ViTConfig, *, seed: int = 0, mean=HALF, std=HALF) -> nn.Module:
@@ -67,8 +68,8 @@ def load_encoder(
 
     Args:
         source: a timm model name (``vit_base_patch16_224.mae``), a name of the table of models (``d2v2_refined_h14``; see
-            ``mimrefiner models``), which comes with the package (``simmim_digits``) or is downloaded once into
-            ``$MIMREFINER_CACHE``, or the path of a file in any layout of :data:`mimrefiner.layouts.LAYOUTS`.
+            ``mimrefiner models``), which is downloaded once into ``$MIMREFINER_CACHE``, the name of a checkpoint that comes with
+            the package (``simmim_digits``), or the path of a file in any layout of :data:`mimrefiner.layouts.LAYOUTS`.
         image_size: input size in pixels, None for the model's own; position embeddings are resized.
         num_heads: attention heads, where a file does not tell (files of this package do).
         pretrained: False gives random weights of the same shape.
@@ -77,9 +78,10 @@ def load_encoder(
     Raises:
         InputError: unknown name, missing or damaged file, a size the patch size does not divide, or no network.
     """
+    packaged = ASSETS / f"{source}.safetensors"
+    path = packaged if packaged.is_file() else Path(source).expanduser()
     name = str(source)
     row = BY_NAME.get(name)
-    path = row.file if row and row.file else Path(source).expanduser()
     named = row is not None or timm.models.is_model_pretrained(name)  # some timm names end in ".pt"
     if path.is_file() or (path.suffix in (".safetensors", ".pth", ".pt", ".th", ".tar") and not named):
         return _load_file(path, image_size, num_heads, pretrained, dtype)
@@ -109,9 +111,9 @@ def load_encoder(
 
 
 def row_shape(row: Model) -> ViTShape:
-    """The sizes of the model of a published or packaged file."""
+    """The sizes of a published file's model."""
     d2v2, crossmae = row.name.startswith("d2v2"), row.name == "crossmae_l16"
-    fixed = row.family not in ("iBOT", "Mugs", "DINO", "MAWS") and row.name != "mae_2b14" and not row.file
+    fixed = row.family not in ("iBOT", "Mugs", "DINO", "MAWS") and row.name != "mae_2b14"
     return ViTShape(
         row.image_size, row.patch, row.dim, row.depth, row.heads, 4 * row.dim, row.cls is not None, d2v2,
         final_norm=not (d2v2 or crossmae), fixed_positions=fixed,
