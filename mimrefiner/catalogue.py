@@ -7,6 +7,8 @@ from textwrap import wrap
 RANDOM = "reference implementation with random weights"
 LAYOUT = "layout only"
 OFFICIAL = "golden tensors of the official implementation, random weights"
+TIMM_CODE = "timm's own model code"
+PACKAGED = "the file itself, which comes with this package"
 UNKNOWN = "see source page"
 
 
@@ -14,7 +16,8 @@ UNKNOWN = "see source page"
 class Model:
     """One model.
 
-    ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, or a name of this table with ``url``, the published file.
+    ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, the name of a file in ``assets/``, or a name of this table
+    with ``url``, the published file.
     ``dim``, ``depth``, ``heads``, ``patch``, ``image_size`` (pixels): of plain ViTs, 0 where timm knows better.
     ``cls``: position of the cls token, None without one. ``sha256``: of the published file, "" where it is not known.
     ``paper``: what it is for in the paper ("" : nothing, for comparison). ``verified``: see the constants above.
@@ -61,11 +64,18 @@ def _released(family: str, licence: str, page: str, verified: str, paper: str, b
     )
 
 
-def _timm(name: str, family: str, licence: str, page: str, size: str = "", cls: int | None = 0, paper: str = "") -> Model:
-    return Model(name, family, *SIZES.get(size, (0,) * 5), licence, page, cls=cls, paper=paper, verified="timm's own model code")
+def _timm(
+    name: str, family: str, licence: str, page: str, size: str = "", cls: int | None = 0, paper: str = "", verified: str = TIMM_CODE
+) -> Model:
+    return Model(name, family, *SIZES.get(size, (0,) * 5), licence, page, cls=cls, paper=paper, verified=verified)
+
+
+def _packaged(name: str, family: str, licence: str, sizes: tuple[int, ...], sha256: str) -> Model:
+    return Model(name, family, *sizes, licence, "mimrefiner/assets/README.md", sha256=sha256, verified=PACKAGED)
 
 
 TIMM = "https://huggingface.co/timm"
+RESEARCH = "non-commercial (ImageNet's terms)"
 COMPARED = "larger models the abstract compares with"
 BLOCKS = "k-NN per block"
 LONGLIAN = "https://huggingface.co/longlian/CrossMAE/resolve/main/vitl-mr0.75-kmr0.75-dd12/"
@@ -132,7 +142,7 @@ MODELS = (
     _timm("vit_base_patch8_224.dino", "DINO", "Apache 2.0", TIMM, "b8"),
     _timm("vit_huge_patch14_gap_224.in1k_ijepa", "I-JEPA", NC, TIMM, "h14", None, BLOCKS),
     _timm("vit_huge_patch16_gap_448.in1k_ijepa", "I-JEPA", NC, TIMM, "h16_448", None, BLOCKS),
-    _timm("vit_giant_patch14_dinov2.lvd142m", "DINOv2", "Apache 2.0", TIMM, paper=f"clustering; {COMPARED}"),
+    _timm("vit_giant_patch14_dinov2.lvd142m", "DINOv2", "Apache 2.0", TIMM, paper=f"clustering; {COMPARED}", verified=RANDOM),
     _timm("vit_gigantic_patch14_clip_224.laion2b", "OpenCLIP", "MIT", TIMM, paper=COMPARED),
     _timm("eva02_large_patch14_224.mim_m38m", "EVA-02", UNKNOWN, TIMM),
     _timm("beit3_large_patch16_224.pt", "BEiT-3", UNKNOWN, TIMM),
@@ -141,6 +151,18 @@ MODELS = (
     _timm("vit_large_patch16_dinov3.lvd1689m", "DINOv3", UNKNOWN, TIMM),
     _timm("hiera_large_224.mae", "Hiera", UNKNOWN, TIMM, cls=None),
     _timm("convnextv2_large.fcmae", "ConvNeXtV2", UNKNOWN, TIMM, cls=None),
+    _packaged(
+        "simmim_digits", "this package, SimMIM", "MIT", (64, 12, 4, 8, 32),
+        "b57f7ac877f6070308cb8aa4f59af5b6152acd5c03c7f2a0d2d53d1773027ffb",
+    ),
+    _packaged(
+        "mae_tiny_64", "this package, MAE", RESEARCH, (192, 12, 3, 8, 64),
+        "2c09ff10a40727193f2071cf4a07f13935a9cb1d55cc67b6322346fc39b4f3c5",
+    ),
+    _packaged(
+        "mae_tiny_64_refined", "this package, MAE", RESEARCH, (192, 12, 3, 8, 64),
+        "29b49baf3b4431e84c3e0078a1f723f680763dfbad9d71e8eb8141a45aeeea45",
+    ),
 )  # fmt: skip
 BY_NAME = {row.name: row for row in MODELS}
 

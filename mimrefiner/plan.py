@@ -1,10 +1,12 @@
 """What a model will cost before it is loaded: parameters, FLOPs, memory and GPU-hours, from formulas.
 
 A multiplication and an addition count as two. Memory is an estimate: the tensors that must exist, plus a tenth for what the
-formulas leave out (temporary buffers, fragmentation).
+formulas leave out (temporary buffers, fragmentation). ``tests/test_plan.py`` compares both with small runs on a CPU: FLOPs of
+all steps agree to 0.5 %, memory lies up to a third above what tensors took.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -12,32 +14,39 @@ import torch
 from mimrefiner import distributed
 from mimrefiner.augment import paper_views
 from mimrefiner.catalogue import BY_NAME
-from mimrefiner.config import RefineConfig, load_preset
+from mimrefiner.config import PretrainConfig, RefineConfig, load_preset
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import ViTShape
+from mimrefiner.masked import random_mask
 from mimrefiner.memory import ADVICE, PLENTY, Memory
 from mimrefiner.nn_queue import LOOKUP_BYTES
+from mimrefiner.optim import stage_steps
 from mimrefiner.refiner import MIMRefiner
 
 SPARE = 1.1
+USE = 0.4  # share of a GPU's peak that training reaches: an assumption, not a measurement
 TRAINING_IMAGES = {"imagenet": 1_281_167, "cifar10": 45_000, "cifar100": 45_000, "fashion_mnist": 54_000, "tiny-imagenet": 90_000}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of one model and recipe. FLOPs are per image, memory is in bytes per GPU, hours are those of one GPU."""
+    """Cost of one model and recipe.
+
+    ``forward_flops``, ``heads_flops``, ``refine_flops`` are per image, ``heads_total`` and ``refine_total`` those of the whole
+    stages; memory is in bytes per GPU.
+    """
 
     parameters: int
     head_parameters: int
-    forward_flops: float
-    heads_flops: float
-    refine_flops: float
+    forward_flops: int
+    heads_flops: int
+    refine_flops: int
+    heads_total: int
+    refine_total: int
     probe_bytes: float
     heads_bytes: float
     refine_bytes: float
-    heads_hours: float
-    refine_hours: float
 
 
 def parameters(s: ViTShape) -> int:
@@ -51,9 +60,37 @@ def parameters(s: ViTShape) -> int:
 def forward_flops(s: ViTShape, size: int) -> int:
     """Operations of one image of ``size`` px: matrix products and attention, as ``torch.utils.flop_counter`` counts them."""
     patches = (size // s.patch_size) ** 2
-    tokens = patches + s.cls_token
-    block = tokens * (8 * s.dim**2 + 4 * s.dim * s.mlp_dim) + 4 * tokens**2 * s.dim
-    return 2 * patches * 3 * s.patch_size**2 * s.dim + s.depth * block
+    return embed_flops(s, patches) + s.depth * block_flops(s.dim, s.mlp_dim, patches + s.cls_token)
+
+
+def embed_flops(s: ViTShape, patches: int) -> int:
+    """Operations of the patch embedding; its backward pass costs as much, since images need no gradient."""
+    return 2 * patches * 3 * s.patch_size**2 * s.dim
+
+
+def block_flops(dim: int, mlp_dim: int, tokens: int) -> int:
+    """Operations of one block forward; its backward pass costs twice as much."""
+    return tokens * (8 * dim**2 + 4 * dim * mlp_dim) + 4 * tokens**2 * dim
+
+
+def pretrain_flops(s: ViTShape, config: PretrainConfig) -> int:
+    """Operations per image of masked pre-training, forward and backward."""
+    patches = (s.image_size // s.patch_size) ** 2
+    pixels = 3 * s.patch_size**2
+    if config.method == "simmim":
+        blocks, head = s.depth * block_flops(s.dim, s.mlp_dim, patches + s.cls_token), 2 * patches * s.dim * pixels
+        return 2 * embed_flops(s, patches) + 3 * (blocks + head)
+    visible = int((~random_mask(1, patches, config.mask_ratio)).sum()) + s.cls_token
+    d = config.decoder_dim
+    decoder = (
+        2 * visible * s.dim * d + config.decoder_depth * block_flops(d, 4 * d, patches + s.cls_token) + 2 * patches * d * pixels
+    )
+    return 2 * embed_flops(s, patches) + 3 * (s.depth * block_flops(s.dim, s.mlp_dim, visible) + decoder)
+
+
+def pretrain_total(s: ViTShape, config: PretrainConfig, images: int) -> int:
+    """Operations of pre-training on so many images."""
+    return pretrain_flops(s, config) * config.batch_size * stage_steps(images, config.batch_size, config.epochs)
 
 
 def head_parameters(s: ViTShape, config: RefineConfig) -> int:
@@ -64,18 +101,30 @@ def head_parameters(s: ViTShape, config: RefineConfig) -> int:
     return len(config.resolve_blocks(s.depth)) * (projector + predictor)
 
 
-def step_flops(s: ViTShape, config: RefineConfig, *, train_encoder: bool) -> float:
-    """Operations per image of stage 2 or 3: encoder, heads, queue and loss; a backward pass costs two forward ones."""
+def step_flops(s: ViTShape, config: RefineConfig, *, train_encoder: bool, memory: Memory = PLENTY) -> int:
+    """Operations per image of stage 2 or 3, forward and backward: encoder, heads, queue and loss."""
     c, heads, views = config, len(config.resolve_blocks(s.depth)), len(config.views.crops)
     global_views = len(c.views.global_crops)
-    encoder = sum(forward_flops(s, crop.size) for crop in c.views.crops)
+    encoder = sum(_encoder_flops(s, crop.size, c.frozen_blocks, memory, train_encoder) for crop in c.views.crops)
     first = s.dim * c.hidden_dim
     rest = c.hidden_dim**2 + c.hidden_dim * c.out_dim + 2 * c.out_dim * c.predictor_dim
     backward = 2 * first if train_encoder else first  # stage 2 needs no gradient of the heads' input
     head = 2 * views * heads * (first + backward + 3 * rest)
     queue = 2 * heads * global_views * c.queue_size * c.out_dim
     loss = 2 * heads * global_views * views * c.batch_size * c.out_dim * 2  # gradient to the predictions only
-    return encoder * (3 if train_encoder else 1) + head + queue + loss
+    return encoder + head + queue + loss
+
+
+def _encoder_flops(s: ViTShape, size: int, frozen: int, memory: Memory, trained: bool) -> int:
+    forward = forward_flops(s, size)
+    if not trained:
+        return forward
+    patches, trained_blocks = (size // s.patch_size) ** 2, s.depth - frozen
+    block = block_flops(s.dim, s.mlp_dim, patches + s.cls_token)
+    backward = 2 * trained_blocks * block + (0 if frozen else embed_flops(s, patches))
+    if memory.recompute:  # a block is computed again up to its last product
+        backward += trained_blocks * (block - 2 * (patches + s.cls_token) * s.dim * s.mlp_dim)
+    return forward * (2 if memory.micro_batch else 1) + backward
 
 
 def activation_bytes(s: ViTShape, size: int, *, autocast: bool = True) -> int:
@@ -84,6 +133,12 @@ def activation_bytes(s: ViTShape, size: int, *, autocast: bool = True) -> int:
     if autocast:  # float32 residual stream, bfloat16 products
         return s.depth * tokens * (2 * 4 * s.dim + 2 * (6 * s.dim + 2 * s.mlp_dim))
     return s.depth * tokens * 4 * (8 * s.dim + 2 * s.mlp_dim)
+
+
+def passing_bytes(s: ViTShape, size: int) -> int:
+    """Bytes that exist at once while one image passes without a graph, under autocast: a block's input, sum, norm, MLP, output."""
+    tokens = (size // s.patch_size) ** 2 + s.cls_token
+    return tokens * (14 * s.dim + 4 * s.mlp_dim)
 
 
 def kept_bytes(s: ViTShape, size: int, *, recompute: bool) -> int:
@@ -97,18 +152,25 @@ def training_bytes(s: ViTShape, config: RefineConfig, *, train_encoder: bool, gp
     c, heads, views = config, len(config.resolve_blocks(s.depth)), len(config.views.crops)
     weights, share = parameters(s), config.batch_size / gpus
     at_once = min(share, memory.micro_batch or share)
-    queue = 2 * 4 * heads * c.queue_size * c.out_dim + min(4 * heads * share * 2 * c.queue_size, LOOKUP_BYTES)
+    sizes = Counter(crop.size for crop in c.views.crops)  # crops of one size pass the encoder together
     widths = s.dim + 4 * c.hidden_dim + 2 * c.out_dim + 2 * c.predictor_dim
-    head_bytes = 16 * head_parameters(s, c) + queue + 4 * share * views * heads * widths  # weight, gradient, two moments
-    block = at_once * views * max(activation_bytes(s, crop.size) for crop in c.views.crops) / s.depth
+    lookup = min(4 * heads * share * 2 * c.queue_size, LOOKUP_BYTES)
+    in_heads = 4 * share * views * heads * widths + lookup
+    always = 18 * head_parameters(s, c)  # weight, gradient and two moments in float32, the weight in bfloat16
+    always += 2 * 4 * heads * c.queue_size * c.out_dim + 4 * 3 * (share + at_once) * sum(n * size**2 for size, n in sizes.items())
     if not train_encoder:
-        return SPARE * (4 * weights + head_bytes + block)
+        passing = at_once * max(n * passing_bytes(s, size) for size, n in sizes.items())
+        return SPARE * (4 * weights + always + max(passing, in_heads))
     trained = 1 - c.frozen_blocks / s.depth
     states = weights * (8 + 12 * trained)  # weight and moving average; gradient and two moments
     if memory.shard:
         states = states / gpus + 4 * 4 * weights / s.depth  # two blocks put together, with gradients
-    kept = sum(kept_bytes(s, crop.size, recompute=memory.recompute) for crop in c.views.crops)
-    return SPARE * (states + head_bytes + at_once * trained * kept + block * memory.recompute)
+    states += 2 * trained * weights  # in bfloat16
+    kept = at_once * trained * sum(n * kept_bytes(s, size, recompute=memory.recompute) for size, n in sizes.items())
+    again = at_once * memory.recompute * max(n * activation_bytes(s, size) / s.depth for size, n in sizes.items())
+    if memory.micro_batch:  # heads and encoder go back one after the other
+        return SPARE * (states + always + max(in_heads, kept + again))
+    return SPARE * (states + always + kept + max(in_heads, again))
 
 
 def make_plan(
@@ -117,8 +179,6 @@ def make_plan(
     images: int,
     *,
     gpus: int = 1,
-    tflops: float = 312,
-    use: float = 0.4,
     memory: Memory = PLENTY,
 ) -> Plan:
     """Cost of refining a ViT of shape ``s``.
@@ -127,20 +187,23 @@ def make_plan(
         config: the recipe.
         images: in the training set.
         gpus: the batch is shared by them; every one holds heads and queue, and the encoder unless it is sharded.
-        tflops: the peak of one GPU in bfloat16 (312: A100).
-        use: the share of it that training reaches; an assumption, not a measurement.
-        memory: what trades time for memory; its time is not counted.
+        memory: what trades time for memory.
     """
-    weights = parameters(s)
-    flops2, flops3 = (step_flops(s, config, train_encoder=train) for train in (False, True))
-    hours = images / (tflops * 1e12 * use) / 3600
+    weights, c = parameters(s), config
+    flops2, flops3 = (step_flops(s, c, train_encoder=train, memory=memory) for train in (False, True))
     return Plan(
-        weights, head_parameters(s, config), forward_flops(s, s.image_size), flops2, flops3,
-        probe_bytes=SPARE * (4 * weights + 64 * activation_bytes(s, s.image_size) / s.depth),
-        heads_bytes=training_bytes(s, config, train_encoder=False, gpus=gpus, memory=memory),
-        refine_bytes=training_bytes(s, config, train_encoder=True, gpus=gpus, memory=memory),
-        heads_hours=hours * flops2 * config.heads_epochs, refine_hours=hours * flops3 * config.refine_epochs,
+        weights, head_parameters(s, c), forward_flops(s, s.image_size), flops2, flops3,
+        heads_total=flops2 * c.batch_size * stage_steps(images, c.batch_size, c.heads_epochs),
+        refine_total=flops3 * c.batch_size * stage_steps(images, c.batch_size, c.refine_epochs),
+        probe_bytes=SPARE * (6 * weights + 64 * (4 * 3 * s.image_size**2 + passing_bytes(s, s.image_size))),
+        heads_bytes=training_bytes(s, c, train_encoder=False, gpus=gpus, memory=memory),
+        refine_bytes=training_bytes(s, c, train_encoder=True, gpus=gpus, memory=memory),
     )  # fmt: skip
+
+
+def gpu_hours(flops: float, tflops: float = 312) -> float:
+    """Hours of one GPU with a peak of ``tflops`` TFLOP/s in bfloat16 (312: A100), of which training is assumed to reach ``USE``."""
+    return flops / (tflops * 1e12 * USE) / 3600
 
 
 def warn_if_too_large(refiner: MIMRefiner, memory: Memory) -> None:
@@ -210,15 +273,27 @@ def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: 
     if gpus < 1 or tflops <= 0:
         raise InputError(f"expected gpus >= 1 and tflops > 0, got {gpus} and {tflops}")
     images = count_images(data)
-    p = make_plan(s, config, images, gpus=gpus, tflops=tflops, memory=memory)
+    p = make_plan(s, config, images, gpus=gpus, memory=memory)
     gib = 2**30
+    heads, refinement = (gpu_hours(flops, tflops) for flops in (p.heads_total, p.refine_total))
+    hours, epochs = (
+        f"heads {_short(heads)}, refinement {_short(refinement)}",
+        f"{config.heads_epochs:g} + {config.refine_epochs:g} epochs",
+    )
+    if not preset.startswith("paper"):  # published weights need no pre-training
+        stage1 = load_preset(preset).pretrain
+        first = gpu_hours(pretrain_total(s, stage1, images), tflops)
+        hours, epochs = f"pre-training {_short(first)}, {hours}", f"{stage1.epochs:g} + {epochs}"
     rows = [
         ("encoder", f"{p.parameters / 1e6:,.1f} M parameters, {p.forward_flops / 1e9:,.1f} GFLOPs per {s.image_size} px image"),
         ("heads", f"{p.head_parameters / 1e6:,.1f} M parameters on blocks {list(config.resolve_blocks(s.depth))} (0-based)"),
-        ("FLOPs/image", f"heads {p.heads_flops / 1e12:,.2f} T, refinement {p.refine_flops / 1e12:,.2f} T"),
+        ("FLOPs/image", f"heads {_short(p.heads_flops / 1e12)} T, refinement {_short(p.refine_flops / 1e12)} T"),
         ("memory/GPU", f"probing {p.probe_bytes / gib:,.1f} GiB (batch 64), heads {p.heads_bytes / gib:,.1f} GiB, refinement "
-                       f"{p.refine_bytes / gib:,.1f} GiB (batch {config.batch_size} on {gpus} GPUs, bfloat16)"),
-        ("GPU-hours", f"heads {p.heads_hours:,.1f}, refinement {p.refine_hours:,.1f}: {images:,} images, "
-                      f"{config.heads_epochs:g} + {config.refine_epochs:g} epochs, assuming 40 % of {tflops:g} TFLOP/s"),
+                       f"{p.refine_bytes / gib:,.1f} GiB (batch {config.batch_size} on {gpus} GPU{'s' * (gpus > 1)}, bfloat16)"),
+        ("GPU-hours", f"{hours}: {images:,} images, {epochs}, assuming {100 * USE:g} % of {tflops:g} TFLOP/s"),
     ]  # fmt: skip
     return "\n".join(f"{name:12s} {text}" for name, text in rows)
+
+
+def _short(x: float) -> str:
+    return f"{x:,.1f}" if x >= 10 else f"{x:.2g}" if x < 0.1 else f"{x:.2f}"

@@ -341,7 +341,7 @@ def same_features(found, vit, digits):
 
 
 def test_processes_fill_one_cache(vit, digits, tmp_path, cached):
-    outputs, codes = on_two(partial(cached, {}), tmp_path)
+    outputs, codes = on_several(partial(cached, {}), tmp_path)
     assert codes == [0, 0], (tmp_path / "failed0").read_text()
     for rank, output in enumerate(outputs):
         assert output["extracted"].tolist() == list(range(10 * rank, 10 * rank + 10))
@@ -354,9 +354,9 @@ def test_processes_fill_one_cache(vit, digits, tmp_path, cached):
 @pytest.mark.parametrize("then", [1, 2])
 @pytest.mark.parametrize("killed", [{1: 2}, {0: 1, 1: 2}])
 def test_a_cache_goes_on_after_a_kill_with_any_number_of_processes(vit, digits, tmp_path, capsys, cached, killed, then):
-    _, codes = on_two(partial(cached, killed), tmp_path)
+    _, codes = on_several(partial(cached, killed), tmp_path)
     assert codes == [-9 if rank in killed else 1 for rank in range(2)]
-    outputs = [cached({})] if then == 1 else on_two(partial(cached, {}), tmp_path)[0]
+    outputs = [cached({})] if then == 1 else on_several(partial(cached, {}), tmp_path)[0]
     missing = [*range(3, 10), *range(16, 20)] if 0 in killed else [*range(16, 20)]
     extracted = [output["extracted"].tolist() for output in outputs]
     assert [row for rows in extracted for row in rows if row != 0] == missing
@@ -375,7 +375,7 @@ def test_two_go_on_where_one_was_killed(vit, digits, tmp_path, cached):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-    outputs, _ = on_two(partial(cached, {}), tmp_path)
+    outputs, _ = on_several(partial(cached, {}), tmp_path)
     assert torch.cat([output["extracted"] for output in outputs]).tolist() == list(range(12, 20))
     for output in outputs:
         same_features(output, vit, digits)
@@ -386,7 +386,7 @@ def test_a_full_disk_is_said_by_all_processes(tmp_path, cached, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    _, codes = on_two(partial(cached, {}), tmp_path)
+    _, codes = on_several(partial(cached, {}), tmp_path)
     assert codes == [1, 1]
     for rank in range(2):
         assert "InputError: the features need 0.0 MiB" in (tmp_path / f"failed{rank}").read_text()

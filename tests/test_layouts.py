@@ -1,5 +1,6 @@
 """Every published layout, with random weights, gives the numbers of an independent computation or of the official code."""
 
+import functools
 import math
 
 import pytest
@@ -166,7 +167,8 @@ def huggingface(tensors):
 @pytest.mark.parametrize("name", ["mae", "ijepa"])
 def test_layouts_agree_with_transformers(name, tmp_path):
     """ViTMAE with every patch visible, and I-JEPA, from the same tensors."""
-    transformers = pytest.importorskip("transformers", minversion="5")
+    import transformers  # here, because it takes seconds
+
     has, hold, _ = FILES[name]
     tensors = plain_tensors(**has)
     torch.save(hold(tensors), tmp_path / "file.pth")
@@ -185,6 +187,71 @@ def test_layouts_agree_with_transformers(name, tmp_path):
     torch.testing.assert_close(tokens, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
     for ours, other in zip(outputs, expected.hidden_states[1:], strict=True):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
+
+
+def dinov2_names(tensors):
+    """Tensors of transformers' Dinov2 (version 5) by the names of the original files."""
+    names = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "embeddings.position_embeddings": "pos_embed"}
+    names |= {"embeddings.": "", "encoder.layer.": "blocks.", "layernorm.": "norm.", "attention.o_proj": "attn.proj"}
+    names |= {"attention.q_proj": "attn.qkv", "mlp.gate_proj": "mlp.w12", "mlp.down_proj": "mlp.w3", "layer_scale": "ls"}
+    renamed = {}
+    for key, x in tensors.items():
+        for part, rest in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
+            if part in key:
+                x = torch.cat([x, *(tensors[key.replace(part, other)] for other in rest)])
+        if not any(part in key for part in ("k_proj", "v_proj", "up_proj")):
+            for old, new in names.items():
+                key = key.replace(old, new)
+            renamed[key.replace("lambda1", "gamma")] = x
+    return renamed
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("size", ["base", "giant"])
+def test_dinov2_agrees_with_transformers(size, registers, monkeypatch):
+    """Models cut down to two blocks, from random weights under the original names; "giant" has the gated MLP (SwiGLU)."""
+    import transformers
+
+    small = functools.partial(timm.create_model, embed_dim=DIM, depth=DEPTH, num_heads=HEADS)
+    monkeypatch.setattr("timm.create_model", small)
+    name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
+    ours = mr.load_encoder(name, image_size=56, pretrained=False)
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    sizes = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": 56, "patch_size": 14}
+    config = getattr(transformers, f"{kind}Config")(**sizes, use_swiglu_ffn=size == "giant")
+    theirs = getattr(transformers, f"{kind}Model")(config).eval()
+    for x in theirs.parameters():
+        torch.nn.init.normal_(x, std=0.2)
+    file = dinov2_names(theirs.state_dict())
+    ours.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(file, ours))
+    x = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = theirs(x, output_hidden_states=True)
+    outputs, tokens = blocks_of(ours, x)
+    for a, b in zip([*outputs, tokens], [*expected.hidden_states[1:], expected.last_hidden_state], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_post_norm_blocks_are_torchs_encoder_layers():
+    """transformers' Data2VecVision is data2vec 1.0, with pre-norm blocks; torch's own layer has data2vec 2.0's form."""
+    encoder = ReleasedViT(ViTShape(32, 8, DIM, DEPTH, HEADS, 4 * DIM, post_norm=True, final_norm=False)).eval()
+    names = {"attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj", "mlp.fc": "linear"}
+    x = torch.randn(2, 17, DIM)
+    for block in encoder.blocks:
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        layer = torch.nn.TransformerEncoderLayer(
+            DIM, HEADS, 4 * DIM, dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=False
+        ).eval()
+        renamed = {}
+        for key, value in block.state_dict().items():
+            for old, new in names.items():
+                key = key.replace(old, new)
+            renamed[key] = value
+        layer.load_state_dict(renamed)
+        with torch.no_grad():
+            x, expected = block(x), layer(x)
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["pre", "post"])

@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch
 import mimrefiner as mr
 from mimrefiner.__main__ import main
 from mimrefiner.augment import Crop, Views
-from mimrefiner.catalogue import MODELS
-from mimrefiner.checkpoint import atomic_file, save_encoder, sha256_of
+from mimrefiner.catalogue import MODELS, PACKAGED, table
+from mimrefiner.checkpoint import atomic_file, save_encoder, sha256_of, vit_config
+from mimrefiner.config import ViTConfig
 from mimrefiner.layouts import ReleasedViT, ViTShape
-from mimrefiner.models import _as_encoder, row_shape
+from mimrefiner.models import ASSETS, _as_encoder, row_shape
 from mimrefiner.refiner import MIMRefiner
 
 
@@ -38,10 +40,22 @@ def test_timm_names_save_and_load_too(tmp_path):
     assert torch.equal(encoder(x), again(x))
 
 
-def test_packaged_checkpoint_loads():
-    encoder = mr.load_encoder("simmim_digits")
-    assert len(encoder.blocks) == 12
-    assert encoder.pretrained_cfg["input_size"] == (3, 32, 32)
+@pytest.mark.parametrize("row", [row for row in MODELS if row.verified == PACKAGED], ids=lambda row: row.name)
+def test_packaged_checkpoints_are_what_the_table_says(row):
+    encoder, file = mr.load_encoder(row.name), ASSETS / f"{row.name}.safetensors"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == row.sha256
+    assert row.sha256[:8] in table()
+    shape = ViTConfig(row.image_size, row.patch, row.dim, row.depth, row.heads)
+    assert vit_config(encoder) == shape
+    assert encoder.pretrained_cfg["input_size"] == (3, row.image_size, row.image_size)
+    plain = timm.models.VisionTransformer(row.image_size, row.patch, num_classes=0, embed_dim=row.dim, num_heads=row.heads).eval()
+    plain.load_state_dict({name: x.float() for name, x in safetensors.torch.load_file(file).items()})
+    x = torch.randn(2, 3, row.image_size, row.image_size)
+    torch.testing.assert_close(encoder(x), plain(x))
+
+
+def test_every_packaged_checkpoint_is_a_row():
+    assert {row.name for row in MODELS if row.verified == PACKAGED} == {file.stem for file in ASSETS.glob("*.safetensors")}
 
 
 def test_other_image_sizes_work(vit):
@@ -123,7 +137,7 @@ def test_the_table_is_printed_with_licences(capsys, monkeypatch):
         assert section.startswith(f"{row.family}: licence {row.licence}, {row.page}\n")
         assert row.verified in " ".join(section.split())
         assert (row.paper or "not in it") in " ".join(section.split())
-    assert all(row.url or timm.is_model(row.name) for row in MODELS)
+    assert all(row.url or row.verified == PACKAGED or timm.is_model(row.name) for row in MODELS)
 
 
 def local_crop(encoder):
