@@ -13,8 +13,8 @@ PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
 What was measured with this package, claim by claim. *Seen*: the 95 % interval of the difference lies above zero, or every seed
-agrees; *opposite*: it lies below zero, or every seed disagrees; *not seen*: neither; *open*: one seed can not decide. This page
-is written by `python docs/make_results.py` from the committed tables.
+agrees; *opposite*: it lies below zero, or every seed disagrees; *not seen*: neither; *open*: one seed can not decide. This page is
+written by `python docs/make_results.py` from the committed tables.
 
 **How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a ViT of 5 M is refined on 64-pixel
 images and one of 0.6 M on digits. The authors expect the benefit of several heads, and much of the drop behind the peak, only
