@@ -102,6 +102,7 @@ def add_refine(commands) -> None:
 
 def do_refine(args) -> None:
     from mimrefiner import load_dataset, load_encoder, refine
+    from mimrefiner.features import block_modules
     from mimrefiner.memory import Memory
     from mimrefiner.monitor import Monitor
     from mimrefiner.store import pretrained
@@ -110,7 +111,7 @@ def do_refine(args) -> None:
     if args.preset.startswith("paper-") and not args.model:
         raise InputError(f"{args.preset} refines published weights: give them by --model")
     encoder = load_encoder(args.model, pretrained=not args.no_pretrained) if args.model else pretrained(preset).encoder
-    depth = len(encoder.blocks)
+    depth = len(block_modules(encoder))
     config = preset.refine
     if args.blocks and args.heads:
         raise InputError("give either --blocks or --heads")

@@ -140,10 +140,12 @@ def fetch(row: Model) -> Path:
 
 def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
     size = {} if image_size is None else {"img_size": image_size}
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **size).eval()
-    except TypeError:  # families without dynamic_img_size
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size).eval()
+    for options in ({"dynamic_img_size": True, **size}, size):
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options).eval()
+        except TypeError:  # families without dynamic_img_size (Hiera), or without a size of their own (ConvNeXt)
+            continue
+    return timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
 
 
 def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretrained: bool, dtype) -> nn.Module:
@@ -205,9 +207,11 @@ def _as_encoder(encoder: ReleasedViT, dtype: torch.dtype | None) -> nn.Module:
 
 def _with_size(encoder: nn.Module, image_size: int | None) -> nn.Module:
     if image_size is not None:
-        patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", (1,))[0]
+        what, patch = "the patch size", getattr(getattr(encoder, "patch_embed", None), "patch_size", (1,))[0]
+        if type(encoder).__name__ == "Hiera":
+            what, patch = "the last stage's stride", encoder.feature_info[-1]["reduction"]
         if image_size % patch:
-            raise InputError(f"image size {image_size} is not divisible by the patch size {patch}")
+            raise InputError(f"image size {image_size} is not divisible by {what} {patch}")
         if hasattr(encoder, "set_input_size"):
             encoder.set_input_size(img_size=image_size)
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (3, image_size, image_size)}

@@ -40,13 +40,15 @@ class MIMRefiner(nn.Module):
         config: see :class:`mimrefiner.config.RefineConfig`; new weights are drawn from ``config.seed``.
 
     Raises:
-        InputError: a block out of range, cls pooling without cls token, a crop that the patch size does not divide.
+        InputError: no plain ViT, a block out of range, cls pooling without cls token, a crop that the patch size does not divide.
     """
 
     def __init__(self, encoder: nn.Module, config: RefineConfig):
         super().__init__()
         self.encoder = encoder
         self.config = config
+        if not hasattr(encoder, "blocks") or not hasattr(encoder.patch_embed, "patch_size"):
+            raise InputError(f"{type(encoder).__name__} can be probed, not refined: expected a ViT, whose blocks see all patches")
         self.depth = len(encoder.blocks)
         self.blocks = config.resolve_blocks(self.depth)
         check_pools(encoder, (config.pool,))

@@ -1,15 +1,21 @@
+import functools
+import itertools
+
 import group_workers
 import pytest
 import timm
 import torch
 
 import mimrefiner as mr
+from mimrefiner.catalogue import MODELS
 from mimrefiner.features import available_pools
+
+PLAIN = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
 
 def oracle(encoder, images, norm=False):
     out = encoder.forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC", norm=norm)
-    return [torch.cat([prefix, patches], 1) if prefix is not None else patches for patches, prefix in out]
+    return [torch.cat([x[1], x[0]], 1) if isinstance(x, tuple) else x for x in out]  # no tuple without prefix tokens
 
 
 @pytest.fixture
@@ -56,6 +62,57 @@ def test_timm_families(name, images):
         assert torch.allclose(features.x["mean"][block], patches.mean(1), atol=1e-4)
         if "cls" in features.x:
             assert torch.allclose(features.x["cls"][block], expected[:, 0], atol=1e-4)
+
+
+FAMILIES = {  # name -> (arguments that cut the model down, image sizes that one model takes)
+    "vit_giant_patch14_dinov2.lvd142m": (PLAIN, (56, 42)),
+    "vit_gigantic_patch14_clip_224.laion2b": (PLAIN, (56, 42)),
+    "eva02_large_patch14_224.mim_m38m": (PLAIN, (56, 42)),
+    "beit3_large_patch16_224.pt": (PLAIN, (64, 48)),
+    "aimv2_large_patch14_224.apple_pt": (PLAIN, (56, 42)),
+    "vit_large_patch16_siglip_256.webli": (PLAIN, (64, 48)),
+    "vit_large_patch16_dinov3.lvd1689m": (PLAIN, (64, 48)),
+    "hiera_large_224.mae": ({"embed_dim": 48, "num_heads": 1, "stages": (1, 1, 2, 1)}, (64,)),
+    "convnextv2_large.fcmae": ({"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}, (64, 50)),
+}
+
+
+@pytest.mark.parametrize("name", [row.name for row in MODELS if not row.dim])
+def test_families_of_the_table(name, monkeypatch):
+    """Every timm name of the table without sizes of its own, cut down: all blocks, at the size it was built for and another one."""
+    cut, sizes = FAMILIES[name]
+    monkeypatch.setattr("timm.create_model", functools.partial(timm.create_model, **cut))
+    encoder = mr.load_encoder(name, pretrained=False, image_size=sizes[0])
+    assert encoder.pretrained_cfg["input_size"] == (3, sizes[0], sizes[0])
+    for x in encoder.parameters():
+        torch.nn.init.normal_(x, std=0.2)  # so that blocks differ, where timm begins with small layer scales
+    depth, pools = len(mr.features.block_modules(encoder)), available_pools(encoder)
+    for size in sizes:
+        images = torch.randn(2, 3, size, size)
+        options = {"coarse": False} if name.startswith("hiera") else {}
+        with torch.no_grad():
+            pooled = mr.features.pooled_blocks(encoder, images, range(depth), pools)
+            if name.startswith(("hiera", "convnext")):
+                maps = encoder.forward_intermediates(images, intermediates_only=True, **options)
+                expected = {"mean": [x.flatten(2).mean(-1) for x in maps]}
+            else:
+                tokens = oracle(encoder, images)
+                expected = {"cls": [x[:, 0] for x in tokens], "mean": [x[:, encoder.num_prefix_tokens :].mean(1) for x in tokens]}
+        assert len(expected["mean"]) == depth
+        for pool in pools:
+            for found, right in zip(pooled[pool], expected[pool], strict=True):
+                torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+        for one, next_ in itertools.pairwise(pooled["mean"]):
+            assert one.shape != next_.shape or (one - next_).abs().max() > 1e-2
+
+
+def test_a_size_that_a_family_does_not_take_is_said():
+    for name, message in (
+        ("hiera_tiny_224", "image size 48 is not divisible by the last stage's stride 32"),
+        ("eva02_tiny_patch14_224", "image size 48 is not divisible by the patch size 14"),
+    ):
+        with pytest.raises(mr.InputError, match=message):
+            mr.load_encoder(name, image_size=48, pretrained=False)
 
 
 def test_some_blocks_and_pools(vit, images):

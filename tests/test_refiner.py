@@ -129,3 +129,10 @@ def test_settings_that_do_not_fit_the_model_are_named(vit, config, change, messa
 def test_impossible_settings_are_named(config, change, message):
     with pytest.raises(mr.InputError, match=message):
         replace(config, **change)
+
+
+@pytest.mark.parametrize("name", ["hiera_tiny_224", "convnextv2_atto"])
+def test_only_plain_vits_are_refined(name):
+    encoder = mr.load_encoder(name, image_size=64, pretrained=False)
+    with pytest.raises(mr.InputError, match="can be probed, not refined: expected a ViT"):
+        mr.refiner.MIMRefiner(encoder, mr.load_preset("smoke").refine)
