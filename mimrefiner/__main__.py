@@ -163,7 +163,7 @@ def do_probe(args) -> None:
     import torch
 
     from mimrefiner.parameters import check_writable
-    from mimrefiner.report import markdown, probe
+    from mimrefiner.report import markdown, probe, report_title
 
     precisions = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if args.precision not in precisions:
@@ -179,7 +179,7 @@ def do_probe(args) -> None:
         seed=args.seed, batch_size=args.batch_size, num_workers=args.workers, autocast=precisions[args.precision],
     )  # fmt: skip
     if len(table):
-        print(markdown(table, args.data))
+        print(markdown(table, report_title(args.model, args.data)))
         print(f"report.csv, report.md, report.png and report.pdf are in {args.out}")
 
 

@@ -213,7 +213,8 @@ def plot_two_curves(curves: pd.DataFrame, left: str, right: str, *, unit: str, t
 
 
 def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
-    """The block report: one panel per protocol, one line per pooling with its spread, the best block ringed.
+    """The block report: one panel per protocol, one line per pooling with its spread, the best block ringed (not for the effective
+    rank, which is no score, and where the raw pixels' value stands in the title: it lies far outside).
 
     Random weights are the thin dashed line of the same colour, raw pixels the dotted grey one; crosses are the poolings that
     validation chose. ``stats``: of :func:`mimrefiner.report.summary`.
@@ -230,10 +231,12 @@ def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
     for axes, ((protocol, metric), part) in zip(all_axes.flat, panels, strict=False):
         scale, unit = (100, " (%)") if metric in ("accuracy", "ACC") else (1, "")
         for (model, pool), line in part.groupby(["model", "pool"], sort=False):
-            _draw_report_line(axes, model, pool, line, scale, styles)
+            _draw_report_line(axes, model, pool, line, scale, styles, score=metric != "effective_rank")
         _label_blocks(axes, int(part["block"].max()) + 1)
         axes.set_ylabel(f"{metric.replace('_', ' ')}{unit}")
-        axes.set_title(_protocol_title(protocol), fontsize=8)
+        pixels = part.loc[part["model"] == "raw pixels", "value"]
+        outside = f" (raw pixels: {pixels.max():.0f})" if metric == "effective_rank" and len(pixels) else ""
+        axes.set_title(_protocol_title(protocol) + outside, fontsize=8)
     figure.suptitle(f"{title}, {stats['n_test'].iloc[0]:,} test images", fontsize=9)
     entries = {}
     for axes in figure.axes:
@@ -243,10 +246,13 @@ def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
-def _draw_report_line(axes, model: str, pool: str, line: pd.DataFrame, scale: float, styles: dict[str, tuple[str, str]]) -> None:
+def _draw_report_line(
+    axes, model: str, pool: str, line: pd.DataFrame, scale: float, styles: dict[str, tuple[str, str]], score: bool
+) -> None:
     x, y, spread = line["block"].to_numpy() + 1, scale * line["value"].to_numpy(), scale * line["spread"].to_numpy()
     if model == "raw pixels":
-        axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", label="raw pixels")
+        if score:
+            axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", label="raw pixels")
     elif pool == "chosen":
         if model == "model":
             axes.plot(x, y, "x", color="black", markersize=4, markeredgewidth=0.8, label="pooling chosen on validation", zorder=5)
@@ -256,7 +262,8 @@ def _draw_report_line(axes, model: str, pool: str, line: pd.DataFrame, scale: fl
         colour, marker = styles[pool]
         axes.plot(x, y, color=colour, marker=marker, label=pool, zorder=3)
         axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x[y.argmax()], y.max(), "o", markersize=8, markerfacecolor="none", color=colour, zorder=4)
+        if score:
+            axes.plot(x[y.argmax()], y.max(), "o", markersize=8, markerfacecolor="none", color=colour, zorder=4)
 
 
 def _protocol_title(protocol: str) -> str:

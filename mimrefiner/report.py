@@ -99,6 +99,7 @@ def probe(
     for name in probes:
         if name not in PROBES:
             raise InputError(f"unknown probe {name!r}: choose from {', '.join(PROBES)}")
+    title = report_title(encoder, data)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder, pretrained=pretrained)
     train, test = (load_dataset(data, split=part) for part in ("trainval", "test")) if isinstance(data, str) else data
@@ -112,8 +113,7 @@ def probe(
         "blocks": list(range(depth) if blocks == "all" else check_blocks(blocks, depth)), "pools": list(names), "seed": seed,
         "shots": list(shots), "clusters": clusters, "autocast": str(autocast),
     }  # fmt: skip
-    if folder is not None:
-        distributed.from_first(lambda: _open_folder(folder, settings, resume))
+    going_on = folder is not None and distributed.from_first(lambda: _goes_on(folder, settings, resume))
     models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
     if baselines:
         models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
@@ -125,7 +125,7 @@ def probe(
     def extracted(model: str) -> tuple[list[str], tuple[Features, ...]]:
         """The probes that are missing, and the features they need."""
         missing = distributed.from_first(
-            lambda: [name for name in probes if not (folder and _rows_file(folder, model, name).is_file())]
+            lambda: [name for name in probes if not (going_on and _rows_file(folder, model, name).is_file())]
         )
         if not missing:
             return [], ()
@@ -145,6 +145,9 @@ def probe(
                 rows = _run(name, *features, seed=seed, shots=shots, clusters=clusters, device=device)
                 rows = rows.assign(model=model, probe=name)
                 if folder is not None:
+                    if not going_on:  # only now: bad input leaves an old report as it is
+                        _start_folder(folder, settings)
+                        going_on = True
                     write_csv(rows, _rows_file(folder, model, name))
             else:
                 rows = pd.read_csv(_rows_file(folder, model, name), keep_default_na=False)
@@ -153,7 +156,7 @@ def probe(
         return pd.DataFrame(columns=["model", "probe", *COLUMNS])
     table = pd.concat(tables, ignore_index=True)[["model", "probe", *COLUMNS]]
     if folder is not None:
-        _write(table, folder, settings, data if isinstance(data, str) else "own data")
+        _write(table, folder, settings, title)
     return table
 
 
@@ -171,6 +174,12 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         standard_error(v, n) for v, n in zip(stats.loc[alone, "value"], stats.loc[alone, "n_test"], strict=True)
     ]
     return stats
+
+
+def report_title(encoder: nn.Module | str, data) -> str:
+    """ "MODEL on DATA", with the last part of a model's path."""
+    model = encoder.rsplit("/", 1)[-1] if isinstance(encoder, str) else type(encoder).__name__
+    return f"{model} on {data if isinstance(data, str) else 'own data'}"
 
 
 def markdown(table: pd.DataFrame, title: str) -> str:
@@ -228,6 +237,9 @@ def _too_many_pixels(encoder: nn.Module, train: Dataset) -> bool:
 
 
 def _run(name: str, train: Features, test: Features, *, seed: int, shots, clusters: int | None, device) -> pd.DataFrame:
+    without = int((test.y < 0).sum())
+    if name in ("knn", "linear", "low_shot") and without and (train.y >= 0).any():  # else the probe says that it needs labels
+        raise InputError(f"{without} of {len(test.y)} test images have no label, and {name} counts right answers: leave them out")
     if name == "knn":
         k = min(K, len(train.y))  # fewer images than neighbours: all of them vote, and the protocol says so
         protocol = KNN_PROTOCOL.replace(f"k{K}", f"k{k}")
@@ -257,22 +269,28 @@ def _random_twin(encoder: nn.Module) -> nn.Module:
             for module in twin.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
+                else:
+                    for x in module.parameters(recurse=False):  # position embeddings, layer scales
+                        nn.init.trunc_normal_(x, std=0.02)
     return twin
 
 
-def _open_folder(folder: Path, settings: dict, resume: bool) -> None:
+def _goes_on(folder: Path, settings: dict, resume: bool) -> bool:
+    """Whether the finished probes in ``folder`` are kept."""
     file = folder / "settings.json"
-    if resume and file.is_file():
-        there = json.loads(file.read_text())
-        different = [name for name, value in settings.items() if there.get(name) != value]
-        if different:
-            raise InputError(
-                f"{folder} holds a report of other {', '.join(different)}: choose another folder or leave out --resume"
-            )
-    elif folder.is_dir():
-        for old in folder.glob("rows_*.csv"):
-            old.unlink()
-    write_json(settings, file)
+    if not resume or not file.is_file():
+        return False
+    there = json.loads(file.read_text())
+    different = [name for name, value in settings.items() if there.get(name) != value]
+    if different:
+        raise InputError(f"{folder} holds a report of other {', '.join(different)}: choose another folder or leave out --resume")
+    return True
+
+
+def _start_folder(folder: Path, settings: dict) -> None:
+    for old in (*folder.glob("rows_*.csv"), *folder.glob("report.*"), folder / "manifest.json"):
+        old.unlink(missing_ok=True)
+    write_json(settings, folder / "settings.json")
 
 
 def _rows_file(folder: Path, model: str, name: str) -> Path:

@@ -6,6 +6,7 @@ import time
 
 import pandas as pd
 import pytest
+import timm
 import torch
 
 import mimrefiner as mr
@@ -42,6 +43,13 @@ def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
         mr.probe(mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2), seed=5), data, out=tmp_path, resume=True)
     mr.probe(vit, data, probes=("knn",), out=tmp_path, baselines=False)
     assert [p.name for p in tmp_path.glob("rows_*.csv")] == ["rows_knn_model.csv"]  # without resume old rows are gone
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for probes in (("low_shot",), ("rank", "low_shot")):
+        with pytest.raises(mr.InputError, match="fewer than 1000 shots"):
+            mr.probe(vit, data, probes=probes, shots=(1000,), out=tmp_path, baselines=False)
+        if len(probes) == 1:
+            assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before  # bad input changes nothing
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows_rank_model.csv", "settings.json"]  # no old report beside it
     assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())
 
 
@@ -52,10 +60,22 @@ def test_random_baseline_has_other_weights(vit):
     assert twin(torch.randn(1, 3, 32, 32)).shape == (1, 32)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "convnext_atto", "hiera_tiny_224"])
+def test_random_baseline_keeps_nothing_of_the_model(name):
+    encoder = timm.create_model(name, num_classes=0)
+    twin = report._random_twin(encoder)
+    with torch.no_grad():
+        for x in encoder.parameters():
+            x += torch.rand_like(x)
+    assert mr.checkpoint.sha256_of(report._random_twin(encoder)) == mr.checkpoint.sha256_of(twin)
+
+
 def test_command_line(tmp_path, capsys):
     options = ["--probes", "knn", "--blocks", "3,11", "--no-baselines", "--out", str(tmp_path)]
     assert main(["probe", "simmim_digits", "digits", *options]) == 0
-    assert "| knn_k10_t0.07_standardized | cls |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "# Block report: simmim_digits on digits" in out
+    assert "| knn_k10_t0.07_standardized | cls |" in out
     assert set(pd.read_csv(tmp_path / "report.csv")["block"]) == {3, 11}
     assert main(["probe", "simmim_digits", "digits", "--probes", "magic", "--out", str(tmp_path)]) == 2
     assert "unknown probe 'magic': choose from knn, linear" in capsys.readouterr().err
@@ -67,6 +87,14 @@ def test_data_without_labels_still_has_a_rank(vit, data, tmp_path):
     assert len(rows) == 6
     with pytest.raises(mr.InputError, match="needs labels"):
         mr.probe(vit, tuple(unlabelled), probes=("knn",))
+
+
+def test_test_images_without_labels_are_named(vit, data):
+    train, test = data
+    some = [(image, label if i else -1) for i, (image, label) in enumerate(test[i] for i in range(len(test)))]
+    for name in ("knn", "linear", "low_shot"):
+        with pytest.raises(mr.InputError, match=f"1 of 60 test images have no label, and {name} counts right answers"):
+            mr.probe(vit, (train, some), probes=(name,), baselines=False)
 
 
 def test_cached_features_give_the_same_report(vit, data, tmp_path):
