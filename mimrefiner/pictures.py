@@ -132,7 +132,7 @@ def block_slider(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *,
 def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str) -> Figure:
     """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the one on x), values 0 to 1."""
     figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
-    image = axes.imshow(table, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     for axis, blocks in ((axes.xaxis, table.shape[1]), (axes.yaxis, table.shape[0])):
         shown = [b for b in range(blocks) if blocks <= 12 or b == 0 or (b + 1) % 4 == 0]
         axis.set_ticks(shown, [str(b + 1) for b in shown])

@@ -1,6 +1,7 @@
 """Notebooks in batch: shared models first, then one process per notebook through papermill."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -88,7 +89,7 @@ def run_notebooks(
         key = hashlib.sha256(json.dumps([common, notebook.read_text(), preset, seeds, parameters]).encode()).hexdigest()[:16]
         call = {"name": notebook.stem, "notebook": str(notebook), "out": str(out), "parameters": given, "key": key}
         job = Job(notebook.stem, json.dumps(call), out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout)
-        job.needs = trained if shared_models(notebook) or batch.workers > 1 else ()  # models have the cores to themselves
+        job.needs = _needed(notebook, jobs[: len(trained)], batch)
         job.state = "skipped" if batch.resume and _is_done(out, notebook.stem, key) else "waiting"
         if reads_other_notebooks(notebook):  # they come first, and what they do anew makes it stale
             others = jobs[len(trained) :]
@@ -166,10 +167,8 @@ def run_job(call: str) -> None:
     os.environ["MIMREFINER_PROGRESS"] = "log"  # kernels inherit it: a bar cannot be drawn through papermill
     job, record = json.loads(call), {}
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    if "models" in job:
-        for model in job["models"]:
-            print(f"{model}, seed {job['seed']}", flush=True)
-            store.MODELS[model](load_preset(job["preset"], job["seed"]))
+    if "model" in job:
+        store.MODELS[job["model"]](load_preset(job["preset"], job["seed"]))
         return
     out, name = Path(job["out"]), job["name"]
     try:
@@ -212,15 +211,23 @@ def collect(out: Path) -> None:
 
 
 def _model_jobs(preset: Preset, seeds: tuple[int, ...], notebooks: list[Path], out: Path) -> list[Job]:
-    """One job per seed for the models that the notebooks share and the store does not hold yet."""
+    """One job per seed and model that the notebooks share, where the store does not hold it yet; all need the pre-trained one."""
     asked = {model for notebook in notebooks for model in shared_models(notebook)}
-    jobs = []
-    for seed in seeds:
-        missing = [model for model in store.MODELS if model in asked and not store.is_stored(model, preset.with_seed(seed))]
-        if missing:
-            call = json.dumps({"models": missing, "preset": preset.name, "seed": seed})
-            jobs.append(Job(f"models, seed {seed}", call, out / "logs" / f"models_seed{seed}.log"))
-    return jobs
+    jobs: dict[str, Job] = {}
+    for model, seed in itertools.product(store.MODELS, seeds):
+        if model in asked and not store.is_stored(model, preset.with_seed(seed)):
+            call = json.dumps({"model": model, "preset": preset.name, "seed": seed})
+            name, first = f"{model}, seed {seed}", f"pretrained, seed {seed}"
+            needs = (first,) if first in jobs else ()
+            jobs[name] = Job(name, call, out / "logs" / f"{model}_seed{seed}.log", needs)
+    return list(jobs.values())
+
+
+def _needed(notebook: Path, models: list[Job], batch: Batch) -> tuple[str, ...]:
+    """The jobs a notebook waits for: of the models it asks for, and, where workers share the cores, all pre-training, which takes
+    them all."""
+    asked = set(shared_models(notebook)) | ({"pretrained"} if batch.workers > 1 else set())
+    return tuple(job.name for job in models if job.name.split(",")[0] in asked)
 
 
 def _start_jobs(jobs: list[Job], board: Board, batch: Batch, out: Path) -> None:

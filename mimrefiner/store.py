@@ -40,7 +40,7 @@ from mimrefiner.finetune import finetune
 from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.resume import Saving
-from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine
+from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine, refinement_flops
 
 TRAINER_FILES = (
     "augment", "config", "data", "distributed", "features", "heads", "losses", "masked", "memory", "models", "nn_queue", "optim",
@@ -138,8 +138,9 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     """
     if is_published(preset):
         raise InputError(f"preset {preset.name} has no longer pre-trained control: nobody has released one")
-    first, flops = pretrained(preset), refined(preset).flops
-    train_set = load_split(preset, "train")
+    first, train_set = pretrained(preset), load_split(preset, "train")
+    known = is_stored("refined", preset)  # else counted, so that both can be trained side by side
+    flops = refined(preset).flops if known else refinement_flops(first.encoder, train_set, preset.refine)
     config = replace(
         preset.pretrain,
         epochs=preset.pretrain.epochs * flops / first.flops,

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
@@ -202,6 +202,17 @@ def train_heads(
     after = refiner.encoder.state_dict().values()
     assert all(torch.equal(a, b.cpu()) for a, b in zip(before, after, strict=True)), "stage 2 changed the encoder"
     return run.history, run.flops
+
+
+def refinement_flops(encoder: nn.Module, dataset: Dataset, config: RefineConfig) -> float:
+    """What ``refine(encoder, dataset, config).flops`` would be, counted on one step of either stage."""
+    epoch = len(dataset) // config.batch_size
+    one_step = replace(config, heads_epochs=1 / epoch, refine_epochs=1 / epoch, warmup_epochs=0)
+    refiner = MIMRefiner(copy.deepcopy(encoder), one_step).to(default_device())
+    _, stage2 = train_heads(refiner, dataset)
+    _, _, stage3 = refine_encoder(refiner, dataset)
+    steps = [stage_steps(len(dataset), config.batch_size, epochs) for epochs in (config.heads_epochs, config.refine_epochs)]
+    return stage2 * steps[0] + stage3 * steps[1]
 
 
 def refine_encoder(

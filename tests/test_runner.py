@@ -172,6 +172,7 @@ def test_notebooks_that_read_the_others_claims_come_last(tmp_path):
 def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch):
     write_notebook(project, "02_three", "import os; print('threads', os.environ['OMP_NUM_THREADS'])")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MIMREFINER_CACHE", str(project / "cache"))
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
     started = {}
 
@@ -181,12 +182,12 @@ def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch
             super().__init__(job, variables)
 
     def one_model(preset, seeds, notebooks, out):
-        call = json.dumps({"models": [], "preset": "smoke", "seed": 0})
-        return [runner.Job("models, seed 0", call, out / "logs" / "models_seed0.log")]
+        call = json.dumps({"model": "pretrained", "preset": "smoke", "seed": 0})
+        return [runner.Job("pretrained, seed 0", call, out / "logs" / "pretrained_seed0.log")]
 
     monkeypatch.setattr(runner, "LocalProcess", Started)
     monkeypatch.setattr(runner, "_model_jobs", one_model)
     run(project)
-    assert next(iter(started)) == "models, seed 0" and started["models, seed 0"] == {"OMP_NUM_THREADS": "6"}
+    assert next(iter(started)) == "pretrained, seed 0" and started["pretrained, seed 0"] == {"OMP_NUM_THREADS": "6"}
     assert started["00_one"] == started["02_three"] == {"OMP_NUM_THREADS": "3"}
     assert "threads 3" in (project / "out" / "logs" / "02_three.log").read_text()
