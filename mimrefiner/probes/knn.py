@@ -36,7 +36,7 @@ def knn_predict(
         ks, temperatures, standardize: of the vote.
         search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are scored again in float32.
         device: where to search; None where the features are. One block at a time passes in pieces of BANK_BYTES, so that the
-            memory there is about four such pieces, whatever the number of training images.
+            memory there is one to two such pieces, whatever the number of training images.
 
     Returns:
         Labels, (len(ks), len(temperatures), [blocks,] test images).
