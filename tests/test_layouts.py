@@ -1,5 +1,6 @@
 """Every published layout, with random weights, gives the numbers of an independent computation or of the official code."""
 
+import argparse
 import functools
 import math
 
@@ -292,7 +293,8 @@ def fairseq_file(g):
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_fairseq_layout_gives_the_official_numbers(prefix, golden, tmp_path):
     g = golden("hub_postnorm_vit")
-    torch.save({"model": prefixed(prefix, fairseq_file(g))}, tmp_path / "file.pt")
+    settings = {"args": argparse.Namespace(lr=0.1), "cfg": None}  # runs no code: tests/test_checkpoint.py
+    torch.save({**settings, "model": prefixed(prefix, fairseq_file(g))}, tmp_path / "file.pt")
     check_golden(mr.load_encoder(tmp_path / "file.pt", num_heads=3), g)
 
 
