@@ -72,7 +72,7 @@ def finetune(
     freeze_first(model.encoder, config.frozen_blocks)
     groups = layer_decay_groups(model.encoder, config.encoder_weight_decay, config.layer_decay)
     groups.append({"params": list(model.linear.parameters()), "weight_decay": config.head_weight_decay})
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
     size = encoder.pretrained_cfg["input_size"][-1]
     steps = max(1, round(flops / _flops_per_step(model, config.batch_size, size, device)))
     warmup = steps * config.warmup_epochs / config.refine_epochs

@@ -100,7 +100,7 @@ def pretrain(
     per_epoch = max(1, len(dataset) // config.batch_size)
     steps = max(1, round(config.epochs * per_epoch))
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed(model))
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
     peak = config.base_lr * config.batch_size / 256
     mean, std = normalisation(model.encoder)
     first = run.begin(1, steps, model=model, optimizer=optimizer)
@@ -272,7 +272,7 @@ def _contrastive_stage(
     steps = stage_steps(len(dataset), config.batch_size, recipe.epochs)
     per_epoch = len(dataset) // config.batch_size
     peak = recipe.base_lr * config.batch_size / 256
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
     mean, std = normalisation(refiner.encoder)
     parts = {"refiner": refiner, "optimizer": optimizer} | ({"ema": ema} if ema is not None else {})
     first = run.begin(stage, steps, **parts)

@@ -60,25 +60,41 @@ def page(tmp_path):
 
 
 def _run_all_cells(page, lab, name):
-    page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
-    page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
-        timeout=2 * MINUTES
-    )
-    for _ in range(10):
+    """Open a notebook and run it, once more if JupyterLab lost the cells because it was too early."""
+    for _ in range(3):
+        page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
+        _wait_for(f"{lab}/api/kernels", lambda kernels: any(k["execution_state"] == "idle" and k["connections"] for k in kernels))
+        page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
+            timeout=2 * MINUTES
+        )
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        page.wait_for_timeout(3000)
-        if page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[(\*|\d+)\]")).count():
-            return
         select = page.locator(".jp-Dialog button.jp-mod-accept")  # too early, and JupyterLab asks which kernel to take
-        if select.is_visible():
-            select.click()
-    pytest.fail("no cell was run")
+        done = page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[\d+\]"))
+        for _ in range(60):
+            page.wait_for_timeout(1000)
+            if done.count():
+                return
+            if select.is_visible():
+                select.click()
+    pytest.fail(f"no cell was run:\n{page.locator('body').inner_text()[-2000:]}")
+
+
+def _wait_until_done(page):
+    """The last cell has said where things are; a failure shows what the page shows."""
+    said = page.get_by_text("claims and the figures are in")
+    for _ in range(4 * 60):
+        if said.count():
+            return
+        if page.locator("[data-mime-type='application/vnd.jupyter.error']").count():
+            break
+        page.wait_for_timeout(1000)
+    pytest.fail(f"the notebook did not come to its end:\n{page.locator('body').inner_text()[-2000:]}")
 
 
 def test_quickstart_runs_by_hand(page, lab):
     _run_all_cells(page, lab, "00_quickstart")
-    page.get_by_text("claims and the figures are in").wait_for(timeout=4 * MINUTES, state="attached")
+    _wait_until_done(page)
     assert page.locator(".jp-RenderedImage img").count() >= 2
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
@@ -90,7 +106,7 @@ def test_moving_the_block_slider_changes_the_picture(page, lab):
     _run_all_cells(page, lab, notebooks[0])
     slider = page.locator(".widget-slider .noUi-handle").first
     slider.wait_for(timeout=8 * MINUTES)
-    page.get_by_text("claims and the figures are in").wait_for(timeout=4 * MINUTES, state="attached")
+    _wait_until_done(page)
     slider.scroll_into_view_if_needed()
     picture = page.locator(".jp-OutputArea-output:has(.widget-slider) img").first
     picture.wait_for(timeout=MINUTES)
@@ -104,11 +120,14 @@ def test_moving_the_block_slider_changes_the_picture(page, lab):
     )
 
 
-def _wait_for(address, seconds=120):
+def _wait_for(address, good=bool, seconds=120):
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return json.load(urlopen(address))
+            answer = json.load(urlopen(address))
+            if good(answer):
+                return
         except URLError:
-            assert time.monotonic() < deadline, "JupyterLab did not start"
-            time.sleep(0.3)
+            pass
+        assert time.monotonic() < deadline, f"JupyterLab did not start: {address}"
+        time.sleep(0.3)

@@ -93,7 +93,7 @@ def reconstruction(
         crop = Crop(size, (0.2, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)
         batch_size = min(batch_size, len(train))
         steps = max(1, round(epochs * (len(train) // batch_size)))
-        optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+        optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
         batches = view_batches(
             train, Views((crop,), crop, 0), batch_size=batch_size, steps=steps, seed=seed, mean=mean, std=std, device=device,
             num_workers=num_workers,
