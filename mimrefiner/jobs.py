@@ -13,15 +13,14 @@ from mimrefiner.errors import InputError
 
 POLL_SECONDS = 0.2
 LOG_SECONDS = 10  # between two plain lines about a job that runs
-RUN_JOB = "import sys; from mimrefiner.runner import run_job; run_job(sys.argv[1])"
 
 
 @dataclass
 class Job:
-    """``call``: what :func:`mimrefiner.runner.run_job` gets, as JSON; ``needs``: names of jobs that must be done before."""
+    """``command``: what its process runs; ``needs``: names of jobs that must be done before."""
 
     name: str
-    call: str
+    command: list[str]
     log: Path
     needs: tuple[str, ...] = ()
     timeout: float | None = None  # seconds
@@ -45,7 +44,7 @@ class LocalProcess:
     def __init__(self, job: Job, variables: dict[str, str]):
         with job.log.open("wb") as log:
             self.process = subprocess.Popen(
-                _command(job), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                job.command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **variables},
             )  # fmt: skip
 
@@ -70,7 +69,7 @@ class SlurmJob:
         executor = submitit.AutoExecutor(folder, cluster=cluster)
         minutes = {"timeout_min": max(1, round(job.timeout / 60))} if job.timeout else {}
         executor.update_parameters(name=job.name.replace(" ", "-"), **minutes, **options)
-        self.job = executor.submit(run_logged, _command(job), job.log)
+        self.job = executor.submit(run_logged, job.command, job.log)
 
     def poll(self) -> int | None:
         if not self.job.done():
@@ -197,7 +196,3 @@ class Board:
         up = f"\x1b[{self.drawn}A" if self.drawn else ""
         print(up + "".join(f"\x1b[2K{line}\n" for line in lines), end="", flush=True)
         self.drawn = len(lines)
-
-
-def _command(job: Job) -> list[str]:
-    return [sys.executable, "-c", RUN_JOB, job.call]

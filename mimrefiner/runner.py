@@ -5,22 +5,20 @@ import itertools
 import json
 import os
 import re
-import stat
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 import pandas as pd
-import papermill
 import torch
 
-from mimrefiner import store
+from mimrefiner import execute, store
 from mimrefiner.checkpoint import atomic_file
 from mimrefiner.config import Preset, load_preset
 from mimrefiner.errors import InputError
+from mimrefiner.execute import end_with_parent, record_file, sha256
 from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
 from mimrefiner.parameters import check_writable, compare_parameters, declared_parameters, parse_seeds, project_folder
 from mimrefiner.results import (
@@ -33,6 +31,8 @@ from mimrefiner.results import (
     write_json,
     write_table,
 )  # fmt: skip
+
+TRAIN_SHARED = "import sys; from mimrefiner.runner import train_shared; train_shared(*sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,19 @@ def run_notebooks(
     for notebook in notebooks:
         compare_parameters(declared_parameters(notebook), given)
     common = _inputs_hash(base)
+    here = environment()
+    facts = {
+        "parameters": {"preset": preset, "seeds": seeds, **parameters},
+        "versions": here["versions"],
+        "git_sha": here["git_sha"],
+    }
     jobs, began = _model_jobs(base, seed_list, notebooks, out), time.monotonic()
     trained = tuple(job.name for job in jobs)
     for notebook in notebooks:
         key = hashlib.sha256(json.dumps([common, notebook.read_text(), preset, seeds, parameters]).encode()).hexdigest()[:16]
-        call = {"name": notebook.stem, "notebook": str(notebook), "out": str(out), "parameters": given, "key": key}
-        job = Job(notebook.stem, json.dumps(call), out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout)
+        call = {"notebook": str(notebook), "out": str(out), "parameters": given, "facts": {"key": key, **facts}}
+        command = [sys.executable, "-P", execute.__file__, json.dumps(call)]
+        job = Job(notebook.stem, command, out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout)
         job.needs = _needed(notebook, jobs[: len(trained)], batch)
         job.state = "skipped" if batch.resume and _is_done(out, notebook.stem, key) else "waiting"
         if reads_other_notebooks(notebook):  # they come first, and what they do anew makes it stale
@@ -101,15 +108,18 @@ def run_notebooks(
         jobs = jobs[len(trained) :]
     for job in jobs:
         if job.state == "waiting":
-            _record_file(out, job.name).unlink(missing_ok=True)
+            record_file(out, job.name).unlink(missing_ok=True)
     board = Board(jobs, out / "logs" / "run.log")
     for job in (job for job in jobs if job.state == "skipped"):
         board.say(job, "skipped", "it is done, and nothing it depends on has changed")
     _start_jobs(jobs, board, batch, out)
     collect(out)
     records = _records(out)
-    facts = {**environment(), "preset": preset, "seeds": seeds, "parameters": parameters, "notebooks": records}
-    write_json({**facts, "seconds": {name: record["seconds"] for name, record in records.items()}}, out / "manifest.json")
+    for name, record in records.items():  # on a cluster it is not that of this process
+        record["device"] = ", ".join(pd.read_csv(out / "results" / f"{name}.csv")["device"].unique())
+    seconds = {name: record["seconds"] for name, record in records.items()}
+    manifest = {**here, "preset": preset, "seeds": seeds, "parameters": parameters, "notebooks": records, "seconds": seconds}
+    write_json(manifest, out / "manifest.json")
     _raise_failures([job for job in jobs if job.state in ("failed", "not run")], out)
     print(f"\n{(out / 'claims.md').read_text()}")
     print(f"Done in {time.monotonic() - began:.0f} s.")
@@ -156,31 +166,11 @@ def reads_other_notebooks(notebook: Path) -> bool:
     return 'run.out / "claims"' in _code(notebook)
 
 
-def run_job(call: str) -> None:
-    """The body of a job's process: train shared models, or execute one notebook and record how that went; exit status 1 if badly.
-
-    Args:
-        call: JSON that :func:`run_notebooks` made.
-    """
-    if stat.S_ISFIFO(os.fstat(0).st_mode):  # whoever started this ends it by ending itself
-        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    os.environ["MIMREFINER_PROGRESS"] = "log"  # kernels inherit it: a bar cannot be drawn through papermill
-    job, record = json.loads(call), {}
-    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    if "model" in job:
-        store.MODELS[job["model"]](load_preset(job["preset"], job["seed"]))
-        return
-    out, name = Path(job["out"]), job["name"]
-    try:
-        _execute(Path(job["notebook"]), out, job["parameters"])
-        record = {"state": "done", "key": job["key"], "files": {str(f.relative_to(out)): _sha256(f) for f in _written(out, name)}}
-    except papermill.PapermillExecutionError as error:
-        print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), flush=True)
-        record = {"state": "failed", "cell": error.exec_count, "error": f"{error.ename}: {error.evalue}"}
-    shown = {key: value for key, value in job["parameters"].items() if key != "out"}
-    facts = {"parameters": shown, "started": started, "seconds": round(time.monotonic() - began, 1), **environment()}
-    write_json({**record, **facts}, _record_file(out, name))
-    sys.exit(0 if record["state"] == "done" else 1)
+def train_shared(model: str, preset: str, seed: str) -> None:
+    """The body of a job's process that trains one of :data:`mimrefiner.store.MODELS`."""
+    end_with_parent()
+    os.environ["MIMREFINER_PROGRESS"] = "log"
+    store.MODELS[model](load_preset(preset, int(seed)))
 
 
 def find_notebooks(names: list[str]) -> list[Path]:
@@ -216,10 +206,10 @@ def _model_jobs(preset: Preset, seeds: tuple[int, ...], notebooks: list[Path], o
     jobs: dict[str, Job] = {}
     for model, seed in itertools.product(store.MODELS, seeds):
         if model in asked and not store.is_stored(model, preset.with_seed(seed)):
-            call = json.dumps({"model": model, "preset": preset.name, "seed": seed})
+            command = [sys.executable, "-c", TRAIN_SHARED, model, preset.name, str(seed)]
             name, first = f"{model}, seed {seed}", f"pretrained, seed {seed}"
             needs = (first,) if first in jobs else ()
-            jobs[name] = Job(name, call, out / "logs" / f"{model}_seed{seed}.log", needs)
+            jobs[name] = Job(name, command, out / "logs" / f"{model}_seed{seed}.log", needs)
     return list(jobs.values())
 
 
@@ -268,7 +258,7 @@ def _inputs_hash(preset: Preset) -> str:
     folder = Path(__file__).parent
     digest = hashlib.sha256(torch.__version__.encode())
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts):
-        digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {sha256(file)}\n".encode())
     for split in ("train", "test"):
         digest.update(store.data_hash(store.load_split(preset, split)).encode())
     return digest.hexdigest()
@@ -276,43 +266,10 @@ def _inputs_hash(preset: Preset) -> str:
 
 def _is_done(out: Path, name: str, key: str) -> bool:
     record = _records(out).get(name)
-    return bool(record) and record["key"] == key and all(_sha256(out / f) == sha for f, sha in record["files"].items())
+    return bool(record) and record["key"] == key and all(sha256(out / f) == sha for f, sha in record["files"].items())
 
 
 def _records(out: Path, state: str = "done") -> dict[str, dict]:
     """What the jobs of all notebooks in ``out`` have recorded, by name."""
     records = {file.stem: json.loads(file.read_text()) for file in sorted((out / "jobs").glob("*.json"))}
     return {name: record for name, record in records.items() if record["state"] == state}
-
-
-def _record_file(out: Path, name: str) -> Path:
-    return out / "jobs" / f"{name}.json"
-
-
-def _written(out: Path, name: str) -> list[Path]:
-    """The files of a notebook that is done: itself, its rows and claims, its figures and tables."""
-    own = [out / "notebooks" / f"{name}.ipynb", out / "results" / f"{name}.csv", out / "claims" / f"{name}.csv"]
-    number = name.split("_")[0]
-    return own + [file for folder in ("figures", "tables") for file in sorted((out / folder).glob(f"{number}_*"))]
-
-
-def _sha256(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _execute(notebook: Path, out: Path, parameters: dict) -> None:
-    (out / "notebooks").mkdir(parents=True, exist_ok=True)
-    unfinished = out / "notebooks" / f"{notebook.stem}.unfinished.ipynb"
-    executed = papermill.execute_notebook(
-        notebook, unfinished, parameters, cwd=str(notebook.parent), progress_bar=False,
-        stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
-    )  # fmt: skip
-    for key in ("input_path", "output_path"):
-        executed.metadata.papermill.pop(key, None)  # machine paths
-    executed.metadata.papermill.parameters.pop("out", None)
-    with atomic_file(out / "notebooks" / notebook.name) as temporary:
-        nbformat.write(executed, temporary)
-    unfinished.unlink()

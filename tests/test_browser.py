@@ -64,9 +64,8 @@ def _run_all_cells(page, lab, name):
     for _ in range(3):
         page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
         _wait_for(f"{lab}/api/kernels", lambda kernels: any(k["execution_state"] == "idle" and k["connections"] for k in kernels))
-        page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).first.wait_for(
-            timeout=2 * MINUTES
-        )
+        idle = page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]"))
+        idle.first.wait_for(timeout=2 * MINUTES)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         select = page.locator(".jp-Dialog button.jp-mod-accept")  # too early, and JupyterLab asks which kernel to take

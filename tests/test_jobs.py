@@ -22,7 +22,7 @@ class Fake:
 
 def run(tmp_path, monkeypatch, needs, failing=(), slots=(None,), **options):
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
-    listed = [jobs.Job(name, "{}", tmp_path / f"{name}.log", tuple(need)) for name, need in needs.items()]
+    listed = [jobs.Job(name, [], tmp_path / f"{name}.log", tuple(need)) for name, need in needs.items()]
     started, at_once = {}, []
 
     def start(job, slot):
@@ -58,7 +58,7 @@ def test_keep_going_leaves_out_only_what_needs_the_failed(tmp_path, monkeypatch)
 
 
 def test_the_table_in_a_terminal_shows_every_job_and_its_last_line(tmp_path, capsys):
-    job = jobs.Job("01_two", "{}", tmp_path / "log", state="running", seconds=12)
+    job = jobs.Job("01_two", [], tmp_path / "log", state="running", seconds=12)
     job.log.write_text("first\n\nstep 5 of 10\n")
     board = jobs.Board([job], tmp_path / "run.log")
     board.live = True
@@ -69,13 +69,11 @@ def test_the_table_in_a_terminal_shows_every_job_and_its_last_line(tmp_path, cap
     assert second == f"\x1b[1A{first}"
 
 
-def test_slurm_jobs_run_through_submitit(tmp_path, monkeypatch):
+def test_slurm_jobs_run_through_submitit(tmp_path):
     pytest.importorskip("submitit", reason="needs the extra slurm")
     for status in (0, 1):
-        monkeypatch.setattr(
-            jobs, "_command", lambda job, s=status: [sys.executable, "-c", f"print('hello'); raise SystemExit({s})"]
-        )
-        job = jobs.Job("a b", "{}", tmp_path / "log", timeout=120)
+        command = [sys.executable, "-c", f"print('hello'); raise SystemExit({status})"]
+        job = jobs.Job("a b", command, tmp_path / "log", timeout=120)
         handle = jobs.SlurmJob(job, tmp_path / "slurm", {}, cluster="local")
         handle.job.wait()
         assert handle.poll() == status

@@ -182,8 +182,8 @@ def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch
             super().__init__(job, variables)
 
     def one_model(preset, seeds, notebooks, out):
-        call = json.dumps({"model": "pretrained", "preset": "smoke", "seed": 0})
-        return [runner.Job("pretrained, seed 0", call, out / "logs" / "pretrained_seed0.log")]
+        command = [sys.executable, "-c", runner.TRAIN_SHARED, "pretrained", "smoke", "0"]
+        return [runner.Job("pretrained, seed 0", command, out / "logs" / "pretrained_seed0.log")]
 
     monkeypatch.setattr(runner, "LocalProcess", Started)
     monkeypatch.setattr(runner, "_model_jobs", one_model)
