@@ -94,7 +94,7 @@ def _wait_until_done(page):
 def test_quickstart_runs_by_hand(page, lab):
     _run_all_cells(page, lab, "00_quickstart")
     _wait_until_done(page)
-    assert page.locator(".jp-RenderedImage img").count() >= 2
+    page.locator(".jp-RenderedImage img").nth(1).wait_for(timeout=MINUTES, state="attached")  # a figure comes after the words
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
 
