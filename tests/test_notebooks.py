@@ -1,6 +1,7 @@
 """Every notebook is executed at preset smoke; what it writes is checked, and its form."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from mimrefiner import parameters, results, runner
+from mimrefiner import parameters, results, runner, store
+from mimrefiner.config import load_preset
 
 NOTEBOOKS = runner.find_notebooks([])
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -17,8 +19,12 @@ NAMES = [path.stem for path in NOTEBOOKS]
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory):
+    """A cache that holds the models notebooks share: training takes a second each, a process for each would take seven."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIMREFINER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MIMREFINER_PROGRESS", "log")
+        for train, seed in itertools.product(store.MODELS.values(), (0, 1)):
+            train(load_preset("smoke", seed))
         yield
 
 
