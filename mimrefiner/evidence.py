@@ -193,7 +193,8 @@ def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str
         decided = len(values) > 1
         run.claim(
             f"refinement raises {protocol} {metric} of the last block above the best block before ({on})",
-            seen=bool(min(values) > max(first)) if decided else None, measured=text, n_test=n, n_seeds=len(refined),
+            seen=bool(min(values) > max(first)) if decided else None, opposite=decided and bool(max(values) < max(first)),
+            measured=text, n_test=n, n_seeds=len(refined),
         )  # fmt: skip
 
 
