@@ -1,16 +1,14 @@
 import re
 import sys
-import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peak import PeakBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel  # the plain kernel: CPU's fused one is not counted
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import mimrefiner as mr
@@ -100,32 +98,6 @@ def test_pretraining_costs_what_the_plan_says(method, digits):
         result = mr.pretrain(mr.build_vit(sizes), digits["train"].take(40), config, device="cpu")
     assert len(result.history) == 3
     assert counter.get_total_flops() == pytest.approx(plan.pretrain_total(ViTShape(32, 8, 48, 2, 3, 192), config, 40), rel=1e-9)
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors took at one time, memory within an operation aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = set(), 0, 0
-
-    def add(self, tensors):
-        for x in tensors:
-            storage = x.untyped_storage()
-            if storage._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
-
-    def drop(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        self.add(x for x in tree_leaves((args, outputs)) if isinstance(x, torch.Tensor))
-        return outputs
 
 
 WIDE = ViTShape(64, 16, 192, 3, 3, 768)  # wide enough for half precision on a CPU

@@ -2,8 +2,6 @@
 
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +32,6 @@ def compare(title: str, contenders: dict[str, Callable[[], object]], *, rounds: 
         median = statistics.median(values)
         lines.append(f"| {name} | {median:.3f} | {min(values):.3f} to {max(values):.3f} | {median / first:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-def peak_memory(module: str, case: str) -> float:
-    """Peak resident memory in MiB of ``python -m MODULE --memory CASE``, in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", module, "--memory", case], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
 
 
 def own_peak() -> float:

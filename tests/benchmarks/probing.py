@@ -18,7 +18,8 @@ from mimrefiner.features import Features, pooled_blocks
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import draw_shots, fit_logistic
 from tests.benchmarks.harness import compare as side_by_side
-from tests.benchmarks.harness import machine, own_peak, peak_memory, resident
+from tests.benchmarks.harness import machine, own_peak, resident
+from tests.peak import PeakBytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 compare = functools.partial(side_by_side, rounds=3, clock=time.perf_counter if DEVICE == "cuda" else time.process_time)
@@ -48,13 +49,28 @@ def intermediates(encoder, images):
 EXTRACTION = {"plain forward": plain, "all blocks, pooled inside": pooled, "forward_intermediates, then pooled": intermediates}
 
 
+def peak_mib(run, encoder, images) -> float:
+    """Most memory of all tensors at one time, those given aside."""
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(encoder, images)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with PeakBytes() as measured:
+        measured.add([*encoder.state_dict(keep_vars=True).values(), images])
+        before = measured.now
+        run(encoder, images)
+    return (measured.peak - before) / 2**20
+
+
 def extraction() -> str:
     encoder, images = encoder_and_images(8)
     runs = {name: (lambda run=run: run(encoder, images)) for name, run in EXTRACTION.items()}
     text = compare("Features of 8 images, ViT-S/16, 224 px, 12 blocks x 2 poolings", runs)
-    peaks = {name: peak_memory("tests.benchmarks.probing", name) for name in EXTRACTION}
+    encoder, images = encoder_and_images(32)
+    peaks = {name: peak_mib(run, encoder, images) for name, run in EXTRACTION.items()}
     first = next(iter(peaks.values()))
-    lines = ["| batch of 32 images | memory above the loaded model, MiB | ratio to the first |", "|---|---|---|"]
+    lines = ["| batch of 32 images | peak of tensors above model and images, MiB | ratio to the first |", "|---|---|---|"]
     lines += [f"| {name} | {value:.0f} | {value / first:.2f} |" for name, value in peaks.items()]
     return text + "\n" + "\n".join(lines) + "\n"
 
@@ -201,12 +217,6 @@ TABLES = {"extraction": extraction, "knn": knn, "knn_memory": knn_memory, "linea
 
 
 def main() -> None:
-    if "--memory" in sys.argv:
-        encoder, images = encoder_and_images(32)
-        before = resident()
-        EXTRACTION[sys.argv[-1]](encoder, images)
-        print(own_peak() - before)
-        return
     if "--knn-memory" in sys.argv:
         measure_knn(*map(int, sys.argv[-2:]))
         return
