@@ -117,8 +117,9 @@ def test_bad_labels_are_named(features, change, message):
 
 
 def test_shots_and_features_are_checked(features):
-    with pytest.raises(mr.InputError, match="whole numbers >= 1 or shares"):
-        mr.low_shot(features, features, shots=(1.5,))
+    for shot in (1.5, 1.0, 0):
+        with pytest.raises(mr.InputError, match=f"whole numbers such as 1 or shares between 0 and 1, got {shot}"):
+            mr.low_shot(features, features, shots=(shot,))
     features.x["cls"][1, 3, 2] = float("nan")
     with pytest.raises(mr.InputError, match=r"cls features of block 1 \(0-based\) hold NaN"):
         mr.low_shot(features, features)

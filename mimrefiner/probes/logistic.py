@@ -89,15 +89,15 @@ def draw_shots(y: Tensor, classes: Tensor, shot: int | float, seed: int) -> Tens
         labelled = np.flatnonzero(np.isin(y.numpy(), classes.numpy()))
         n = max(len(classes), round(shot * len(labelled)))
         return torch.from_numpy(labelled[stratified_split(y.numpy()[labelled], len(labelled), n, seed)[0]])
-    if shot < 1 or shot != int(shot):
-        raise InputError(f"shots must be whole numbers >= 1 or shares between 0 and 1, got {shot}")
+    if shot < 1 or not isinstance(shot, int):  # 1.0 might be meant as one image or as all
+        raise InputError(f"shots must be whole numbers such as 1 or shares between 0 and 1, got {shot}")
     rng = np.random.default_rng(seed)
     rows = []
     for label in classes.tolist():
         members = np.flatnonzero(y.numpy() == label)
         if len(members) < shot:
             raise InputError(f"class {label} has {len(members)} images, fewer than {shot} shots: use fewer shots or more images")
-        rows.append(rng.choice(members, int(shot), replace=False))
+        rows.append(rng.choice(members, shot, replace=False))
     return torch.from_numpy(np.concatenate(rows))
 
 
