@@ -7,6 +7,7 @@ The paper's protocol (record of ``offline_logreg_callback.py``): every row is ce
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -89,7 +90,7 @@ def draw_shots(y: Tensor, classes: Tensor, shot: int | float, seed: int) -> Tens
         labelled = np.flatnonzero(np.isin(y.numpy(), classes.numpy()))
         n = max(len(classes), round(shot * len(labelled)))
         return torch.from_numpy(labelled[stratified_split(y.numpy()[labelled], len(labelled), n, seed)[0]])
-    if shot < 1 or not isinstance(shot, int):  # 1.0 might be meant as one image or as all
+    if shot < 1 or not isinstance(shot, Integral):  # 1.0 might be meant as one image or as all
         raise InputError(f"shots must be whole numbers such as 1 or shares between 0 and 1, got {shot}")
     rng = np.random.default_rng(seed)
     rows = []
