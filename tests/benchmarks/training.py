@@ -1,6 +1,6 @@
 """How fast training is, as ratios measured side by side in one run, and what bounds it.
 
-    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small]
+    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small] [--vit l16]
 
 Each comparison alternates between the ways and prints medians. ``--small`` is for machines with little memory or time; the
 sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed, and says so where it is not.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,10 @@ from mimrefiner.optim import layer_decay_groups
 from mimrefiner.train import forward_backward
 
 LIGHTLY = "lightly's NNCLR parts"
+VITS = {"s16": ViTShape(224, 16, 384, 12, 6, 1536), "l16": ViTShape(224, 16, 1024, 24, 16, 4096)}  # those of "refine"
+
+
+adamw = partial(torch.optim.AdamW, lr=1e-5, fused=True)
 
 
 def compare(ways: dict, device: str, repeats: int, warm_ups: int = 1) -> dict[str, float]:
@@ -163,12 +168,16 @@ def step(device: str, small: bool, repeats: int) -> None:
         table(title, compare({"mimrefiner": ours, "one head and pair at a time": looped}, device, repeats))
 
 
-def refine(device: str, small: bool, repeats: int, only: str | None = None) -> None:
-    """(c) Whole stage-3 steps of ViT-S/16, optimiser included, in bfloat16, each peak memory in a process of its own."""
+def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str | None = None) -> None:
+    """(c) Whole stage-3 steps of a ViT, optimiser included, in bfloat16, each peak memory in a process of its own."""
     batch, size = (4, 8192) if small else (64, 65536)
-    vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=12, num_heads=6))
-    config = mr.RefineConfig(views=paper_views(), blocks=tuple(range(4, 12)), batch_size=batch, queue_size=size)
-    refiner = mr.MIMRefiner(vit, config).to(device).train()
+    shape = VITS[vit]
+    sizes = {"dim": shape.dim, "depth": shape.depth, "num_heads": shape.num_heads}
+    encoder = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, **sizes))
+    config = mr.RefineConfig(
+        views=paper_views(), blocks=tuple(range(shape.depth - 8, shape.depth)), batch_size=batch, queue_size=size
+    )
+    refiner = mr.MIMRefiner(encoder, config).to(device).train()
     views = [torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops]
     index = torch.arange(batch, device=device)
     ways = {"mimrefiner": ours_stage_3(refiner, index), "plain loop": plain_stage_3(refiner, index, device)}
@@ -181,15 +190,15 @@ def refine(device: str, small: bool, repeats: int, only: str | None = None) -> N
     with plain_attention(refiner, torch.device(device)):
         seconds = compare({name: lambda way=way: way(views) for name, way in ways.items()}, device, repeats)
     table(
-        f"(c) stage-3 step, ViT-S/16, 8 heads, batch {batch}, 12 views of 224 and 96 px, queue {size}, bfloat16, {device}", seconds
+        f"(c) stage-3 step, ViT-{vit}, 8 heads, batch {batch}, 12 views of 224 and 96 px, queue {size}, bfloat16, {device}", seconds
     )
-    shape, peak = ViTShape(224, 16, 384, 12, 6, 1536), matmul_peak(device)
+    peak = matmul_peak(device)
     work = batch * plan.step_flops(shape, config, train_encoder=True)
     print(f"\n{work / 1e12:.2f} TFLOP a step by formula; a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n")
     photos = [(Image.effect_noise((256, 256), 80).convert("RGB"), 0) for _ in range(batch)]
     print("| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|")
     for name, value in seconds.items():
-        call = [sys.executable, __file__, "refine", "--device", device, "--only", name, *["--small"] * small]
+        call = [sys.executable, __file__, "refine", "--device", device, "--vit", vit, "--only", name, *["--small"] * small]
         held = float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
         with plain_attention(refiner, torch.device(device)):
             waited = data_wait_share(ways[name], photos, config.views, device, steps=1 if small else 5)
@@ -216,7 +225,7 @@ def matmul_peak(device: str) -> float:
 
 def ours_stage_3(refiner, index):
     groups = [*layer_decay_groups(refiner.encoder, 0.05, 0.65), {"params": list(refiner.heads.parameters())}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-5)
+    optimizer = adamw(groups)
 
     def run(views):
         optimizer.zero_grad()
@@ -241,7 +250,7 @@ def block_features(refiner, views, device: str) -> list[list]:
 def plain_stage_3(refiner, index, device: str):
     """One view and one head at a time, one backward pass."""
     heads = separate_heads(refiner, device)
-    optimizer = torch.optim.AdamW([*refiner.encoder.parameters(), *(x for head in heads for x in head.parameters())], lr=1e-5)
+    optimizer = adamw([*refiner.encoder.parameters(), *(x for head in heads for x in head.parameters())])
 
     def run(views):
         features = block_features(refiner, views, device)
@@ -277,7 +286,7 @@ def lightly_stage_3(refiner, device: str):
         ).to(device)
         for _ in refiner.blocks
     ]
-    optimizer = torch.optim.AdamW([*refiner.encoder.parameters(), *(x for part in parts for x in part.parameters())], lr=1e-5)
+    optimizer = adamw([*refiner.encoder.parameters(), *(x for part in parts for x in part.parameters())])
 
     def run(views):
         features, losses = block_features(refiner, views, device), []
@@ -409,9 +418,10 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vit", choices=VITS, default="s16", help="of refine")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one way of "refine", for its memory
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    only = {} if args.only is None else {"only": args.only}
-    globals()[args.what](args.device, args.small, args.repeats, **only)
+    options = {"vit": args.vit, "only": args.only} if args.what == "refine" else {}
+    globals()[args.what](args.device, args.small, args.repeats, **options)
