@@ -16,6 +16,7 @@ import pandas as pd
 from mimrefiner import store
 from mimrefiner.augment import Views
 from mimrefiner.config import Preset, load_preset
+from mimrefiner.data import short_name
 from mimrefiner.features import extract_features
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.results import Run, write_csv
@@ -101,11 +102,13 @@ def _crops_only(views: Views) -> Views:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m mimrefiner.ablations", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--data", help="other than the preset's, such as parquet:PATH; rows carry the name of the folder")
     parser.add_argument("--seeds", default="0,1,2", help="of the core ablations; the exploratory ones take the first")
     parser.add_argument("--core", action="store_true", help="leave out the exploratory ones")
     args = parser.parse_args()
     preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
-    run = Run("05_ablations", preset, seeds, ASSETS)
+    preset = replace(preset, dataset=args.data or preset.dataset)
+    run = Run("05_ablations", replace(preset, dataset=short_name(preset.dataset)), seeds, ASSETS)
     chosen = ablations(preset)
     measure(preset, [a for a in chosen if a.core], seeds, run)
     if not args.core:

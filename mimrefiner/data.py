@@ -107,6 +107,11 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
     raise InputError(f"unknown data set {name_or_path!r}: choose one of {names}, imagefolder:PATH or parquet:PATH")
 
 
+def short_name(data: str) -> str:
+    """The name of a data set without the way to its folder, as result rows carry it."""
+    return Path(data.partition(":")[2]).name or data
+
+
 def stratified_split(labels: np.ndarray | None, total: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions (chosen, rest), both sorted: ``n`` of ``total`` images, the same share of every class, drawn by ``seed``.
 

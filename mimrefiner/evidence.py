@@ -20,7 +20,7 @@ from torch import nn
 from mimrefiner import store
 from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.config import Preset, load_preset
-from mimrefiner.data import load_dataset
+from mimrefiner.data import load_dataset, short_name
 from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.models import build_vit
 from mimrefiner.probes.clustering import cluster
@@ -140,11 +140,6 @@ def measure(encoder: nn.Module | None, name: str, seed: int, preset: Preset) -> 
         run.add_table(pd.concat(tables).assign(model=name, weights_sha256=sha, seed=seed), dataset=short)
     measured.rows = run.rows
     return measured
-
-
-def short_name(data: str) -> str:
-    """The name of a data set without the way to its folder."""
-    return Path(data.partition(":")[2]).name or data
 
 
 def claims(found: dict[tuple[str, int], Measured], recipes: Sequence[Recipe], run: Run) -> None:

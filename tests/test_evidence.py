@@ -4,7 +4,7 @@ from dataclasses import replace
 import pandas as pd
 
 import mimrefiner as mr
-from mimrefiner import evidence
+from mimrefiner import data, evidence
 
 
 def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
@@ -36,4 +36,4 @@ def test_a_gpu_affords_decoder_depths_and_a_deeper_model():
     recipes = {r.name: r.preset for r in evidence.recipes("natural-gpu", "parquet:somewhere", (0, 1, 2))}
     assert [r.pretrain.decoder_depth for r in recipes.values() if r.pretrain.method == "mae"] == [1, 2, 4, 8, 1]
     assert recipes["MAE, 24 blocks"].encoder.depth == 24
-    assert evidence.short_name("parquet:some/where/tiny-imagenet") == "tiny-imagenet"
+    assert data.short_name("parquet:some/where/tiny-imagenet") == "tiny-imagenet"
