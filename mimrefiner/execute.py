@@ -85,8 +85,11 @@ def write_aside(file: Path, text: str) -> None:
     """Whole or not at all, as :func:`mimrefiner.checkpoint.atomic_file`, which lies behind an import of torch."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner import runner
+from mimrefiner import execute, runner
 from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS
 
 
@@ -99,10 +99,16 @@ def test_a_notebook_over_its_time_is_stopped(project):
         runner.run_notebooks(["01"], preset="smoke", seeds="0", out=project / "out", batch=runner.Batch(timeout=12))
 
 
+def test_the_process_of_a_notebook_imports_neither_the_package_nor_torch():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({n.split('.')[0] for n in sys.modules} & {'torch', 'mimrefiner'})"
+    ended = subprocess.run([sys.executable, "-P", "-c", code, execute.__file__], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "set()"
+
+
 BATCH = """
 import sys
 from pathlib import Path
-from mimrefiner import runner
+from mimrefiner import execute, runner
 runner.project_folder = lambda: Path(sys.argv[1])
 runner.run_notebooks([], preset="smoke", seeds="0", out=Path(sys.argv[1]) / "out", batch=runner.Batch(resume=True))
 """
