@@ -90,6 +90,12 @@ def _stack(blocks: list[Tensor]) -> Tensor | list[Tensor]:
     return torch.stack(blocks) if len({x.shape[1] for x in blocks}) == 1 else blocks
 
 
+def _room(images: int, like: list[Tensor]) -> Tensor | list[Tensor]:
+    """Memory for the features of ``images`` images after every block, as :attr:`Features.x` holds them."""
+    dims = [x.shape[1] for x in like]
+    return torch.empty(len(dims), images, dims[0]) if len(set(dims)) == 1 else [torch.empty(images, dim) for dim in dims]
+
+
 def block_modules(encoder: nn.Module) -> Sequence[nn.Module]:
     """What counts as a block: the blocks of a ViT (Hiera too), the stages of a convolutional network."""
     for name in ("blocks", "stages"):
@@ -210,7 +216,7 @@ def extract_features(
     n = len(dataset)
     shares = [range(n * r // world, n * (r + 1) // world) for r in range(world)]
     rows = [*shares[rank], *[0] * (-(-n // world) - len(shares[rank]))]  # the same number everywhere: sharded encoders wait
-    parts: dict[str, list[list[Tensor]]] = {pool: [[] for _ in blocks] for pool in pools}
+    share: dict[str, Tensor | list[Tensor]] = {}  # of this process, per pooling and block (images, dim)
     labels = []
     options = {
         "final_norm": final_norm,
@@ -220,15 +226,17 @@ def extract_features(
         "autocast": autocast,
     }
     for pooled, label in feature_batches(encoder, dataset, rows, blocks, pools, **options):
+        if not share:  # written in place: small tensors kept from every batch would break up the memory that forward passes reuse
+            share = {pool: _room(len(rows), pooled[pool]) for pool in pools}
+        begin = sum(map(len, labels))
         for pool in pools:
-            for part, x in zip(parts[pool], pooled[pool], strict=True):
-                part.append(x)
+            for whole, x in zip(share[pool], pooled[pool], strict=True):
+                whole[begin : begin + len(label)] = x
         labels.append(label)
-
-    def whole(part: list[Tensor]) -> Tensor:
-        return gather_rows(torch.cat(part), [len(share) for share in shares])
-
-    return Features({pool: _stack([whole(part) for part in parts[pool]]) for pool in pools}, whole(labels), blocks, _depth(encoder))
+    counts, y = [len(part) for part in shares], torch.cat(labels)
+    if world > 1:
+        share, y = {pool: _stack([gather_rows(part, counts) for part in share[pool]]) for pool in pools}, gather_rows(y, counts)
+    return Features(share, y, blocks, _depth(encoder))
 
 
 def resolve(
@@ -280,12 +288,7 @@ def feature_batches(
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """The first ``counts[i]`` rows of every process i behind each other; ``x`` has ``max(counts)`` rows on all of them.
-
-    Without a process group ``x`` itself.
-    """
-    if len(counts) == 1:
-        return x
+    """The first ``counts[i]`` rows of every process i behind each other; ``x`` has ``max(counts)`` rows on all of them."""
     home = x.device
     if dist.get_backend() == "nccl":
         x = x.cuda()

@@ -5,6 +5,7 @@ import group_workers
 import pytest
 import timm
 import torch
+from peak import PeakBytes
 
 import mimrefiner as mr
 from mimrefiner.catalogue import MODELS
@@ -143,6 +144,13 @@ def test_only_pooled_features_stay_alive(vit):
     pooled = mr.features.pooled_blocks(vit, torch.randn(2, 3, 32, 32), range(3), ("cls", "mean"))
     assert all(x.shape == (2, 32) for per_block in pooled.values() for x in per_block)
     assert all(x.untyped_storage().nbytes() == 2 * 32 * 4 for per_block in pooled.values() for x in per_block)
+
+
+def test_features_take_their_own_memory_and_that_of_one_batch(vit, digits):
+    """Nothing of a batch is kept beside them: small tensors between the large ones of forward passes make a process grow."""
+    with PeakBytes() as measured:
+        features = mr.extract_features(vit, digits["train"], batch_size=4)
+    assert measured.peak < 1.5 * sum(x.nbytes for x in features.x.values())
 
 
 def test_bad_input_is_named(vit, images):
