@@ -106,4 +106,4 @@ def test_status_and_message_reach_the_shell(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("mimrefiner: error: unknown preset 'huge': choose one of smoke, tiny, natural, ")
+    assert done.stderr.startswith("mimrefiner: error: unknown preset 'huge': choose one of smoke, tiny, fashion, natural, ")
