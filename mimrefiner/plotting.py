@@ -74,16 +74,20 @@ def plot_blocks(
 def plot_block_panels(
     panels: dict[str, pd.DataFrame], *, title: str, baselines: dict[str, dict[str, float]], ylabel: str = "k-NN accuracy (%)"
 ) -> Figure:
-    """:func:`plot_blocks` side by side: a panel per entry, baselines per panel; two panels share one y axis."""
+    """:func:`plot_blocks` side by side: a panel per entry, baselines per panel; two panels share one y axis.
+
+    A label looks the same in all of them.
+    """
     figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.9), sharey=len(panels) == 2, layout="constrained")
+    labels = list(pd.concat(panels.values())["label"].unique())
     for axes, (name, rows) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
-        _draw_lines(axes, rows, mark_best=True)
+        _draw_lines(axes, rows, mark_best=True, labels=labels)
         _draw_baselines(axes, baselines.get(name, {}))
         _label_blocks(axes, rows["block"].max() + 1)
         axes.set_title(name)
     np.atleast_1d(all_axes)[0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=9)
-    legend_below(figure, np.atleast_1d(all_axes)[0], columns=4)
+    legend_below(figure, *np.atleast_1d(all_axes), columns=4)
     return figure
 
 
@@ -302,8 +306,11 @@ def plot_protocols(rows: pd.DataFrame, *, order: Sequence[str], models: Sequence
     return figure
 
 
-def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool, relative: bool = False) -> None:
-    for i, (label, line) in enumerate(rows.groupby("label", sort=False)):
+def _draw_lines(axes, rows: pd.DataFrame, mark_best: bool, relative: bool = False, labels: Sequence[str] | None = None) -> None:
+    """A line per label; ``labels``: all that a figure of several axes has, so that each keeps its colour."""
+    labels = list(rows["label"].unique() if labels is None else labels)
+    for label, line in rows.groupby("label", sort=False):
+        i = labels.index(label)
         stats = 100 * line.groupby("block")["value"].agg(["mean", "std"])
         stats.index = stats.index.to_numpy() + 1
         if relative:
@@ -333,6 +340,10 @@ def _label_blocks(axes, depth: int) -> None:
     axes.set_axisbelow(True)
 
 
-def legend_below(figure: Figure, axes, columns: int = 2) -> Legend:
-    """One legend under the whole figure, made of the lines and points of ``axes``."""
-    return figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+def legend_below(figure: Figure, *all_axes, columns: int = 2) -> Legend:
+    """One legend under the whole figure, made of the lines and points of the axes, each label once."""
+    entries = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    return figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)

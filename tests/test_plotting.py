@@ -35,6 +35,16 @@ def test_one_seed_has_no_band():
     assert len(plotting.plot_blocks(block_lines((0,)), title="t").axes[0].collections) == 0
 
 
+def test_a_label_looks_the_same_in_every_panel_and_is_explained_once():
+    rows = block_lines((0,))
+    panels = {"first": rows, "second": rows[rows["label"] == "b"].assign(label="c"), "third": rows[rows["label"] == "b"]}
+    figure = plotting.plot_block_panels(panels, title="t", baselines={})
+    colours = [{line.get_label(): line.get_color() for line in axes.lines if line.get_label() in "abc"} for axes in figure.axes]
+    assert colours[0]["b"] == colours[2]["b"]
+    assert len({colours[0]["a"], colours[0]["b"], colours[1]["c"]}) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+
+
 def test_figures_are_saved_three_times_and_repeat(tmp_path):
     for name in ("a", "b"):
         plotting.save_figure(plotting.plot_blocks(block_lines((0,)), title="t"), tmp_path / name, block_lines((0,)))
