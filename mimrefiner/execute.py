@@ -57,7 +57,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     for key in ("input_path", "output_path"):
         executed.metadata.papermill.pop(key, None)
     executed.metadata.papermill.parameters.pop("out", None)
-    write_aside(out / "notebooks" / notebook.name, nbformat.writes(executed))
+    write_aside(out / "notebooks" / notebook.name, nbformat.writes(executed) + "\n")
     unfinished.unlink()
 
 
@@ -86,7 +86,7 @@ def write_aside(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

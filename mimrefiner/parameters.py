@@ -52,7 +52,7 @@ def compare_parameters(declared: dict, given: dict) -> None:
 
 def declared_parameters(notebook: Path) -> dict:
     """Names and defaults in the cell tagged ``parameters``."""
-    for cell in json.loads(notebook.read_text())["cells"]:  # nbformat takes a second to import, in every kernel
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:  # nbformat takes a second to import, in every kernel
         if "parameters" in cell["metadata"].get("tags", []):
             return assignments("".join(cell["source"]))
     raise InputError(f"{notebook.name} has no cell tagged parameters")
