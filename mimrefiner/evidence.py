@@ -46,12 +46,11 @@ class Recipe:
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
-    """What is trained; the first is the main one. A CPU affords no refinement of SimMIM, whose epochs are slow; a GPU affords
-    decoder depths, a deeper model and, for the main one, the control with labels."""
+    """What is trained; the first is the main one, which gets the controls. A GPU affords decoder depths and a deeper model too."""
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
         simmim = replace(load_preset("natural-simmim"), dataset=data)
-        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, ())]
+        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, tuple(seeds))]
 
     def variant(name: str, **pretrain) -> Recipe:
         return Recipe(name, replace(main, pretrain=replace(main.pretrain, **pretrain)), tuple(seeds))
@@ -65,11 +64,6 @@ def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
     ]
 
 
-def affords_labels(main: Recipe) -> bool:
-    """Whether the computation of refinement is also spent on labels."""
-    return main.preset.name != "natural"
-
-
 def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
     """(name, seed of refinement, encoder) of every model; trained now unless the store has it."""
     for recipe in recipes:
@@ -78,8 +72,7 @@ def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
             yield f"{recipe.name} refined", seed, store.refined(_refined_with(recipe.preset, seed)).ema_encoder
     main = recipes[0]
     yield f"{main.name} trained longer", 0, store.pretrained_longer(main.preset).encoder
-    if affords_labels(main):
-        yield f"{main.name} fine-tuned with labels", 0, store.finetuned(main.preset)
+    yield f"{main.name} fine-tuned with labels", 0, store.finetuned(main.preset).encoder
     yield "random weights", 0, build_vit(main.preset.encoder)
 
 
@@ -93,7 +86,7 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
     """What each training was: epochs of the training images, computation and wall time (of a machine that did other work too)."""
     facts = []
 
-    def add(model: str, stage: str, seed: int, epochs: float, result: store.PretrainResult | store.RefineResult) -> None:
+    def add(model: str, stage: str, seed: int, epochs: float, result) -> None:
         numbers = {"epochs": round(epochs, 2), "TFLOP": round(result.flops / 1e12, 1), "minutes": round(result.seconds / 60)}
         facts.append({"model": model, "stage": stage, "seed": seed, **numbers})
 
@@ -107,6 +100,8 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
     longer = store.pretrained_longer(main.preset)
     epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
     add(main.name, "longer pre-training", 0, epochs, longer)
+    labels = store.finetuned(main.preset)
+    add(main.name, "fine-tuning with labels", 0, labels.epochs, labels)
     return pd.DataFrame(facts)
 
 

@@ -1,7 +1,7 @@
 """Fine-tuning with labels: the control that says what the computation of refinement would buy where every image has a label."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -38,6 +38,16 @@ class Classifier(nn.Module):
         return self.linear(self.encoder.forward_features(images)[:, 0])
 
 
+@dataclass
+class FinetuneResult:
+    """``encoder``: in eval mode on the CPU; ``epochs``: of the images; ``flops`` and wall ``seconds`` of all steps."""
+
+    encoder: nn.Module
+    epochs: float
+    flops: float
+    seconds: float
+
+
 def finetune(
     encoder: nn.Module,
     dataset: Dataset,
@@ -47,7 +57,7 @@ def finetune(
     device: torch.device | str | None = None,
     num_workers: int = 0,
     saving: Saving | None = None,
-) -> nn.Module:
+) -> FinetuneResult:
     """Train a copy of ``encoder`` and a linear classifier by cross-entropy.
 
     Args:
@@ -57,9 +67,6 @@ def finetune(
             crop (8 to 100 % of the area) with a flip.
         flops: floating point operations to spend, which decide the number of steps.
         device, num_workers, saving: see :func:`mimrefiner.train.pretrain`.
-
-    Returns:
-        The encoder, in eval mode on the CPU.
 
     Raises:
         InputError: images without labels.
@@ -74,7 +81,8 @@ def finetune(
     groups.append({"params": list(model.linear.parameters()), "weight_decay": config.head_weight_decay})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
     size = encoder.pretrained_cfg["input_size"][-1]
-    steps = max(1, round(flops / _flops_per_step(model, config.batch_size, size, device)))
+    flops_per_step = _flops_per_step(model, config.batch_size, size, device)
+    steps = max(1, round(flops / flops_per_step))
     warmup = steps * config.warmup_epochs / config.refine_epochs
     peak = config.refine_base_lr * config.batch_size / 256
     run = Run(saving, {**asdict(config), "images": len(dataset), "flops": flops, "first weights": sha256_of(encoder)})
@@ -96,7 +104,8 @@ def finetune(
             optimizer.step()
             run.watch(step, loss[None])
             run.end_step(step, [""])
-    return model.encoder.eval().requires_grad_(True).cpu()
+    tuned, epochs = model.encoder.eval().requires_grad_(True).cpu(), steps * config.batch_size / len(dataset)
+    return FinetuneResult(tuned, epochs, flops_per_step * steps, run.seconds)
 
 
 def _flops_per_step(model: Classifier, batch: int, size: int, device: torch.device) -> int:

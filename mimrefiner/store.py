@@ -36,7 +36,7 @@ from mimrefiner.checkpoint import save_encoder
 from mimrefiner.config import PAPER_MODELS, Preset
 from mimrefiner.data import ImageDataset, load_dataset
 from mimrefiner.errors import InputError
-from mimrefiner.finetune import finetune
+from mimrefiner.finetune import FinetuneResult, finetune
 from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.resume import Saving
@@ -154,19 +154,19 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
 
 
-def finetuned(preset: Preset) -> nn.Module:
+def finetuned(preset: Preset) -> FinetuneResult:
     """The control with labels: the FLOPs of refinement spent on fine-tuning the encoder after stage 1 by cross-entropy."""
     first, flops = pretrained(preset), refined(preset).flops
     train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "finetune": preset.refine, "flops": flops}
 
     def train(folder: Path, saving: Saving) -> dict:
-        encoder = finetune(first.encoder, train_set, preset.refine, flops=flops, saving=saving)
-        save_encoder(encoder, folder / "encoder.safetensors")
-        return {}
+        result = finetune(first.encoder, train_set, preset.refine, flops=flops, saving=saving)
+        save_encoder(result.encoder, folder / "encoder.safetensors")
+        return {"epochs": result.epochs, "flops": result.flops, "seconds": result.seconds}
 
-    folder, _ = _entry("finetune", settings, train_set, train, code=(*TRAINER_FILES, "finetune"))
-    return load_encoder(folder / "encoder.safetensors")
+    folder, facts = _entry("finetune", settings, train_set, train, code=(*TRAINER_FILES, "finetune"))
+    return FinetuneResult(load_encoder(folder / "encoder.safetensors"), facts["epochs"], facts["flops"], facts["seconds"])
 
 
 MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}

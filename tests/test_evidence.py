@@ -17,8 +17,10 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     evidence.main()
     rows, claims = (pd.read_csv(tmp_path / f"evidence_natural{part}.csv") for part in ("", "_claims"))
-    names = {"MAE", "MAE refined", "MAE trained longer", "SimMIM", "random weights", "raw pixels"}
-    assert set(rows["model"]) == names
+    trained = {"MAE", "MAE refined", "SimMIM", "SimMIM refined"}
+    controls = {"MAE trained longer", "MAE fine-tuned with labels", "random weights", "raw pixels"}
+    assert set(rows["model"]) == trained | controls
+    assert set(pd.read_csv(tmp_path / "evidence_natural_training.csv")["stage"]) >= {"refinement", "fine-tuning with labels"}
     refined = rows[rows["model"] == "MAE refined"]
     assert set(refined["seed"]) == {0, 1} and refined.groupby("seed")["weights_sha256"].nunique().eq(1).all()
     assert refined["weights_sha256"].nunique() == 2

@@ -28,8 +28,9 @@ def test_labels_are_learnt_with_what_computation_there_is(monkeypatch):
     losses, cross_entropy = [], F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", lambda *given: losses.append(cross_entropy(*given)) or losses[-1])
     before = sha256_of(encoder)
-    tuned = finetune(encoder, data, config, flops=4e9)
-    steps = len(losses)
+    result = finetune(encoder, data, config, flops=4e9)
+    tuned, steps = result.encoder, len(losses)
+    assert result.epochs == steps * 32 / 64 and result.flops == pytest.approx(4e9, rel=0.5 / steps) and result.seconds > 0
     assert losses[0].item() == pytest.approx(np.log(3), rel=1e-3) and losses[-1] < 0.5 * losses[0]  # from nothing
     assert sha256_of(encoder) == before != sha256_of(tuned)
     assert torch.equal(tuned.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight)
@@ -44,4 +45,6 @@ def test_a_fine_tuned_encoder_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path))
     tuned = store.finetuned(mr.load_preset("smoke"))
     monkeypatch.setattr(store, "finetune", None)
-    assert sha256_of(store.finetuned(mr.load_preset("smoke"))) == sha256_of(tuned)
+    again = store.finetuned(mr.load_preset("smoke"))
+    assert sha256_of(again.encoder) == sha256_of(tuned.encoder)
+    assert (again.epochs, again.flops, again.seconds) == (tuned.epochs, tuned.flops, tuned.seconds)
