@@ -40,21 +40,21 @@ class Ablation:
 
 
 def ablations(preset: Preset) -> list[Ablation]:
-    """All variants for the preset's encoder and views; the recipe itself comes first."""
+    """All variants for the preset's encoder, views and seed, which draws the random blocks; the recipe itself comes first."""
     depth, views = preset.encoder.depth, preset.refine.views
     heads = preset.refine.resolve_blocks(depth)
     last = depth - 1
     other = "published" if preset.refine.pairing == "intended" else "intended"
     spaced = tuple(range(last, heads[0] - 1, -2))[::-1]
     rng = np.random.default_rng(preset.refine.seed)
-    anywhere = tuple(int(b) for b in np.sort(rng.choice(depth, len(heads), replace=False)))
+    anywhere = (*(int(b) for b in np.sort(rng.choice(last, len(heads) - 1, replace=False))), last)
     variants = [
         Ablation("recipe", f"{len(heads)} heads, {preset.refine.pairing} pairing, top-{preset.refine.refine_top_k}"),
         Ablation("pairing of views", other, {"pairing": other}),
         Ablation("number of heads", "1 (last block)", {"blocks": (last,)}),
         Ablation("neighbours", "top-1 in stage 3", {"refine_top_k": 1}),
         Ablation("negatives", "swapped too (NNCLR)", {"swap_negatives": True}),
-        Ablation("place of heads", "random blocks", {"blocks": anywhere}),
+        Ablation("place of heads", "last and random blocks", {"blocks": anywhere}),
         Ablation("number of heads", "2", {"blocks": (last - 1, last)}, core=False),
         Ablation("number of heads", f"{depth // 2}", {"blocks": tuple(range(depth - depth // 2, depth))}, core=False),
         Ablation("place of heads", "every other block", {"blocks": spaced}, core=False),
@@ -67,14 +67,18 @@ def ablations(preset: Preset) -> list[Ablation]:
     return [a for a in variants if not a.change or asdict(changed(preset, a).refine) != recipe]
 
 
-def measure(preset: Preset, chosen: Sequence[Ablation], seeds: Sequence[int], run: Run) -> None:
-    """Refine once per variant and seed (trained models come from the store) and add k-NN rows of every block to ``run``."""
+def measure(preset: Preset, seeds: Sequence[int], run: Run, *, exploratory: bool) -> None:
+    """Refine once per variant and seed (trained models come from the store) and add k-NN rows of every block to ``run``.
+
+    ``exploratory``: with the first seed the exploratory variants too.
+    """
     train, test = store.load_split(preset, "train"), store.load_split(preset, "test")
     for seed in seeds:
         seeded = preset.with_seed(seed)
         models = {"before": store.pretrained(seeded).encoder}
-        for ablation in chosen:
-            models[ablation.name] = store.refined(changed(seeded, ablation)).ema_encoder
+        for ablation in ablations(seeded):
+            if ablation.core or (exploratory and seed == seeds[0]):
+                models[ablation.name] = store.refined(changed(seeded, ablation)).ema_encoder
         for name, encoder in models.items():
             hits = knn_hits(extract_features(encoder, train), extract_features(encoder, test))
             for pool, right in hits.items():
@@ -109,12 +113,8 @@ def main() -> None:
     preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
     preset = replace(preset, dataset=args.data or preset.dataset)
     run = Run("05_ablations", replace(preset, dataset=short_name(preset.dataset)), seeds, ASSETS)
-    chosen = ablations(preset)
-    measure(preset, [a for a in chosen if a.core], seeds, run)
-    if not args.core:
-        measure(preset, [a for a in chosen if not a.core], seeds[:1], run)
-    rows = run.table().drop_duplicates(["model", "block", "pool", "seed"])
-    write_csv(rows, ASSETS / f"ablations_{args.preset}.csv")
+    measure(preset, seeds, run, exploratory=not args.core)
+    write_csv(run.table(), ASSETS / f"ablations_{args.preset}.csv")
 
 
 if __name__ == "__main__":

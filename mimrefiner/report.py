@@ -29,6 +29,7 @@ from mimrefiner.features import (
     parse_pool,
     pixel_features,
 )
+from mimrefiner.intervals import standard_error
 from mimrefiner.models import default_device, load_encoder
 from mimrefiner.probes.checks import COLUMNS, check_finite, check_labels, tidy
 from mimrefiner.probes.clustering import cluster
@@ -36,7 +37,7 @@ from mimrefiner.probes.knn import knn_hits
 from mimrefiner.probes.linear import hold_out, linear_probe
 from mimrefiner.probes.logistic import low_shot
 from mimrefiner.probes.similarity import effective_rank
-from mimrefiner.results import KNN_PROTOCOL, environment, standard_error, write_csv, write_json
+from mimrefiner.results import KNN_PROTOCOL, environment, write_csv, write_json
 
 PROBES = ("knn", "linear", "low_shot", "cluster", "rank")
 HEADLINE = {  # probe -> the metrics of table and figure

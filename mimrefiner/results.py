@@ -1,8 +1,7 @@
-"""Result rows, claims, intervals and the comparison with the paper's numbers."""
+"""Result rows, claims and the comparison with the paper's numbers."""
 
 import functools
 import json
-import math
 import platform
 import subprocess
 import time
@@ -17,6 +16,7 @@ import torch
 
 from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.config import Preset
+from mimrefiner.intervals import Difference
 
 ROW_COLUMNS = (
     "run_id", "git_sha", "preset", "model", "weights_sha256", "dataset", "n_train", "n_test", "block", "pool", "protocol",
@@ -109,6 +109,13 @@ class Run:
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
         return f"{verdict.upper()}: {claim} ({measured}; {count(n_seeds, 'seed')}, {n_test} test images)"
 
+    def judge(self, claim: str, difference: Difference, *, n_test: int, text: str = "") -> str:
+        """Record a claim that a difference decides and return it as one line; ``text`` comes before the measured difference."""
+        return self.claim(
+            claim, seen=difference.seen, opposite=difference.opposite, measured=f"{text}{difference}", n_test=n_test,
+            n_seeds=len(difference.by_seed),
+        )  # fmt: skip
+
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=ROW_COLUMNS)
 
@@ -157,29 +164,9 @@ def _cell(value) -> str:
     return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def paired_bootstrap(right_a: np.ndarray, right_b: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same images with its 95 % interval: (a - b, low, high).
-
-    Args:
-        right_a, right_b: which images each model got right, (images,) or (seeds, images), bool; images are drawn with
-            replacement and both models see the same draw. The interval covers the choice of test images, not of seeds.
-    """
-    difference = np.atleast_2d(np.asarray(right_a, float) - np.asarray(right_b, float)).mean(0)
-    rng = np.random.default_rng(seed)
-    values, counts = np.unique(difference, return_counts=True)  # a multinomial over the few values equals drawing images
-    drawn = rng.multinomial(len(difference), counts / len(difference), size=draws) @ values / len(difference)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
-
-
 def count(n: int, noun: str) -> str:
     """ "1 seed", "3 seeds"."""
     return f"{n} {noun}" + "s" * (n != 1)
-
-
-def points(difference: float, low: float, high: float) -> str:
-    """A difference of accuracies as text, in percentage points."""
-    return f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def mean_sd(values) -> str:
@@ -208,10 +195,10 @@ def compare(measured: pd.DataFrame, pairs: dict[str, str] | None = None) -> pd.D
     keys = ["model", "backbone", "dataset", "protocol", "metric"]
     paper["paper_id"] = paper[keys].fillna("").agg("|".join, axis=1)
     if "paper_id" in measured and len(measured):
-        stats = measured.groupby("paper_id")["value"].agg(measured="mean", sd="std", n_seeds="size").reset_index()
+        summary = measured.groupby("paper_id")["value"].agg(measured="mean", sd="std", n_seeds="size").reset_index()
     else:
-        stats = pd.DataFrame(columns=["paper_id", "measured", "sd", "n_seeds"])
-    table = paper.merge(stats, on="paper_id", how="left")
+        summary = pd.DataFrame(columns=["paper_id", "measured", "sd", "n_seeds"])
+    table = paper.merge(summary, on="paper_id", how="left")
     table["difference"] = table["measured"].astype(float) - table["value"]
     reasons = pairs or {}
     table["why_not"] = table["paper_id"].map(reasons).where(table["measured"].notna(), "").fillna("")
@@ -264,11 +251,6 @@ def device_name() -> str:
 def write_json(value: dict, path: Path) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
-
-
-def standard_error(share: float, n: int) -> float:
-    """Binomial standard error of an accuracy on ``n`` images."""
-    return math.sqrt(share * (1 - share) / n)
 
 
 def _short(path: Path) -> str:

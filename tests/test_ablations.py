@@ -23,15 +23,28 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
     smoke = mr.load_preset("smoke")
     preset = replace(smoke, n_train=128, n_test=64, pretrain=replace(smoke.pretrain, epochs=1))
-    chosen = ablations.ablations(preset)
-    pair = [chosen[0], next(a for a in chosen if a.group == "pairing of views")]
+    groups = ("recipe", "pairing of views", "frozen blocks")
+    few = [a for a in ablations.ablations(preset) if a.group in groups]
+    monkeypatch.setattr(ablations, "ablations", lambda preset: few[:3])
     run = results.Run("05_ablations", preset, (0, 1), tmp_path)
-    ablations.measure(preset, pair, (0, 1), run)
+    ablations.measure(preset, (0, 1), run, exploratory=True)
     rows = run.table()
-    assert set(rows["model"]) == {"before", "recipe: 2 heads, intended pairing, top-5", "pairing of views: published"}
-    assert len(rows) == 3 * 2 * 2 * 4  # models, seeds, poolings, blocks
+    models = rows.groupby("model")["seed"].unique().map(list).to_dict()
+    core = {"before": [0, 1], "recipe: 2 heads, intended pairing, top-5": [0, 1], "pairing of views: published": [0, 1]}
+    assert models == core | {few[2].name: [0]} and not few[2].core  # exploratory: one seed
+    assert len(rows) == 7 * 2 * 4  # models, poolings, blocks
     assert rows.groupby(["model", "seed"])["weights_sha256"].nunique().eq(1).all()
-    assert rows["weights_sha256"].nunique() == 6
+    assert rows["weights_sha256"].nunique() == 7
+
+
+def test_random_blocks_follow_the_seed_and_hold_the_last():
+    preset = mr.load_preset("tiny")
+    drawn = [
+        next(a.change["blocks"] for a in ablations.ablations(preset.with_seed(seed)) if "random blocks" in a.variant)
+        for seed in (0, 0, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    assert all(blocks[-1] == preset.encoder.depth - 1 and len(set(blocks)) == 4 for blocks in drawn)
 
 
 def test_kept_rows_have_the_fixed_columns():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner import plotting, results
+from mimrefiner import intervals, plotting, results
 
 
 @pytest.fixture
@@ -34,25 +34,10 @@ def test_run_writes_rows_and_claims(run, vit, capsys):
     assert "| not seen |" in results.markdown_table(results.claims_table(claims))
 
 
-def test_bootstrap_interval_covers_the_truth():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for i in range(200):
-        a, b = rng.random(300) < 0.8, rng.random(300) < 0.7
-        mean, low, high = results.paired_bootstrap(a, b, draws=1000, seed=i)
-        assert mean == pytest.approx(a.mean() - b.mean())
-        covered += low <= 0.1 <= high
-    assert 0.90 <= covered / 200 <= 0.99
-
-
-def test_bootstrap_is_paired_and_averages_seeds():
-    right = np.random.default_rng(0).random((3, 100)) < 0.5
-    assert results.paired_bootstrap(right, right) == (0, 0, 0)
-    better = right.copy()
-    better[0] = True
-    mean, low, high = results.paired_bootstrap(better, right)
-    assert mean == pytest.approx((1 - right[0].mean()) / 3)
-    assert 0 < low < mean < high
+def test_a_difference_decides_a_claim(run):
+    difference = intervals.seed_difference([0.5, 0.6], [0.1, 0.2])
+    assert run.judge("it helps", difference, n_test=4, text="last block ").startswith("SEEN: it helps (last block +40.0 points")
+    assert run.claims[0]["n_seeds"] == 2
 
 
 def test_compare_never_copies_a_paper_value():
