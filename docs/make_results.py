@@ -1,9 +1,11 @@
-"""Write the page of results from the measured tables: ``python docs/make_results.py``. No number is typed in here."""
+"""Write the page of results from the measured tables: ``python docs/make_results.py``. No measured number is typed in here."""
 
 from pathlib import Path
 
 import pandas as pd
 
+from mimrefiner.config import load_preset
+from mimrefiner.data import load_dataset
 from mimrefiner.results import KNN_PROTOCOL, claims_table, count, markdown_table, mean_sd
 
 ROOT = Path(__file__).parent.parent
@@ -12,9 +14,13 @@ PAGE = ROOT / "docs" / "results.md"
 
 HEAD = """# Results
 
-What was measured with this package, claim by claim. *Seen*: the 95 % interval of the difference lies above zero, or every seed
-agrees; *opposite*: it lies below zero, or every seed disagrees; *not seen*: neither; *open*: one seed can not decide. This page is
-written by `python docs/make_results.py` from the committed tables.
+What was measured with this package, claim by claim. This page is written by `python docs/make_results.py` from the committed tables.
+
+**Verdicts.** Where it is known for every test image which model is right, a claim is *seen* when the 95 % interval of the difference
+over images (paired bootstrap) lies above zero for every single seed, and *opposite* when it lies below zero for every seed; of one
+model this speaks of that model. Where there is only a value per seed (linear probes, few-shot, clusters, ablations), it is the interval over
+seeds (Student's t, for accuracies of one data set together with their binomial error) that must lie above or below zero. *Not seen*:
+neither. *Open*: nothing to judge by, as of one seed without images.
 
 **How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a ViT of 5 M is refined on 64-pixel
 images and one of 0.6 M on digits. The authors expect the benefit of several heads, and much of the drop behind the peak, only
@@ -22,56 +28,77 @@ from about 300 M parameters on. Agreement at this scale shows that the mechanism
 """
 
 NATURAL = """
-## Natural images
+## Natural images, preset `{preset}`
 
-MAE and SimMIM ViTs of 5 M parameters (12 blocks, width 192, patch 8), pre-trained on Tiny-ImageNet's training images at 64 px,
-without labels, for as long as two CPU cores allow: {epochs}. They are weak models. Recipes were set beforehand and not tuned.
-One pre-training per model; ± is the standard deviation over seeds of refinement. *tiny-imagenet*: {n_test} validation images,
-which no model and no choice has seen, classified with {n_train} training images; *fruit64*: photos of 14 kinds of fruit, a data
-set the models were not trained on. Accuracies of the cls token in %. The best block is the best on these test images, for
-orientation; the claims use a block chosen on validation images. Compare a model with random weights before reading its claims:
-where the two are alike, it has not learnt enough to say anything. Device: {device}.
+{models} ({blocks} blocks, width {dim}, patch {patch}), pre-trained on {data}'s training images at {size} px without labels: {epochs}.
+{weak}Recipes were set beforehand and not tuned. One pre-training per model; ± is the standard deviation over seeds of refinement, and
+all models meet the same probes (orders, draws of labelled images, starts of k-means). *{data}*: {n_test} validation images, which no
+model and no choice has seen, classified with {n_train} training images; *fruit64*: photos of {kinds} kinds of fruit, a data set
+the models were not trained on. Accuracies in %; linear, few-shot and clusters of the last block's cls token. The best block is the best on
+these test images, for orientation; the claims use a block chosen on validation images of the same data set. Refined models are
+weight averages (EMA), the others are not. Raw pixels are those of images shrunk to 32 px. The labels' control has seen the labels of
+the images that vote. Compare a model with random weights before reading its claims: where the two are alike, it has not learnt enough
+to say anything. Device: {device}.
 """
+WEAK = "Epochs are what a few hours of two CPU cores allow: they are weak models. "
 
 
 def models_table(rows: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """Per model: k-NN of the last and the best block (cls), linear probe, few-shot and clusters of the last block."""
-    rows = rows[(rows["dataset"] == dataset) & rows["pool"].isin(("cls", "pixels"))]
+    """Per model: k-NN of the last and the best block for both poolings, linear probe, few-shot and clusters of the last block."""
+    rows = rows[rows["dataset"] == dataset]
     table = []
     for model, part in rows.groupby("model", sort=False):
-        knn = part[part["protocol"] == KNN_PROTOCOL]
-        means, last = knn.groupby("block")["value"].mean(), knn["block"].max()
+        last = part["block"].max()
 
-        def value(protocol, metric="accuracy", part=part, last=last):
-            chosen = part[(part["protocol"] == protocol) & (part["metric"] == metric) & (part["block"] == last)]
-            return mean_sd(chosen.groupby("seed")["value"].mean()) if len(chosen) else ""
+        def value(protocol, pools=("cls", "pixels"), metric="accuracy", part=part, last=last):
+            chosen = part[part["protocol"].str.startswith(protocol) & (part["metric"] == metric) & part["pool"].isin(pools)]
+            chosen = chosen[chosen["block"] == last]
+            return mean_sd(chosen["value"]) if len(chosen) else ""
 
-        best = "" if model == "raw pixels" else f"{100 * means.max():.1f} (block {means.idxmax() + 1} of {last + 1})"
+        def best(pool, part=part, last=last):
+            knn = part[(part["protocol"] == KNN_PROTOCOL) & (part["pool"] == pool)].groupby("block")["value"].mean()
+            return f"{100 * knn.max():.1f} (block {knn.idxmax() + 1} of {last + 1})" if len(knn) else ""
+
         table.append({
-            "model": model, "seeds": part["seed"].nunique(), "k-NN, last block": value(KNN_PROTOCOL), "k-NN, best block": best,
-            "linear, last": value("linear"), "1-shot, last": value("logistic_1shot"), "5-shot, last": value("logistic_5shot"),
-            "clusters ACC, last": value("kmeans", "ACC"),
+            "model": model, "seeds": part["seed"].nunique(), "k-NN cls, last block": value(KNN_PROTOCOL), "best block": best("cls"),
+            "k-NN patch mean, last block": value(KNN_PROTOCOL, ("mean",)), "its best block": best("mean"),
+            "linear": value("linear"), "1-shot": value("logistic_1shot"), "5-shot": value("logistic_5shot"),
+            "clusters ACC": value("kmeans", metric="ACC"),
         })  # fmt: skip
     return pd.DataFrame(table)
 
 
+def natural_section(name: str) -> str:
+    """What was measured with one preset of natural images; "" where nothing was."""
+    if not (ASSETS / f"evidence_{name}.csv").is_file():
+        return ""
+    rows, claims, facts = (pd.read_csv(ASSETS / f"evidence_{name}{part}.csv") for part in ("", "_claims", "_training"))
+    preset = load_preset(name)
+    first, trained = rows[rows["protocol"] == KNN_PROTOCOL].iloc[0], facts[facts["stage"] == "pre-training"]
+    text = NATURAL.format(
+        preset=name, blocks=preset.encoder.depth, dim=preset.encoder.dim, patch=preset.encoder.patch_size, size=preset.encoder.image_size,
+        models=" and ".join(trained["model"]), epochs=", ".join(f"{count(round(f.epochs), 'epoch')} of {f.model}" for f in trained.itertuples()),
+        weak=WEAK if name == "natural" else "", data=first.dataset, n_train=f"{first.n_train:,}", n_test=f"{first.n_test:,}",
+        kinds=len(load_dataset("fruit64", split="test").classes), device=", ".join(rows["device"].unique()),
+    )  # fmt: skip
+    parts = [text]
+    for dataset in rows["dataset"].unique():
+        parts.append(f"\n### {dataset}\n\n{markdown_table(models_table(rows, dataset))}")
+    note = "Wall time is that of a machine that did other work too; the computation is counted.\n\n"
+    parts.append(
+        "\n### What was trained\n\n" + note + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
+    )
+    about = claims["claim"].str.extract(r"^(?P<text>.*) \((?P<about>[^()]*)\)$")
+    for where, part in claims.assign(claim=about["text"]).groupby(about["about"], sort=False):
+        parts.append(f"\n### Claims: {where}\n\n" + markdown_table(claims_table(part).drop(columns="notebook")))
+    return "".join(parts)
+
+
 def page() -> str:
     """The page as Markdown."""
-    text = [HEAD]
-    rows, claims = (pd.read_csv(ASSETS / f"evidence_natural{part}.csv") for part in ("", "_claims"))
-    facts = pd.read_csv(ASSETS / "evidence_natural_training.csv")
-    main = rows[rows["protocol"] == KNN_PROTOCOL].iloc[0]
-    epochs = ", ".join(
-        f"{count(round(f.epochs), 'epoch')} of {f.model}" for f in facts[facts["stage"] == "pre-training"].itertuples()
-    )
-    text.append(NATURAL.format(epochs=epochs, n_train=f"{main.n_train:,}", n_test=f"{main.n_test:,}", device=main.device))
-    for dataset in rows["dataset"].unique():
-        text.append(f"\n### {dataset}\n\n{markdown_table(models_table(rows, dataset))}")
-    text.append("\n### What was trained\n\n" + markdown_table(facts))
-    text.append("\n### Claims on natural images\n\n" + markdown_table(claims_table(claims).drop(columns="notebook")))
-    toy = "\n## The toy: digits\n\nA ViT of 0.6 M parameters, preset `tiny`, three seeds; as drawn in `figures/`.\n\n"
-    text.append(toy + (ROOT / "figures" / "claims.md").read_text())
-    return "".join(text)
+    toy = "\n## The toy: digits\n\nA ViT of 0.6 M parameters, preset `tiny`, as drawn in `figures/`.\n\n"
+    claims = (ROOT / "figures" / "claims.md").read_text()
+    return "".join([HEAD, *(natural_section(name) for name in ("natural", "natural-gpu")), toy, claims])
 
 
 if __name__ == "__main__":

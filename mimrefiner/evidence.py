@@ -12,28 +12,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from mimrefiner import store
-from mimrefiner.checkpoint import atomic_file, sha256_of
+from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import Preset, load_preset
-from mimrefiner.data import load_dataset, short_name
-from mimrefiner.features import Features, extract_features, pixel_features
+from mimrefiner.data import short_name
+from mimrefiner.intervals import image_difference, seed_difference
+from mimrefiner.measure import TRANSFER, Measured, Model, kept
 from mimrefiner.models import build_vit
-from mimrefiner.probes.clustering import cluster
-from mimrefiner.probes.knn import knn_hits
-from mimrefiner.probes.linear import linear_probe
-from mimrefiner.probes.logistic import low_shot
-from mimrefiner.results import KNN_PROTOCOL, Run, paired_bootstrap, points, write_csv
+from mimrefiner.results import Run, count, mean_sd, write_csv
 
 ASSETS = Path(__file__).parent / "assets"
-BANK, VAL = 20_000, 2_000  # training images that vote, and on which blocks are chosen
-LINEAR = {"learning_rates": (1e-3, 5e-3, 0.02, 0.1, 0.5), "epochs": 10, "batch_size": 256}
-TRANSFER = "fruit64"
-PIXELS = 32  # side of the images of the raw-pixel baseline
 
 
 @dataclass(frozen=True)
@@ -46,11 +37,12 @@ class Recipe:
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
-    """What is trained; the first is the main one, which gets the controls. A GPU affords decoder depths and a deeper model too."""
+    """What is trained; the first is the main one, which gets the controls. A CPU affords no refinement of SimMIM, whose epochs are
+    slow; a GPU affords that, decoder depths and a deeper model."""
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
         simmim = replace(load_preset("natural-simmim"), dataset=data)
-        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, tuple(seeds))]
+        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, ())]
 
     def variant(name: str, **pretrain) -> Recipe:
         return Recipe(name, replace(main, pretrain=replace(main.pretrain, **pretrain)), tuple(seeds))
@@ -64,16 +56,18 @@ def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
     ]
 
 
-def models(recipes: Sequence[Recipe]) -> Iterator[tuple[str, int, nn.Module]]:
-    """(name, seed of refinement, encoder) of every model; trained now unless the store has it."""
-    for recipe in recipes:
-        yield recipe.name, 0, store.pretrained(recipe.preset).encoder
-        for seed in recipe.seeds:
-            yield f"{recipe.name} refined", seed, store.refined(_refined_with(recipe.preset, seed)).ema_encoder
+def models(recipes: Sequence[Recipe]) -> Iterator[Model]:
+    """Every model, trained now unless the store has it."""
     main = recipes[0]
-    yield f"{main.name} trained longer", 0, store.pretrained_longer(main.preset).encoder
-    yield f"{main.name} fine-tuned with labels", 0, store.finetuned(main.preset).encoder
-    yield "random weights", 0, build_vit(main.preset.encoder)
+    yield Model("raw pixels", 0, main.preset, None)
+    for recipe in recipes:
+        yield Model(recipe.name, 0, recipe.preset, store.pretrained(recipe.preset).encoder)
+        for seed in recipe.seeds:
+            preset = _refined_with(recipe.preset, seed)
+            yield Model(f"{recipe.name} refined", seed, preset, store.refined(preset).ema_encoder)
+    yield Model(f"{main.name} trained longer", 0, main.preset, store.pretrained_longer(main.preset).encoder)
+    yield Model(f"{main.name} fine-tuned with labels", 0, main.preset, store.finetuned(main.preset).encoder)
+    yield Model("random weights", 0, main.preset, build_vit(main.preset.encoder))
 
 
 def committed(preset_name: str = "natural") -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -87,8 +81,9 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
     facts = []
 
     def add(model: str, stage: str, seed: int, epochs: float, result) -> None:
+        encoder = getattr(result, "ema_encoder", result.encoder)
         numbers = {"epochs": round(epochs, 2), "TFLOP": round(result.flops / 1e12, 1), "minutes": round(result.seconds / 60)}
-        facts.append({"model": model, "stage": stage, "seed": seed, **numbers})
+        facts.append({"model": model, "stage": stage, "seed": seed, **numbers, "weights_sha256": sha256_of(encoder)})
 
     for recipe in recipes:
         preset, refine = recipe.preset, recipe.preset.refine
@@ -105,139 +100,92 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
     return pd.DataFrame(facts)
 
 
-@dataclass
-class Measured:
-    """What is known of one model: rows, and for every data set and pooling which test images are right after every block."""
-
-    rows: list[dict]
-    hits: dict[str, torch.Tensor]  # "DATA POOL" -> (blocks, images) bool
-    best: int  # block of the highest cls k-NN accuracy on validation images
-
-
-def measure(encoder: nn.Module | None, name: str, seed: int, preset: Preset) -> Measured:
-    """All probes of one model on the preset's data set and on the transfer set; ``encoder`` None: raw pixels."""
-    run = Run("evidence", preset, (seed,), ASSETS)
-    train, test = load_dataset(preset.dataset, split="train").take(BANK), load_dataset(preset.dataset, split="test")
-    sha = "" if encoder is None else sha256_of(encoder)
-    measured = Measured([], {}, 0)
-    for data, (bank, queries) in {
-        preset.dataset: (train, test),
-        TRANSFER: (load_dataset(TRANSFER, split="trainval"), load_dataset(TRANSFER, split="test")),
-    }.items():
-        bank, queries = (_features(encoder, part) for part in (bank, queries))
-        short = short_name(data)
-        if data == preset.dataset and encoder is not None:
-            val = _features(encoder, load_dataset(data, split="val").take(VAL))
-            measured.best = int(knn_hits(bank, val)["cls"].float().mean(1).argmax())
-        tables = [_knn_rows(bank, queries, short, measured.hits), linear_probe(_cls(bank), _cls(queries), seed=seed, **LINEAR)]
-        few = _some(bank, measured.best), _some(queries, measured.best)
-        tables += [low_shot(*few, seed=seed), cluster(few[1], seed=seed)]
-        run.add_table(pd.concat(tables).assign(model=name, weights_sha256=sha, seed=seed), dataset=short)
-    measured.rows = run.rows
-    return measured
-
-
 def claims(found: dict[tuple[str, int], Measured], recipes: Sequence[Recipe], run: Run) -> None:
     """Add to ``run`` what the measurements say about the paper's claims."""
-    for data in (short_name(recipes[0].preset.dataset), TRANSFER):
+    for data in (short_name(recipes[0].preset.dataset), *TRANSFER):
         for recipe in recipes:
-            _claims_of(found, recipe, data, run)
+            for pool in ("cls", "mean"):
+                _claims_of_blocks(found, recipe, data, pool, run)
+            _claims_of_probes(found, recipe, data, run)
+    depths = {recipe.preset.pretrain.decoder_depth: found[recipe.name, 0] for recipe in recipes if "decoder" in recipe.name}
+    if depths:
+        _claim_of_decoders({recipes[0].preset.pretrain.decoder_depth: found[recipes[0].name, 0], **depths}, run, recipes[0])
 
 
-def _claims_of(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Run) -> None:
-    name, before, cls, on = recipe.name, found[recipe.name, 0], f"{data} cls", f"{recipe.name}, {data}"
-    refined = [found[f"{name} refined", seed] for seed in recipe.seeds]
-    n = before.hits[cls].shape[1]
-    depth = before.hits[cls].shape[0]
-
-    def compare(claim: str, ours: list, theirs: list, text: str = "") -> None:
-        gain = paired_bootstrap([x.numpy() for x in ours], [x.numpy() for x in theirs])
-        run.claim(
-            f"{claim} ({on})", seen=gain[1] > 0, opposite=gain[2] < 0, measured=text + points(*gain), n_test=n, n_seeds=len(ours)
-        )
-
-    last, best = before.hits[cls][-1], before.hits[cls][before.best]
-    after = [m.hits[cls][-1] for m in refined]
+def _claims_of_blocks(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Run) -> None:
+    """What k-NN says of the blocks of a recipe's models, with one pooling."""
+    name, key, before = recipe.name, f"{data} {pool}", found[recipe.name, 0]
+    refined = [found[f"{name} refined", seed].hits[key][-1] for seed in recipe.seeds]
+    longer, random = found.get((f"{name} trained longer", 0)), found["random weights", 0]
     pixels = found["raw pixels", 0].hits[f"{data} pixels"][0]
-    where = f"block {before.best + 1} of {depth}, chosen on validation: "
-    compare("the best block for k-NN (cls) beats the last one", [best], [last], where)
-    compare("the best pre-trained block (cls) beats raw pixels", [best], [pixels])
-    if not refined:
-        return
-    compare("refinement lifts the last block", after, [last] * len(after))
-    compare("the refined last block beats the best block before", after, [best] * len(after))
-    compare("the refined last block beats raw pixels", after, [pixels] * len(after))
-    longer = found.get((f"{name} trained longer", 0))
-    if longer:
-        there = longer.hits[cls][-1]
-        compare("refinement beats as much computation spent on masked pre-training", after, [there] * len(after))
-    for protocol, metric in (
-        ("logistic_1shot", "accuracy"),
-        ("logistic_5shot", "accuracy"),
-        ("linear", "accuracy"),
-        ("kmeans", "ACC"),
+    depth, n = before.hits[key].shape
+    last, best = before.hits[key][-1], before.hits[key][before.best[key]]
+
+    def compare(claim: str, ours: list, theirs: torch.Tensor, text: str = "") -> None:
+        run.judge(f"{claim} ({name}, {key.replace(' ', ', ')})", image_difference(ours, [theirs] * len(ours)), n_test=n, text=text)
+
+    where = f"block {before.best[key] + 1} of {depth}, chosen on validation: "
+    if before.best[key] == depth - 1:
+        where = f"the block chosen on validation is the last one, {depth}: "
+    compare("the best block for k-NN beats the last one", [best], last, where)
+    compare("the best pre-trained block beats raw pixels", [best], pixels)
+    compare("the best pre-trained block beats the best of random weights", [best], random.hits[key][random.best[key]])
+    if refined:
+        compare("refinement lifts the last block", refined, last)
+        compare("the refined last block beats the best block before", refined, best)
+        compare("the refined last block beats raw pixels", refined, pixels)
+        compare("the refined last block beats the best of random weights", refined, random.hits[key][random.best[key]])
+    if refined and longer:
+        claim = "refinement beats as much computation spent on masked pre-training"
+        compare(claim, refined, longer.hits[key][-1])
+
+
+def _claims_of_probes(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Run) -> None:
+    """What linear probes, few-shot and clusters say of the last block's cls token: before, after, and of the control."""
+    refined = [found[f"{recipe.name} refined", seed] for seed in recipe.seeds]
+    n = found[recipe.name, 0].hits[f"{data} cls"].shape[1]
+    others = {
+        "refinement raises": found[recipe.name, 0],
+        "refinement raises more than as much masked pre-training": found.get((f"{recipe.name} trained longer", 0)),
+    }
+    for what, protocol, metric in (
+        ("linear accuracy", "linear", "accuracy"),
+        ("1-shot accuracy", "logistic_1shot", "accuracy"),
+        ("5-shot accuracy", "logistic_5shot", "accuracy"),
+        ("cluster accuracy", "kmeans", "ACC"),
     ):
-        values = [_value(m, data, protocol, metric, depth - 1) for m in refined]
-        first = [_value(before, data, protocol, metric, block) for block in (depth - 1, before.best)]
-        text = f"last block {100 * first[0]:.1f} to {100 * np.mean(values):.1f} %, best block before {100 * first[1]:.1f} %"
-        decided = len(values) > 1
-        run.claim(
-            f"refinement raises {protocol} {metric} of the last block above the best block before ({on})",
-            seen=bool(min(values) > max(first)) if decided else None, opposite=decided and bool(max(values) < max(first)),
-            measured=text, n_test=n, n_seeds=len(refined),
+        values = [_value(m, data, protocol, metric) for m in refined]
+        for claim, other in others.items():
+            if values and other:
+                theirs = _value(other, data, protocol, metric)
+                text = f"{100 * theirs:.1f} against {mean_sd(values)} %: "
+                difference = seed_difference(values, [theirs] * len(values), images=n)
+                run.judge(f"{claim}: {what} of the last block ({recipe.name}, {data}, cls)", difference, n_test=n, text=text)
+
+
+def _claim_of_decoders(by_depth: dict[int, Measured], run: Run, main: Recipe) -> None:
+    """Whether the last blocks fall further behind the best one where the decoder is light."""
+    for pool in ("cls", "mean"):
+        key = f"{short_name(main.preset.dataset)} {pool}"
+        drops = {depth: m.hits[key][m.best[key]].float() - m.hits[key][-1].float() for depth, m in sorted(by_depth.items())}
+        text = ", ".join(f"{100 * drop.mean().item():.1f} ({count(depth, 'block')})" for depth, drop in drops.items())
+        lightest, heaviest = drops[min(drops)], drops[max(drops)]
+        run.judge(
+            f"a lighter decoder makes the last blocks fall further ({key.replace(' ', ', ')})",
+            image_difference([lightest], [heaviest]), n_test=len(lightest), text=f"best block minus last: {text}; ",
         )  # fmt: skip
 
 
-def _value(measured: Measured, data: str, protocol: str, metric: str, block: int) -> float:
-    """Mean over draws of one probe of the cls token."""
+def _value(measured: Measured, data: str, protocol: str, metric: str) -> float:
+    """One probe of the last block's cls token."""
     rows = pd.DataFrame(measured.rows)
-    chosen = rows[(rows["dataset"] == data) & (rows["protocol"] == protocol) & (rows["metric"] == metric)]
-    return float(chosen[(chosen["block"] == block) & chosen["pool"].isin(("cls", "pixels"))]["value"].mean())
+    rows = rows[(rows["dataset"] == data) & rows["protocol"].str.startswith(protocol) & (rows["metric"] == metric)]
+    rows = rows[rows["pool"] == "cls"]
+    return float(rows.loc[rows["block"] == rows["block"].max(), "value"].item())
 
 
 def _refined_with(preset: Preset, seed: int) -> Preset:
     return replace(preset, refine=replace(preset.refine, seed=seed))
-
-
-def _features(encoder: nn.Module | None, data) -> Features:
-    return pixel_features(data, PIXELS) if encoder is None else extract_features(encoder, data, autocast=torch.bfloat16)
-
-
-def _cls(features: Features) -> Features:
-    """The cls token alone (or the pixels)."""
-    pool, x = next(iter(features.x.items()))
-    return replace(features, x={pool: x})
-
-
-def _some(features: Features, best: int) -> Features:
-    """The cls token (or the pixels) of the block ``best`` and the last one."""
-    ((pool, x),) = _cls(features).x.items()
-    rows = sorted({min(best, len(features.blocks) - 1), len(features.blocks) - 1})
-    return replace(features, x={pool: x[rows]}, blocks=tuple(features.blocks[i] for i in rows))
-
-
-def _knn_rows(bank: Features, queries: Features, data: str, hits: dict) -> pd.DataFrame:
-    rows = []
-    for pool, right in knn_hits(bank, queries).items():
-        hits[f"{data} {pool}"] = right
-        rows += [
-            {"block": block, "pool": pool, "protocol": KNN_PROTOCOL, "metric": "accuracy", "seed": 0,
-             "value": x.float().mean().item(), "n_train": len(bank.y), "n_test": len(queries.y)}
-            for block, x in zip(queries.blocks, right, strict=True)
-        ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _kept(folder: Path, name: str, seed: int, encoder: nn.Module | None, preset: Preset) -> Measured:
-    """Measured now, or read from ``folder`` where that was done before for these weights."""
-    sha = "pixels" if encoder is None else sha256_of(encoder)[:16]
-    file = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}-{sha}.pt"
-    if not file.is_file():
-        measured = measure(encoder, name, seed, preset)
-        with atomic_file(file) as temporary:
-            torch.save(vars(measured), temporary)
-    print(f"{name}, seed {seed}: measured", flush=True)
-    return Measured(**torch.load(file, weights_only=True))
 
 
 def main() -> None:
@@ -248,11 +196,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="what has been measured is kept here")
     args = parser.parse_args()
     chosen = recipes(args.preset, args.data, tuple(int(seed) for seed in args.seeds.split(",")))
-    main_preset = chosen[0].preset
-    found = {("raw pixels", 0): _kept(args.out, "raw pixels", 0, None, main_preset)}
-    for name, seed, encoder in models(chosen):
-        found[name, seed] = _kept(args.out, name, seed, encoder, main_preset)
-    run = Run("evidence", main_preset, (0,), args.out)
+    found = {(model.name, model.seed): kept(args.out, model, args.data) for model in models(chosen)}
+    run = Run("evidence", chosen[0].preset, (0,), args.out)
     claims(found, chosen, run)
     write_csv(pd.DataFrame([row for m in found.values() for row in m.rows]), ASSETS / f"evidence_{args.preset}.csv")
     write_csv(pd.DataFrame(run.claims), ASSETS / f"evidence_{args.preset}_claims.csv")

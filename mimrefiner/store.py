@@ -222,7 +222,7 @@ def _entry(
         "kind": kind,
         "settings": {name: asdict(x) if dataclasses.is_dataclass(x) else x for name, x in settings.items()},
         "data": data_hash(data),
-        "code": _code_hash(code),
+        "code": code_hash(code),
         "torch": torch.__version__,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -310,7 +310,8 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _code_hash(modules: Sequence[str]) -> str:
+def code_hash(modules: Sequence[str]) -> str:
+    """Hash of the package's files, given by name without ".py"."""
     digest = hashlib.sha256()
     for name in modules:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())

@@ -2,36 +2,97 @@ import sys
 from dataclasses import replace
 
 import pandas as pd
+import pytest
+import torch
 
 import mimrefiner as mr
-from mimrefiner import data, evidence
+from mimrefiner import data, evidence, measure, results
 
 
 def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(evidence, "ASSETS", tmp_path)
     monkeypatch.setattr(evidence, "load_preset", lambda name: replace(mr.load_preset("smoke"), name=name))
-    monkeypatch.setattr(evidence, "load_dataset", lambda name, split: mr.load_dataset(name, split=split).take(140))
-    monkeypatch.setattr(evidence, "LINEAR", {"learning_rates": (0.1,), "epochs": 1})
+    monkeypatch.setattr(measure, "load_dataset", lambda name, split: mr.load_dataset(name, split=split).take(140))
+    for name, value in {"BANK": 120, "VAL": 60, "EPOCHS": 1, "STEPS": 4, "RATES": (0.1,)}.items():
+        monkeypatch.setattr(measure, name, value)
     arguments = ["evidence", "--data", "digits", "--seeds", "0,1", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", arguments)
     evidence.main()
     rows, claims = (pd.read_csv(tmp_path / f"evidence_natural{part}.csv") for part in ("", "_claims"))
-    trained = {"MAE", "MAE refined", "SimMIM", "SimMIM refined"}
     controls = {"MAE trained longer", "MAE fine-tuned with labels", "random weights", "raw pixels"}
-    assert set(rows["model"]) == trained | controls
-    assert set(pd.read_csv(tmp_path / "evidence_natural_training.csv")["stage"]) >= {"refinement", "fine-tuning with labels"}
+    assert set(rows["model"]) == {"MAE", "MAE refined", "SimMIM"} | controls
+    assert rows[rows["model"] == "SimMIM"]["preset"].unique().tolist() == ["natural-simmim"]
+    key = ["model", "dataset", "block", "pool", "protocol", "metric", "seed"]
+    assert not rows.duplicated(key).any()
+    assert rows["protocol"].str.startswith("linear").sum() == rows["protocol"].str.startswith("knn").sum()  # both poolings
     refined = rows[rows["model"] == "MAE refined"]
     assert set(refined["seed"]) == {0, 1} and refined.groupby("seed")["weights_sha256"].nunique().eq(1).all()
     assert refined["weights_sha256"].nunique() == 2
     assert set(rows["dataset"]) == {"digits", "fruit64"}
-    lifts = claims[claims["claim"] == "refinement lifts the last block (MAE, digits)"]
+    lifts = claims[claims["claim"] == "refinement lifts the last block (MAE, digits, mean)"]
     assert lifts["n_seeds"].item() == 2 and lifts["n_test"].item() == 140
+    trained = pd.read_csv(tmp_path / "evidence_natural_training.csv")
+    assert set(trained["stage"]) == {"pre-training", "refinement", "longer pre-training", "fine-tuning with labels"}
+    assert set(trained["weights_sha256"]) <= set(rows["weights_sha256"])
 
-    monkeypatch.setattr(evidence, "measure", None)  # all is kept: nothing is measured again
+    monkeypatch.setattr(measure, "measure", None)  # all is kept: nothing is measured again
     before = rows.drop(columns="seconds")
     evidence.main()
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "evidence_natural.csv").drop(columns="seconds"), before)
+    monkeypatch.setattr(measure, "VAL", 50)  # another setting: nothing kept serves
+    with pytest.raises(TypeError):
+        evidence.main()
+
+
+def test_claims_compare_with_controls_and_name_the_block(tmp_path):
+    preset = replace(mr.load_preset("smoke"), dataset="parquet:some/photos")
+    recipe = evidence.Recipe("MAE", preset, (0, 1))
+    images = 400
+
+    def right(*shares):  # the first images of every block
+        return torch.stack([torch.arange(images) < share * images for share in shares])
+
+    def measured(cls, linear, best):
+        hits = {f"{data} {pool}": right(*cls) for data in ("photos", "fruit64") for pool in ("cls", "mean")}
+        rows = [
+            {"dataset": data, "protocol": protocol, "metric": metric, "pool": "cls", "block": len(cls) - 1, "value": linear}
+            for data in ("photos", "fruit64")
+            for protocol, metric in (
+                ("linear_10epochs", "accuracy"),
+                ("logistic_1shot", "accuracy"),
+                ("logistic_5shot", "accuracy"),
+                ("kmeans", "ACC"),
+            )
+        ]
+        return measure.Measured(rows, hits, dict.fromkeys(hits, best))
+
+    pixels = measure.Measured([], {f"{data} pixels": right(0.3) for data in ("photos", "fruit64")}, {})
+    found = {
+        ("raw pixels", 0): pixels, ("random weights", 0): measured((0.2, 0.1), 0.2, 0), ("MAE", 0): measured((0.6, 0.4), 0.5, 0),
+        ("MAE refined", 0): measured((0.6, 0.7), 0.7, 1), ("MAE refined", 1): measured((0.6, 0.7), 0.7, 1),
+        ("MAE trained longer", 0): measured((0.8, 0.9), 0.9, 1),
+    }  # fmt: skip
+    run = results.Run("evidence", preset, (0,), tmp_path)
+    evidence.claims(found, [recipe], run)
+    verdicts = {c["claim"]: c["verdict"] for c in run.claims}
+    for pool in ("cls", "mean"):
+        assert verdicts[f"the best block for k-NN beats the last one (MAE, photos, {pool})"] == "seen"
+        assert verdicts[f"the refined last block beats the best block before (MAE, photos, {pool})"] == "seen"
+        longer = f"refinement beats as much computation spent on masked pre-training (MAE, photos, {pool})"
+        assert verdicts[longer] == "opposite"
+    assert verdicts["refinement raises: linear accuracy of the last block (MAE, photos, cls)"] == "seen"
+    more = "refinement raises more than as much masked pre-training: linear accuracy of the last block (MAE, photos, cls)"
+    assert verdicts[more] == "opposite"
+
+    depths = [evidence.Recipe(f"MAE, decoder of {d} blocks", replace(preset, pretrain=replace(preset.pretrain, decoder_depth=d)))
+              for d in (2, 8)]  # fmt: skip
+    for depth, last in zip(depths, (0.5, 0.6), strict=True):
+        found[depth.name, 0] = found[f"{depth.name} refined", 0] = measured((0.6, last), 0.5, 0)
+    evidence.claims(found, [recipe, *depths], run)
+    sweep = next(c for c in run.claims if c["claim"] == "a lighter decoder makes the last blocks fall further (photos, cls)")
+    assert sweep["verdict"] == "seen"
+    assert sweep["measured"].startswith("best block minus last: 20.0 (1 block), 10.0 (2 blocks), 0.0 (8 blocks); +20.0 points")
 
 
 def test_a_gpu_affords_decoder_depths_and_a_deeper_model():

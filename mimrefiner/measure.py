@@ -1,0 +1,113 @@
+"""All probes of one model, on the data set it was trained on and on those it was not."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from mimrefiner import store
+from mimrefiner.checkpoint import atomic_file, sha256_of
+from mimrefiner.config import Preset
+from mimrefiner.data import load_dataset, short_name
+from mimrefiner.features import Features, extract_features, pixel_features
+from mimrefiner.models import default_device
+from mimrefiner.probes.clustering import cluster
+from mimrefiner.probes.knn import knn_hits
+from mimrefiner.probes.linear import linear_probe
+from mimrefiner.probes.logistic import low_shot
+from mimrefiner.results import KNN_PROTOCOL, Run
+
+BANK, VAL = 20_000, 5_000  # training images that vote, and validation images on which blocks are chosen
+RATES, EPOCHS, STEPS, BATCH = (1e-3, 5e-3, 0.02, 0.1, 0.5), 10, 500, 256  # of linear probes; STEPS: at least, on small data sets
+DRAWS = 3  # of labelled images in low-shot classification
+TRANSFER = ("fruit64",)  # data sets that no model was trained on
+PIXELS = 32  # side of the images of the raw-pixel baseline
+CODE = ("measure", "features", "data", "probes/clustering", "probes/knn", "probes/linear", "probes/logistic")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured; ``preset``: with which it was trained; ``encoder`` None: raw pixels."""
+
+    name: str
+    seed: int
+    preset: Preset
+    encoder: nn.Module | None
+
+
+@dataclass
+class Measured:
+    """What is known of one model: rows, and for every data set and pooling which test images are right after every block."""
+
+    rows: list[dict]
+    hits: dict[str, torch.Tensor]  # "DATA POOL" -> (blocks, images) bool
+    best: dict[str, int]  # "DATA POOL" -> block of the highest k-NN accuracy on the data set's validation images
+
+
+def measure(model: Model, data: str) -> Measured:
+    """All probes of one model on the data set it was trained on, ``data``, and on those it was not.
+
+    All models meet the same draws, starts and orders: the probes' seed is 0 for all.
+    """
+    run = Run("evidence", model.preset, (model.seed,), Path())  # for its rows; nothing is written
+    sha = "" if model.encoder is None else sha256_of(model.encoder)
+    measured = Measured([], {}, {})
+    for name in (data, *TRANSFER):
+        sets = {split: load_dataset(name, split=split) for split in ("train", "val", "test")}
+        sizes = {"train": BANK, "val": VAL, "test": None}
+        train, val, test = (_features(model.encoder, part.take(sizes[split])) for split, part in sets.items())
+        short, hits = short_name(name), knn_hits(train, test)
+        measured.hits |= {f"{short} {pool}": right for pool, right in hits.items()}
+        measured.best |= {f"{short} {pool}": int(right.float().mean(1).argmax()) for pool, right in knn_hits(train, val).items()}
+        knn = [_knn_rows(right, pool, len(train.y), len(test.y)) for pool, right in hits.items()]
+        epochs = max(EPOCHS, math.ceil(STEPS * BATCH / len(train.y)))
+        device = default_device()
+        linear = linear_probe(train, test, val=val, learning_rates=RATES, epochs=epochs, batch_size=BATCH, device=device)
+        tables = [*knn, linear.assign(protocol=f"linear_{epochs}epochs")]
+        few_train, few_test = (_some(part, measured.best, short) for part in (train, test))
+        draws = low_shot(few_train, few_test, splits=DRAWS, device=device)
+        tables.append(draws.groupby([c for c in draws if c not in ("seed", "value")], as_index=False, sort=False)["value"].mean())
+        shares = pd.concat(tables).assign(model=model.name, weights_sha256=sha, seed=model.seed)
+        run.add_table(shares, dataset=short)
+        clusters = cluster(few_test).assign(model=model.name, weights_sha256=sha, seed=model.seed)
+        run.add_table(clusters, dataset=short, unit="index")
+    measured.rows = run.rows
+    return measured
+
+
+def _features(encoder: nn.Module | None, data) -> Features:
+    return pixel_features(data, PIXELS) if encoder is None else extract_features(encoder, data, autocast=torch.bfloat16)
+
+
+def _some(features: Features, best: dict[str, int], data: str) -> Features:
+    """The cls token (or the pixels) of the best block and the last one."""
+    pool = next(iter(features.x))
+    rows = sorted({best[f"{data} {pool}"], len(features.blocks) - 1})
+    return replace(features, x={pool: features.x[pool][rows]}, blocks=tuple(features.blocks[i] for i in rows))
+
+
+def _knn_rows(hits: torch.Tensor, pool: str, n_train: int, n_test: int) -> pd.DataFrame:
+    common = {"pool": pool, "protocol": KNN_PROTOCOL, "metric": "accuracy", "seed": 0, "n_train": n_train, "n_test": n_test}
+    return pd.DataFrame([{**common, "block": block, "value": right.float().mean().item()} for block, right in enumerate(hits)])
+
+
+def kept(folder: Path, model: Model, data: str) -> Measured:
+    """Measured now, or read from ``folder`` where that was done before: the same weights, data, settings and code."""
+    settings = (BANK, VAL, RATES, EPOCHS, STEPS, BATCH, DRAWS, TRANSFER, PIXELS)
+    known = json.dumps([
+        model.name, model.seed, model.preset.name, "" if model.encoder is None else sha256_of(model.encoder), settings,
+        store.data_hash(load_dataset(data, split="test")), store.code_hash(CODE),
+    ])  # fmt: skip
+    key = hashlib.sha256(known.encode()).hexdigest()[:16]
+    file = folder / f"{model.name.replace(' ', '_').replace(',', '')}-{model.seed}-{key}.pt"
+    if not file.is_file():
+        measured = measure(model, data)
+        with atomic_file(file) as temporary:
+            torch.save(vars(measured), temporary)
+    print(f"{model.name}, seed {model.seed}: measured", flush=True)
+    return Measured(**torch.load(file, weights_only=True))
