@@ -14,31 +14,33 @@ PAGE = ROOT / "docs" / "results.md"
 
 HEAD = """# Results
 
-What was measured with this package, claim by claim. This page is written by `python docs/make_results.py` from the committed tables.
+What was measured with this package, claim by claim. This page is written by `python docs/make_results.py` from the committed
+tables.
 
-**Verdicts.** Where it is known for every test image which model is right, a claim is *seen* when the 95 % interval of the difference
-over images (paired bootstrap) lies above zero for every single seed, and *opposite* when it lies below zero for every seed; of one
-model this speaks of that model. Where there is only a value per seed (linear probes, few-shot, clusters, ablations), it is the interval over
-seeds (Student's t, for accuracies of one data set together with their binomial error) that must lie above or below zero. *Not seen*:
-neither. *Open*: nothing to judge by, as of one seed without images.
+**Verdicts.** Where it is known for every test image which model is right, a claim is *seen* when the 95 % interval of the
+difference over images (paired bootstrap) lies above zero for every single seed, and *opposite* when it lies below zero for
+every seed; of one model this speaks of that model. Where there is only a value per seed (linear probes, few-shot, clusters,
+ablations), it is the interval over seeds (Student's t, for accuracies of one data set together with their binomial error) that
+must lie above or below zero. *Not seen*: neither. *Open*: nothing to judge by, as of one seed without images.
 
-**How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a ViT of 5 M is refined on 64-pixel
-images and one of 0.6 M on digits. The authors expect the benefit of several heads, and much of the drop behind the peak, only
-from about 300 M parameters on. Agreement at this scale shows that the mechanism works, disagreement says nothing about theirs.
+**How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a ViT of 5 M is refined on
+64-pixel images and one of 0.6 M on digits. The authors expect the benefit of several heads, and much of the drop behind the
+peak, only from about 300 M parameters on. Agreement at this scale shows that the mechanism works, disagreement says nothing
+about theirs.
 """
 
 NATURAL = """
 ## Natural images, preset `{preset}`
 
-{models} ({blocks} blocks, width {dim}, patch {patch}), pre-trained on {data}'s training images at {size} px without labels: {epochs}.
-{weak}Recipes were set beforehand and not tuned. One pre-training per model; ± is the standard deviation over seeds of refinement, and
-all models meet the same probes (orders, draws of labelled images, starts of k-means). *{data}*: {n_test} validation images, which no
-model and no choice has seen, classified with {n_train} training images; *fruit64*: photos of {kinds} kinds of fruit, a data set
-the models were not trained on. Accuracies in %; linear, few-shot and clusters of the last block's cls token. The best block is the best on
-these test images, for orientation; the claims use a block chosen on validation images of the same data set. Refined models are
-weight averages (EMA), the others are not. Raw pixels are those of images shrunk to 32 px. The labels' control has seen the labels of
-the images that vote. Compare a model with random weights before reading its claims: where the two are alike, it has not learnt enough
-to say anything. Device: {device}.
+{models} ({blocks} blocks, width {dim}, patch {patch}), pre-trained on {data}'s training images at {size} px without labels:
+{epochs}. {weak}Recipes were set beforehand and not tuned. One pre-training per model; ± is the standard deviation over seeds of
+refinement, and all models meet the same probes (orders, draws of labelled images, starts of k-means). *{data}*: {n_test}
+validation images, which no model and no choice has seen, classified with {n_train} training images; *fruit64*: photos of
+{kinds} kinds of fruit, a data set the models were not trained on. Accuracies in %; linear, few-shot and clusters of the last
+block's cls token. The best block is the best on these test images, for orientation; the claims use a block chosen on validation
+images of the same data set. Refined models are weight averages (EMA), the others are not. Raw pixels are those of images shrunk
+to 32 px. The labels' control has seen the labels of the images that vote. Compare a model with random weights before reading
+its claims: where the two are alike, it has not learnt enough to say anything. Device: {device}.
 """
 WEAK = "Epochs are what a few hours of two CPU cores allow: they are weak models. "
 
@@ -75,9 +77,11 @@ def natural_section(name: str) -> str:
     rows, claims, facts = (pd.read_csv(ASSETS / f"evidence_{name}{part}.csv") for part in ("", "_claims", "_training"))
     preset = load_preset(name)
     first, trained = rows[rows["protocol"] == KNN_PROTOCOL].iloc[0], facts[facts["stage"] == "pre-training"]
+    vit = preset.encoder
     text = NATURAL.format(
-        preset=name, blocks=preset.encoder.depth, dim=preset.encoder.dim, patch=preset.encoder.patch_size, size=preset.encoder.image_size,
-        models=" and ".join(trained["model"]), epochs=", ".join(f"{count(round(f.epochs), 'epoch')} of {f.model}" for f in trained.itertuples()),
+        preset=name, blocks=vit.depth, dim=vit.dim, patch=vit.patch_size, size=vit.image_size,
+        models=" and ".join(trained["model"]),
+        epochs=", ".join(f"{count(round(f.epochs), 'epoch')} of {f.model}" for f in trained.itertuples()),
         weak=WEAK if name == "natural" else "", data=first.dataset, n_train=f"{first.n_train:,}", n_test=f"{first.n_test:,}",
         kinds=len(load_dataset("fruit64", split="test").classes), device=", ".join(rows["device"].unique()),
     )  # fmt: skip
