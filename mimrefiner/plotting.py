@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.results import write_csv
+from mimrefiner.intervals import seed_difference
+from mimrefiner.results import count, write_csv
 
 COLUMN = 3.4  # inches: one column of a two-column paper
 PAGE = 7.0  # both columns
@@ -123,38 +124,40 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
     return figure
 
 
-def plot_ablations(rows: pd.DataFrame, *, title: str, xlabel: str = "k-NN accuracy of the last block (%)") -> Figure:
-    """One small panel per group of variants; a dot per seed, a bar from mean - sd to mean + sd, the recipe as the dashed line.
+def plot_ablations(rows: pd.DataFrame, *, title: str, metric: str = "k-NN accuracy of the last block") -> Figure:
+    """One small panel per group of variants: what a variant has more than the recipe, a dot per seed; a bar with a tick is the mean
+    with its 95 % interval over seeds.
 
     Args:
         rows: columns group, variant, seed, value (a share); the group "recipe" is the reference.
-        title, xlabel: of the figure and its x axis.
+        title, metric: of the figure and the measured quantity.
     """
-    reference = 100 * rows.loc[rows["group"] == "recipe", "value"]
+    recipe = rows[rows["group"] == "recipe"].set_index("seed")["value"]
     groups = [(name, part) for name, part in rows.groupby("group", sort=False) if name != "recipe"]
     heights = [part["variant"].nunique() + 0.7 for _, part in groups]
-    size = (PAGE * 0.75, 0.27 * sum(heights) + 0.8)
     figure, all_axes = plt.subplots(
-        len(groups), 1, figsize=size, sharex=True, layout="constrained", gridspec_kw={"height_ratios": heights}, squeeze=False
-    )
+        len(groups), 1, figsize=(PAGE, 0.24 * sum(heights) + 0.9), sharex=True, layout="constrained",
+        gridspec_kw={"height_ratios": heights}, squeeze=False,
+    )  # fmt: skip
     for axes, (group, part) in zip(all_axes[:, 0], groups, strict=True):
-        axes.axvline(reference.mean(), color="0.3", linestyle="--", linewidth=1, zorder=1)
-        if len(reference) > 1:
-            spread = reference.std()
-            axes.axvspan(reference.mean() - spread, reference.mean() + spread, color="0.9", zorder=0)
+        axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=1)
         names = []
         for y, (variant, seeds) in enumerate(part.groupby("variant", sort=False)):
-            values = 100 * seeds["value"]
+            values = seeds.set_index("seed")["value"]
+            change = seed_difference(values, recipe[values.index])
             many = len(values) > 1
-            axes.plot(values, [y] * len(values), "o", color=PALETTE[0], markerfacecolor=PALETTE[0] if many else "white", zorder=3)
+            face = PALETTE[0] if many else "white"
+            axes.plot(100 * np.array(change.by_seed), [y] * len(values), "o", color=PALETTE[0], markerfacecolor=face, zorder=3)
             if many:
-                axes.plot([values.mean() - values.std(), values.mean() + values.std()], [y, y], color=PALETTE[0], zorder=2)
+                axes.hlines(y, 100 * change.low, 100 * change.high, color="0.7", linewidth=2.5, zorder=2)
+                axes.plot(100 * change.mean, y, "|", color="black", markersize=9, zorder=4)
             names.append(f"{variant} ({len(values)} seed{'s' * many})")
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_title(group, fontsize=8, loc="left", pad=2)
-    all_axes[-1, 0].set_xlabel(f"{xlabel}; dashed: the recipe, grey: ± sd of its {len(reference)} seeds")
-    figure.suptitle(title, fontsize=9)
+    all_axes[-1, 0].set_xlabel(f"{metric}, variant minus recipe (points); grey: 95 % interval of the mean over seeds")
+    spread = f" ± {100 * recipe.std():.1f}" if len(recipe) > 1 else ""
+    figure.suptitle(f"{title}\nrecipe: {100 * recipe.mean():.1f}{spread} % ({count(len(recipe), 'seed')})", fontsize=9)
     return figure
 
 

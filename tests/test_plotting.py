@@ -71,12 +71,15 @@ def test_two_curves_have_units():
 def test_ablations_show_every_seed_and_the_recipe():
     rows = pd.DataFrame({
         "group": ["recipe"] * 2 + ["heads"] * 3, "variant": ["4"] * 2 + ["1", "1", "2"], "seed": [0, 1, 0, 1, 0],
-        "value": [0.5, 0.6, 0.4, 0.5, 0.45],
+        "value": [0.5, 0.6, 0.4, 0.45, 0.45],
     })  # fmt: skip
-    axes = plotting.plot_ablations(rows, title="t").axes[0]
+    figure = plotting.plot_ablations(rows, title="t")
+    axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1 (2 seeds)", "2 (1 seed)"]
-    assert axes.lines[0].get_xdata()[0] == pytest.approx(55)
-    assert axes.lines[1].get_xdata().tolist() == [40, 50]
+    dots, mean, exploratory = axes.lines[1:]
+    assert dots.get_xdata().tolist() == pytest.approx([-10, -15]) and mean.get_xdata() == pytest.approx([-12.5])
+    assert exploratory.get_xdata().tolist() == pytest.approx([-5])
+    assert "recipe: 55.0 ± 7.1 % (2 seeds)" in figure.get_suptitle()
 
 
 def test_spider_scales_every_axis_on_its_own():
