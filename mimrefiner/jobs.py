@@ -117,7 +117,7 @@ def run_jobs(jobs: list[Job], start: Callable, slots: list, board: "Board", *, k
                     elif needs <= {"done", "skipped"}:
                         slot = free.pop(0)
                         running[job.name] = (start(job, slot), slot, time.monotonic())
-                        board.say(job, "running", f"on GPU {slot}" if slot else "")
+                        board.say(job, "running", "" if slot is None else f"on GPU {slot}")
             if not running:
                 break
             time.sleep(POLL_SECONDS)

@@ -11,6 +11,7 @@ import pytest
 
 import mimrefiner as mr
 from mimrefiner import execute, runner
+from mimrefiner.jobs import Board, Job
 from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS
 
 
@@ -34,6 +35,17 @@ def test_nothing_runs_with_a_wrong_parameter(tmp_path, monkeypatch):
     ):
         with pytest.raises(mr.InputError, match=message):
             runner.run_notebooks(["00"], **{"preset": "smoke", "seeds": "0", "out": tmp_path, **change})
+
+
+def test_jobs_are_pinned_one_to_a_gpu(tmp_path, monkeypatch):
+    """What a job's own process reads in its environment, on two GPUs named 0 and 3."""
+    code = "import os, time; time.sleep(1); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    listed = [Job(name, [sys.executable, "-c", code], tmp_path / f"{name}.log") for name in "abc"]
+    runner._start_jobs(listed, Board(listed, tmp_path / "run.log"), runner.Batch(gpus=(0, 3)), tmp_path)
+    assert [job.state for job in listed] == ["done"] * 3
+    devices = [job.last_lines(1)[0] for job in listed]
+    assert set(devices[:2]) == {"0", "3"} and devices[2] in ("0", "3")
+    assert "a: running, on GPU 0" in (tmp_path / "run.log").read_text()
 
 
 HEAD = 'preset = "smoke"\nseeds = "0"\nout = ""\nfail = False\n'
@@ -109,6 +121,7 @@ BATCH = """
 import sys
 from pathlib import Path
 from mimrefiner import execute, runner
+from mimrefiner.jobs import Board, Job
 runner.project_folder = lambda: Path(sys.argv[1])
 runner.run_notebooks([], preset="smoke", seeds="0", out=Path(sys.argv[1]) / "out", batch=runner.Batch(resume=True))
 """
