@@ -81,7 +81,9 @@ def measure(model: Model, data: str) -> Measured:
 
 
 def _features(encoder: nn.Module | None, data) -> Features:
-    return pixel_features(data, PIXELS) if encoder is None else extract_features(encoder, data, autocast=torch.bfloat16)
+    if encoder is None:
+        return pixel_features(data, PIXELS)
+    return extract_features(encoder, data, autocast=torch.bfloat16, num_workers=store.loader_workers())
 
 
 def _some(features: Features, best: dict[str, int], data: str) -> Features:

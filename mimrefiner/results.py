@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import platform
 import subprocess
 import time
@@ -223,7 +224,18 @@ def environment() -> dict:
         "git_sha": git_sha(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30) if hasattr(os, "sysconf") else None,
     }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 @functools.cache

@@ -59,6 +59,11 @@ class _NotStoredError(Exception):
     pass
 
 
+def loader_workers() -> int:
+    """Processes that decode and crop: those a GPU would wait for; on a CPU training itself has the cores."""
+    return min(8, (os.cpu_count() or 2) - 1) if torch.cuda.is_available() else 0
+
+
 def load_split(preset: Preset, split: str) -> ImageDataset:
     """A split of the preset's data set, cut to the preset's size.
 
@@ -91,7 +96,7 @@ def pretrained(preset: Preset) -> PretrainResult:
     encoder = build_vit(preset.encoder, seed=preset.pretrain.seed)
 
     def train(saving: Saving) -> PretrainResult:
-        return pretrain(encoder, train_set, preset.pretrain, saving=saving)
+        return pretrain(encoder, train_set, preset.pretrain, num_workers=loader_workers(), saving=saving)
 
     return _cached_pretrain("pretrain", settings, train_set, encoder, preset, train)
 
@@ -105,7 +110,7 @@ def refined(preset: Preset) -> RefineResult:
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "refine": preset.refine}
 
     def train(folder: Path, saving: Saving) -> dict:
-        result = refine(pretrained(preset).encoder, train_set, preset.refine, saving=saving)
+        result = refine(pretrained(preset).encoder, train_set, preset.refine, num_workers=loader_workers(), saving=saving)
         save_encoder(result.encoder, folder / "encoder.safetensors")
         save_encoder(result.ema_encoder, folder / "ema_encoder.safetensors")
         result.history.to_csv(folder / "history.csv", index=False)
@@ -149,7 +154,7 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "longer": config}
 
     def train(saving: Saving) -> PretrainResult:
-        return pretrain(first.encoder, train_set, config, start_from=first.model, saving=saving)
+        return pretrain(first.encoder, train_set, config, start_from=first.model, num_workers=loader_workers(), saving=saving)
 
     return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
 
@@ -161,7 +166,7 @@ def finetuned(preset: Preset) -> FinetuneResult:
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "finetune": preset.refine, "flops": flops}
 
     def train(folder: Path, saving: Saving) -> dict:
-        result = finetune(first.encoder, train_set, preset.refine, flops=flops, saving=saving)
+        result = finetune(first.encoder, train_set, preset.refine, flops=flops, num_workers=loader_workers(), saving=saving)
         save_encoder(result.encoder, folder / "encoder.safetensors")
         return {"epochs": result.epochs, "flops": result.flops, "seconds": result.seconds}
 

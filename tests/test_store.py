@@ -1,4 +1,5 @@
 import functools
+import os
 import subprocess
 import sys
 
@@ -32,6 +33,13 @@ def test_what_was_trained_is_loaded_and_equal(preset, monkeypatch):
     assert sha256_of(store.pretrained_longer(preset).encoder) == sha256_of(longer.encoder) != sha256_of(pretrained.encoder)
     with pytest.raises(AssertionError, match="trained again"):
         store.pretrained(preset.with_seed(1))
+
+
+def test_loader_processes_change_no_weight(preset, monkeypatch):
+    alone = sha256_of(store.finetuned(preset).encoder)
+    monkeypatch.setenv("MIMREFINER_CACHE", os.environ["MIMREFINER_CACHE"] + "-more")
+    monkeypatch.setattr(store, "loader_workers", lambda: 1)
+    assert sha256_of(store.finetuned(preset).encoder) == alone  # behind pre-training and refinement
 
 
 def test_the_control_spends_the_computation_of_refinement(preset):
