@@ -233,10 +233,11 @@ def do_plan(args) -> None:
 
 def add_export(commands) -> None:
     example = "mimrefiner export runs/refined/ema_encoder.safetensors --to refined.safetensors"
-    parser = _command(commands, "export", do_export, "write an encoder for timm or in the layout of the official files", example)
+    parser = _command(commands, "export", do_export, "write an encoder for timm, in the official layout, or smaller", example)
     parser.add_argument("model", help="anything that load_encoder takes")
     parser.add_argument("--to", type=Path, required=True, help="file to write")
-    parser.add_argument("--format", default="timm", help="timm (safetensors and a json) or hub (default: timm)")
+    parser.add_argument("--format", default="timm", help="timm (safetensors and a json), hub or mimrefiner (default: timm)")
+    parser.add_argument("--dtype", help="of the weights in the file: float32, bfloat16 or float16 (default: as they are)")
     parser.add_argument("--heads", type=int, help="attention heads, where a published file does not tell")
 
 
@@ -244,7 +245,7 @@ def do_export(args) -> None:
     from mimrefiner import load_encoder
     from mimrefiner.export import export
 
-    print(export(load_encoder(args.model, num_heads=args.heads), args.to, args.format))
+    print(export(load_encoder(args.model, num_heads=args.heads), args.to, args.format, args.dtype))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,31 +1,41 @@
-"""Encoders for other programs: timm's format, and the layout of the official hub files."""
+"""Encoders as files: for timm, in the layout of the official hub files, and as this package loads them, in any precision."""
 
+import copy
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mimrefiner.checkpoint import atomic_file, write_safetensors
+from mimrefiner.checkpoint import atomic_file, save_encoder, write_safetensors
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import BLOCK_KEYS
 
-FORMATS = ("timm", "hub")
+FORMATS = ("timm", "hub", "mimrefiner")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(encoder: nn.Module, path: Path | str, format: str = "timm") -> str:
-    """Write ``encoder`` for other programs; returns how to load it there.
+def export(encoder: nn.Module, path: Path | str, format: str = "timm", dtype: str | None = None) -> str:
+    """Write ``encoder``; returns how to load it. ``dtype``: of the weights in the file, a name in DTYPES; None: as they are.
 
     "timm": a safetensors file, and beside it a ``.json`` with the model's arguments and ``pretrained_cfg``, for
     ``timm.create_model("vit_base_patch16_224", pretrained=True, pretrained_cfg_overlay=dict(file=...), **model_args)``.
     "hub": a ``.th`` file with the names of the official ``hub/`` files under ``state_dict``.
+    "mimrefiner": a safetensors file for :func:`mimrefiner.load_encoder`.
 
     Raises:
-        InputError: an unknown format, or a model that the format can not express.
+        InputError: an unknown format or dtype, or a model that the format cannot express.
     """
     path = Path(path)
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        encoder = copy.deepcopy(encoder).to(DTYPES[dtype])
+    if format == "mimrefiner":
+        save_encoder(encoder, path)
+        return f"mimrefiner.load_encoder({path.name!r})"
     tensors = plain_tensors(encoder)
     if format == "hub":
         with atomic_file(path) as temporary:

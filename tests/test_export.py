@@ -68,3 +68,16 @@ def test_what_can_not_be_exported_is_said(tmp_path, capsys):
     assert "unknown format 'onnx'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert main(["export", "simmim_digits", "--to", str(tmp_path / "e.safetensors")]) == 0
+
+
+def test_half_precision_makes_the_packaged_file(vit, tmp_path, capsys):
+    save_encoder(vit, tmp_path / "full.safetensors")
+    asked = ["export", str(tmp_path / "full.safetensors"), "--to", str(tmp_path / "half.safetensors"), "--format", "mimrefiner"]
+    assert main([*asked, "--dtype", "float16"]) == 0
+    assert "mimrefiner.load_encoder('half.safetensors')" in capsys.readouterr().out
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
+    half = mr.load_encoder(tmp_path / "half.safetensors").state_dict()
+    for name, x in vit.state_dict().items():
+        torch.testing.assert_close(half[name].float(), x.half().float(), rtol=0, atol=0)
+    assert main([*asked, "--dtype", "float8"]) == 2
+    assert "unknown dtype 'float8': choose one of float32, bfloat16, float16" in capsys.readouterr().err
