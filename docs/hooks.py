@@ -21,6 +21,11 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, config, files):
+    """Pages in ``docs/`` link to the notebooks' place in the repository; on the site they lie among the pages."""
+    return markdown.replace("](../notebooks/", "](notebooks/")
+
+
 def on_post_page(output, page, config):
     """Links between notebooks lead to pages of the site; mkdocs-jupyter leaves them as they are."""
     if not page.file.src_uri.startswith("notebooks/"):

@@ -25,22 +25,22 @@ must lie above or below zero. *Not seen*: neither. *Open*: nothing to judge by, 
 
 **How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a ViT of 5 M is refined on
 64-pixel images and one of 0.6 M on digits. The authors expect the benefit of several heads, and much of the drop behind the
-peak, only from about 300 M parameters on. Agreement at this scale shows that the mechanism works, disagreement says nothing
-about theirs.
+peak, only from about 300 M parameters on. Agreement at this scale does not prove theirs, and disagreement does not refute them.
 """
 
 NATURAL = """
 ## Natural images, preset `{preset}`
 
 {models} ({blocks} blocks, width {dim}, patch {patch}), pre-trained on {data}'s training images at {size} px without labels:
-{epochs}. {weak}Recipes were set beforehand and not tuned. One pre-training per model; ± is the standard deviation over seeds of
-refinement, and all models meet the same probes (orders, draws of labelled images, starts of k-means). *{data}*: {n_test}
-validation images, which no model and no choice has seen, classified with {n_train} training images; *fruit64*: photos of
-{kinds} kinds of fruit, a data set the models were not trained on. Accuracies in %; linear, few-shot and clusters of the last
-block's cls token. The best block is the best on these test images, for orientation; the claims use a block chosen on validation
-images of the same data set. Refined models are weight averages (EMA), the others are not. Raw pixels are those of images shrunk
-to 32 px. The labels' control has seen the labels of the images that vote. Compare a model with random weights before reading
-its claims: where the two are alike, it has not learnt enough to say anything. Device: {device}.
+{epochs}. {weak}Recipes were set beforehand and not tuned; features are computed in bfloat16. One pre-training per model; ± is
+the standard deviation over seeds of refinement, and all models meet the same probes (orders, draws of labelled images, starts
+of k-means). *{data}*: {n_test} validation images, which no model and no choice has seen, classified with {n_train} training
+images; *fruit64*: photos of {kinds} kinds of fruit, a data set the models were not trained on. Accuracies in %; linear,
+few-shot and clusters of the last block's cls token. The best block is the best on these test images, for orientation; the
+claims use a block chosen on validation images of the same data set. Refined models are weight averages (EMA), the others are
+not. Raw pixels are those of images shrunk to 32 px. The labels' control has seen the labels of the images that vote. Compare a
+model with random weights before reading its claims: where the two are alike, it has not learnt enough to say anything. Device:
+{device}.
 """
 WEAK = "Epochs are what a few hours of two CPU cores allow: they are weak models. "
 

@@ -6,7 +6,7 @@ from textwrap import wrap
 
 RANDOM = "reference implementation with random weights"
 LAYOUT = "layout only"
-OFFICIAL = "golden tensors of the official implementation, random weights"
+OFFICIAL = "golden tensors of MIM-Refiner's implementation, random weights"
 TIMM_CODE = "timm's own model code"
 PACKAGED = "the file itself, which comes with this package"
 UNKNOWN = "see source page"

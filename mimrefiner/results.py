@@ -257,7 +257,7 @@ def device_name() -> str:
     """The GPU's name, or the processor's architecture and thread count."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {count(torch.get_num_threads(), 'thread')})"
 
 
 def write_json(value: dict, path: Path) -> None:

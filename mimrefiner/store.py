@@ -6,7 +6,7 @@ the same model wait for it. Training that was cut off goes on where its last che
 ``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``.
 
 With a ``paper-*`` preset nothing is trained: the released weights stand for the stages, and the data are ImageNet-1K in the folder
-``$MIMREFINER_IMAGENET``.
+``$MIMREFINER_IMAGENET`` (and those of ``natural`` presets Tiny-ImageNet in ``$MIMREFINER_TINY_IMAGENET``).
 """
 
 import copy
@@ -47,7 +47,11 @@ TRAINER_FILES = (
     "refiner", "train",
 )  # fmt: skip
 
-IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it; where it lies is said by $MIMREFINER_IMAGENET
+IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it
+FOLDERS = {  # name in presets -> variable that says where it lies, what it is, what the folder holds
+    IMAGENET: ("MIMREFINER_IMAGENET", "ImageNet-1K", "train/CLASS/IMAGE and val/CLASS/IMAGE"),
+    "parquet:tiny-imagenet": ("MIMREFINER_TINY_IMAGENET", "Tiny-ImageNet", "its files train-*.parquet and val-*.parquet"),
+}
 CURVE_IMAGES = 100_000  # training images behind curves over all blocks, so that their features fit in memory
 # preset -> names, in the table of models, of the released weights before and after refinement
 PUBLISHED = {f"paper-{model}": (model.replace("-", "_"), model.replace("-", "_refined_")) for model in PAPER_MODELS}
@@ -68,17 +72,19 @@ def load_split(preset: Preset, split: str) -> ImageDataset:
     """A split of the preset's data set, cut to the preset's size.
 
     Raises:
-        InputError: as :func:`mimrefiner.load_dataset`; with the variable to set where ImageNet is not found.
+        InputError: as :func:`mimrefiner.load_dataset`; with the variable to set where a data set is not found.
     """
     name = preset.dataset
-    if name == IMAGENET:
-        folder = Path(os.environ.get("MIMREFINER_IMAGENET", "imagenet")).expanduser()
+    if name in FOLDERS:
+        variable, what, holds = FOLDERS[name]
+        kind, _, default = name.partition(":")
+        folder = Path(os.environ.get(variable, default)).expanduser()
         if not folder.is_dir():
             raise InputError(
-                f"preset {preset.name} needs ImageNet-1K, and there is no folder {folder}: set MIMREFINER_IMAGENET to the folder "
-                "that holds train/CLASS/IMAGE and val/CLASS/IMAGE"
+                f"preset {preset.name} needs {what}, and there is no folder {folder}: set {variable} to the folder that holds "
+                f"{holds}"
             )
-        name = f"imagefolder:{folder}"
+        name = f"{kind}:{folder}"
     return load_dataset(name, split=split).take(preset.n_test if split == "test" else preset.n_train)
 
 

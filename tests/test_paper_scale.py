@@ -75,6 +75,12 @@ def test_without_weights_one_line_says_where_to_put_them(tmp_path, monkeypatch):
         store.pretrained(mr.load_preset(PRESET))
 
 
+def test_tiny_imagenet_is_found_by_its_variable_or_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMREFINER_TINY_IMAGENET", str(tmp_path / "nowhere"))
+    with pytest.raises(mr.InputError, match=r"natural needs Tiny-ImageNet.*nowhere: set MIMREFINER_TINY_IMAGENET to the folder"):
+        store.load_split(mr.load_preset("natural"), "train")
+
+
 @pytest.mark.usefixtures("released")
 def test_released_weights_stand_for_the_stages():
     preset = mr.load_preset(PRESET)
