@@ -132,6 +132,21 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
         assert all(torch.equal(outputs[0][name], other[name]) for other in outputs[1:]), name
 
 
+def test_neighbours_are_counted_over_all_processes(refiner, tmp_path, monkeypatch):
+    """One process knows labels of 8 images, 3 of them right; the other knows none, of which it cannot make a share."""
+    monkeypatch.setattr(mr.NNQueue, "lookup_slots", lambda self, z, index, **_: torch.zeros(z.shape[:3], dtype=torch.long))
+    refiner.queue.label.zero_()
+    label = torch.tensor([0] * 3 + [1] * 5 + [-1] * 8)
+
+    def job(rank):
+        rows = slice(8 * rank, 8 * rank + 8)
+        views = [torch.randn(8, 3, c.size, c.size) for c in refiner.config.views.crops]
+        return {"accuracy": refiner.step(views, torch.arange(16)[rows], label[rows], top_k=1).metrics["nn_accuracy"]}
+
+    outputs, _ = on_several(job, tmp_path)
+    assert all(output["accuracy"].tolist() == [3 / 8] * 3 for output in outputs)
+
+
 def test_draws_do_not_depend_on_the_number_of_processes():
     queue, z = mr.NNQueue(2, 64, 8), torch.randn(2, 10, 2, 8)
 
