@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -337,7 +337,7 @@ def forward_backward(
         result.loss.sum().backward()
         return result
     trains = any(x.requires_grad for x in encoder.parameters())
-    if trains and any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in encoder.modules() if _is_dropout(m)):
+    if trains and any(_drops(module) for module in encoder.modules()):
         raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
     parts = range(0, len(index), micro_batch)
     with torch.no_grad(), autocast(device, encoder):
@@ -360,8 +360,10 @@ def _unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
     return plain
 
 
-def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Dropout, DropPath))
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` leaves something out at random."""
+    rates = {nn.Dropout: "p", DropPath: "drop_prob", PatchDropout: "prob"}
+    return any(isinstance(module, kind) and getattr(module, rate) for kind, rate in rates.items())
 
 
 def _settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
