@@ -98,10 +98,10 @@ def queue_spread(refiner: MIMRefiner) -> Tensor:
 
 
 class Meter:
-    """Throughput since it was started."""
+    """Throughput of training on ``device`` since it was started."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, device: torch.device | str = "cpu"):
+        self.batch_size, self.device = batch_size, torch.device(device)
         self.start()
 
     def start(self) -> None:
@@ -122,9 +122,9 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Images per second of all processes, share of the time spent waiting for data, peak memory in MiB (GPU, else process)."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            memory = torch.cuda.max_memory_allocated() / 2**20
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         seconds = time.perf_counter() - self.began

@@ -20,7 +20,7 @@ from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data import view_batches
 from mimrefiner.errors import InputError
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
-from mimrefiner.memory import PLENTY, Memory, advice_on_memory, plain_attention, recomputed
+from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory, advice_on_memory, plain_attention, recomputed
 from mimrefiner.models import default_device, normalisation
 from mimrefiner.monitor import Meter, Monitor
 from mimrefiner.optim import cosine_lr, ema_decay, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
@@ -110,7 +110,7 @@ def pretrain(
         device=device, num_workers=num_workers, first_step=first, part=part,
     )  # fmt: skip
     generator = torch.Generator()
-    with sigterm_stops(), advice_on_memory(), plain_attention(model, device):
+    with sigterm_stops(), advice_on_memory(PRETRAIN_ADVICE), plain_attention(model, device):
         for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
             images = views[0]
@@ -283,8 +283,8 @@ def _contrastive_stage(
     generator = torch.Generator()
     refiner.heads.train()
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
-    meter = Meter(config.batch_size)
-    with sigterm_stops(), advice_on_memory(), plain_attention(refiner.encoder, device):
+    meter = Meter(config.batch_size, device)
+    with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
             generator.manual_seed(_step_seed(config.seed, stage, step))
