@@ -171,8 +171,9 @@ def refine(
     refiner.to(device)
     warn_if_too_large(refiner, memory)
     how = {"num_workers": num_workers, "run": run, "memory": memory, "monitor": monitor}
-    train_heads(refiner, dataset, **how)
-    ema_encoder, _, _ = refine_encoder(refiner, dataset, **how)
+    with sigterm_stops():  # between the stages too
+        train_heads(refiner, dataset, **how)
+        ema_encoder, _, _ = refine_encoder(refiner, dataset, **how)
     raw = refiner.encoder.eval().requires_grad_(True).cpu()
     epochs = pd.DataFrame(run.epochs) if monitor is not None else None
     return RefineResult(raw, ema_encoder, run.history, run.flops, run.seconds, epochs)
