@@ -17,7 +17,7 @@ from mimrefiner import distributed
 from mimrefiner.augment import Crop, Views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import PretrainConfig, RefineConfig
-from mimrefiner.data import view_batches
+from mimrefiner.data import ImageDataset, data_hash, view_batches
 from mimrefiner.errors import InputError
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory, advice_on_memory, plain_attention, recomputed
@@ -78,7 +78,8 @@ def pretrain(
     Args:
         encoder: a timm VisionTransformer.
         dataset: map-style, (image, label); labels are not used.
-        config: recipe; everything random follows from ``config.seed``.
+        config: recipe; ``config.seed`` decides order, crops and masks. Dropout and drop path, where ``encoder`` has any, draw from
+            torch's global generator.
         start_from: go on from this pre-training model (its encoder replaces ``encoder``) with a new learning-rate cycle.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
         saving: checkpoints and resuming; None for none.
@@ -90,7 +91,7 @@ def pretrain(
     """
     device = torch.device(device) if device is not None else default_device()
     model = copy.deepcopy(start_from) if start_from is not None else build_masked_model(copy.deepcopy(encoder), config)
-    run = Run(saving, {} if saving is None else _settings(config, dataset, model))
+    run = Run(saving, {} if saving is None else run_settings(config, dataset, model))
     plain = copy.deepcopy(model) if shard else None
     model.train().to(device)
     if shard:
@@ -154,7 +155,8 @@ def refine(
     Args:
         encoder: a timm ViT.
         dataset: map-style, (image, label); labels are used for metrics only.
-        config: recipe; everything random follows from ``config.seed``.
+        config: recipe; ``config.seed`` decides the heads' first weights, order, views and neighbours drawn. Dropout and drop path,
+            where ``encoder`` has any, draw from torch's global generator.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
         saving: checkpoints and resuming; None for none.
         memory: what trades time for memory.
@@ -167,7 +169,7 @@ def refine(
     """
     device = torch.device(device) if device is not None else default_device()
     refiner = MIMRefiner(copy.deepcopy(encoder), config)
-    run = Run(saving, {} if saving is None else _settings(config, dataset, encoder))
+    run = Run(saving, {} if saving is None else run_settings(config, dataset, encoder))
     refiner.to(device)
     warn_if_too_large(refiner, memory)
     how = {"num_workers": num_workers, "run": run, "memory": memory, "monitor": monitor}
@@ -367,10 +369,11 @@ def _drops(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and getattr(module, rate) for kind, rate in rates.items())
 
 
-def _settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
-    """What a resumed run must share with the interrupted one."""
-    name = getattr(dataset, "name", "").partition(":")[0]  # data may have moved to another folder
-    return {**asdict(config), "data": name, "images": len(dataset), "first weights": sha256_of(model)}
+def run_settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
+    """What a resumed run must share with the interrupted one. Data are told apart by content (they may have moved to another
+    folder), those that are no :class:`mimrefiner.data.ImageDataset` by the number of images alone."""
+    data = data_hash(dataset) if isinstance(dataset, ImageDataset) else ""
+    return {**asdict(config), "data": data, "images": len(dataset), "first weights": sha256_of(model)}
 
 
 def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:

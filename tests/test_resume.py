@@ -231,6 +231,9 @@ def test_other_settings_are_refused_by_name(smoke, some, tmp_path):
         mr.pretrain(encoder, some, replace(smoke.pretrain, mask_ratio=0.5), saving=Saving(tmp_path, resume=True))
     with pytest.raises(mr.InputError, match="holds checkpoints already"):
         mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path))
+    others = some.subset(range(len(some))[::-1])  # as many images of the same name
+    with pytest.raises(mr.InputError, match=r"other settings \(data\)"):
+        mr.pretrain(encoder, others, smoke.pretrain, saving=Saving(tmp_path, resume=True))
 
 
 def test_nan_names_head_and_step_and_keeps_the_last_good_checkpoint(smoke, some, tmp_path, monkeypatch):
@@ -314,7 +317,11 @@ def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys
     assert main(arguments) == 2
     assert "holds checkpoints already" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
-    expected = ["ema_encoder.safetensors", "encoder.safetensors", "epochs.csv", "history.csv"]
+    expected = ["ema_encoder.safetensors", "encoder.safetensors", "epochs.csv", "history.csv", "settings.json"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
+    (tmp_path / "out" / "checkpoints").mkdir()  # as a kill before their removal leaves them
     assert main([*arguments, "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
+    assert main([*arguments, "--resume", "--seed", "1"]) == 2
+    assert "holds a finished run with other settings (seed" in capsys.readouterr().err
