@@ -25,7 +25,8 @@ class Refine:
 
         from mimrefiner.__main__ import main
 
-        submitit.helpers.TorchDistributedEnvironment().export()  # RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+        # RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; every process sees all GPUs and takes that of its LOCAL_RANK
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         status = main(["refine", *self.arguments, "--resume"])
         if status == 143 and os.environ["RANK"] == "0":  # stopped by SIGTERM, state saved
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

@@ -2,21 +2,25 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mimrefiner.errors import InputError, Stopped
 
+PRESETS = "smoke, tiny, fashion, natural, natural-simmim, natural-gpu, gpu, or paper-MODEL as listed in REPRODUCING.md"
+SETTINGS = "settings.json"  # what a finished run was
 MONITORED = 10_000  # images on either side of the k-NN that --watch does
 
 
 def add_run(commands) -> None:
     parser = _command(commands, "run", do_run, "execute notebooks in batch", "mimrefiner run 01 04 --preset tiny --seeds 0,1,2")
     parser.add_argument("notebooks", nargs="*", metavar="NAME", help="notebooks by name or number; none means all")
-    parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help=f"{PRESETS} (default: tiny)")
     parser.add_argument("--seeds", default="0", help="seeds with commas between (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for all results (default: runs/PRESET)")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", dest="parameters", help="a notebook parameter")
@@ -81,7 +85,7 @@ def do_pretrain(args) -> None:
     preset, dataset = _preset_and_data(args)
     encoder = build_vit(preset.encoder, seed=args.seed)
     config = preset.pretrain if args.clip_norm is None else replace(preset.pretrain, clip_norm=args.clip_norm)
-    _train(args, lambda **how: pretrain(encoder, dataset, config, shard=args.shard, **how), ("encoder",))
+    _train(args, partial(pretrain, encoder, dataset, config, shard=args.shard), ("encoder",))
 
 
 def add_refine(commands) -> None:
@@ -91,23 +95,34 @@ def add_refine(commands) -> None:
     parser.add_argument("--no-pretrained", action="store_true", help="random weights for a timm name")
     parser.add_argument("--blocks", help="0-based blocks that get a head, such as 8,9,10,11 (default: the last third)")
     parser.add_argument("--heads", type=int, help="a head on each of this many last blocks")
+    parser.add_argument("--local-crops", type=int, metavar="N", help="local crops of every image (default: the preset's, 4 or 10)")
     parser.add_argument("--top-k", type=int, help="neighbours to draw from in stage 3")
     parser.add_argument("--temperature", type=float, help="softmax temperature of the loss")
     parser.add_argument("--freeze-first", type=int, metavar="N", help="keep what is before the blocks and the first N as they are")
     _memory_arguments(parser)
-    parser.add_argument("--watch", action="store_true", help="k-NN on the validation split after every epoch, in epochs.csv")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too (with --watch)")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="k-NN on the validation split after every epoch, in epochs.csv (paper-* presets train on these images too)",
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="with --watch: write TensorBoard events too")
     _training_arguments(parser)
 
 
 def do_refine(args) -> None:
-    from mimrefiner import load_dataset, load_encoder, refine
+    from mimrefiner import load_encoder, refine
     from mimrefiner.features import block_modules
     from mimrefiner.memory import Memory
     from mimrefiner.monitor import Monitor
-    from mimrefiner.store import pretrained
+    from mimrefiner.store import load_split, pretrained
 
+    if args.tensorboard and not args.watch:
+        raise InputError("--tensorboard writes what --watch measures: give --watch too")
     preset, dataset = _preset_and_data(args)
+    monitor = None
+    if args.watch:  # what it lacks is said before anything is trained
+        held_out = load_split(preset, "val")
+        monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard)
     if args.preset.startswith("paper-") and not args.model:
         raise InputError(f"{args.preset} refines published weights: give them by --model")
     encoder = load_encoder(args.model, pretrained=not args.no_pretrained) if args.model else pretrained(preset).encoder
@@ -121,6 +136,10 @@ def do_refine(args) -> None:
         if not 1 <= args.heads <= depth:
             raise InputError(f"--heads must be between 1 and the number of blocks {depth}, got {args.heads}")
         config = replace(config, blocks=tuple(range(depth - args.heads, depth)))
+    if args.local_crops is not None:
+        if args.local_crops < 0:
+            raise InputError(f"--local-crops must be >= 0, got {args.local_crops}")
+        config = replace(config, views=replace(config.views, n_local=args.local_crops))
     if args.top_k is not None:
         config = replace(config, refine_top_k=args.top_k)
     if args.temperature is not None:
@@ -129,13 +148,8 @@ def do_refine(args) -> None:
         config = replace(config, frozen_blocks=args.freeze_first)
     if args.clip_norm is not None:
         config = replace(config, clip_norm=args.clip_norm)
-    monitor = None
-    if args.watch:
-        held_out = load_dataset(preset.dataset, split="val")
-        monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard)
     memory = Memory(args.micro_batch, args.recompute, args.shard)
-    names = ("encoder", "ema_encoder")
-    _train(args, lambda **how: refine(encoder, dataset, config, memory=memory, monitor=monitor, **how), names)
+    _train(args, partial(refine, encoder, dataset, config, memory=memory, monitor=monitor), ("encoder", "ema_encoder"))
 
 
 def add_probe(commands) -> None:
@@ -215,9 +229,7 @@ def add_plan(commands) -> None:
     parser = _command(commands, "plan", do_plan, "foresee memory and GPU-hours of a model, from formulas", example)
     parser.add_argument("model", help="a plain ViT of the table of models")
     parser.add_argument("data", help="imagenet, another data set by name or path, or a number of training images")
-    parser.add_argument(
-        "--preset", default="paper", help="paper (by the model's size), smoke, tiny, natural or gpu (default: paper)"
-    )
+    parser.add_argument("--preset", default="paper", help=f"paper (by the model's size), {PRESETS} (default: paper)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the batch (default: 1)")
     parser.add_argument("--tflops", type=float, default=312, help="peak of one GPU in bfloat16, TFLOP/s (default: 312, A100)")
     _memory_arguments(parser)
@@ -300,7 +312,7 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="data set by name or path (default: the preset's)")
-    parser.add_argument("--preset", default="tiny", help="smoke, tiny, natural or gpu (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help=f"{PRESETS} (default: tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clip-norm", type=float, metavar="NORM", help="limit of the norm of all gradients (default: none)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
@@ -310,24 +322,48 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and history")
 
 
-def _train(args, train, names: tuple[str, ...]) -> None:
-    """Run ``train`` with checkpoints below ``--out``; write the encoders ``names`` and the history, then drop the checkpoints."""
+def _train(args, train: partial, names: tuple[str, ...]) -> None:
+    """Run ``train`` (of encoder, data and config) with checkpoints below ``--out``; write settings, history and the encoders
+    ``names``, then drop the checkpoints."""
     from mimrefiner import distributed
-    from mimrefiner.checkpoint import save_encoder
+    from mimrefiner.checkpoint import atomic_file, save_encoder
     from mimrefiner.resume import Saving
+    from mimrefiner.train import run_settings
 
-    if args.resume and (args.out / f"{names[-1]}.safetensors").exists():
-        print(f"{args.out} is finished: nothing to do")
+    folder, last = args.out / "checkpoints", args.out / f"{names[-1]}.safetensors"
+    encoder, dataset, config = train.args
+    settings = json.loads(json.dumps(run_settings(config, dataset, encoder)))  # as a file gives them back
+    if args.resume and distributed.from_first(lambda: last.exists() and _is_finished(args.out, folder, settings)):
+        if distributed.rank() == 0:
+            print(f"{args.out} is finished: nothing to do")
         return
-    folder = args.out / "checkpoints"
     result = train(num_workers=args.workers, saving=Saving(folder, args.save_every, args.resume))
     if distributed.rank() == 0:
         _write_history(result.history, args.out)
+        with atomic_file(args.out / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2))
         for name in names:
             save_encoder(getattr(result, name), args.out / f"{name}.safetensors")
         shutil.rmtree(folder)
         files = ", ".join(f"{name}.safetensors" for name in names)
         print(f"{result.seconds:.0f} s; {files} and history.csv are in {args.out}")
+
+
+def _is_finished(out: Path, folder: Path, settings: dict) -> bool:
+    """Whether the finished run in ``out`` is that of ``settings``. Checkpoints beside it are of the same run, killed before it
+    had removed them, which is done now, or of a later one, which goes on.
+
+    Raises:
+        InputError: the finished run had other settings.
+    """
+    from mimrefiner.resume import Checkpoints, different_settings
+
+    different = different_settings(json.loads((out / SETTINGS).read_text()), settings)
+    if not different:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif not Checkpoints(folder).files():
+        raise InputError(f"{out} holds a finished run with other settings ({', '.join(different)}): use an empty folder")
+    return not different
 
 
 def _preset_and_data(args):
@@ -338,7 +374,7 @@ def _preset_and_data(args):
     preset = load_preset(args.preset, args.seed)
     if args.data:
         preset = replace(preset, dataset=args.data)
-    dataset = load_split(preset, "train")
+    dataset = load_split(preset, "trainval" if args.preset.startswith("paper-") else "train")  # the paper's: all images
     dataset = dataset.in_memory() if args.in_memory else dataset
     check_writable(args.out)
     return preset, dataset

@@ -265,9 +265,9 @@ def paper(model: str) -> Preset:
     """The paper's refinement of a published model on ImageNet-1K: 1 to 64 data-centre GPUs, days for the largest (not measured).
 
     The settings are those of the released configurations (``src/yamls/stage2`` and ``stage3``), the pairing of views that of
-    the released code. Give the published weights by ``--model`` and ImageNet by ``--data``; the pre-training part is MAE's own
-    recipe (arXiv 2111.06377, Table 8). Expected k-NN accuracies of the last block, from the paper: MAE L/16 81.5, H/14 82.3,
-    2B/14 83.2, data2vec 2.0 L/16 81.0.
+    the released code. Give the published weights by ``--model`` and ImageNet, all of whose training images are used, by ``--data``
+    or ``$MIMREFINER_IMAGENET``; the pre-training part is MAE's own recipe (arXiv 2111.06377, Table 8). Expected k-NN accuracies
+    of the last block, from the paper: MAE L/16 81.5, H/14 82.3, 2B/14 83.2, data2vec 2.0 L/16 81.0.
     """
     name, size = model.split("-")
     dim, depth, num_heads, patch, temperature, first_head, batch_size = {

@@ -5,6 +5,7 @@ that is ``test``, and ``val`` is a tenth of the training images, drawn per class
 reported on ``test``. ImageNet's folder ``val`` is therefore ``test`` here, unless the source has a labelled ``test`` of its own.
 """
 
+import hashlib
 import io
 import os
 import signal
@@ -110,6 +111,15 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
 def short_name(data: str) -> str:
     """The name of a data set without the way to its folder, as result rows carry it."""
     return Path(data.partition(":")[2]).name or data
+
+
+def data_hash(dataset: ImageDataset, images: int = 64) -> str:
+    """Hash of name, rows, labels and a sample of the pixels."""
+    digest = hashlib.sha256(f"{dataset.name.partition(':')[0]} {len(dataset)}".encode())
+    digest.update(dataset.rows.tobytes() + (b"" if dataset.labels is None else dataset.labels.tobytes()))
+    for i in range(0, len(dataset), max(1, len(dataset) // images)):
+        digest.update(dataset[i][0].tobytes())
+    return digest.hexdigest()
 
 
 def stratified_split(labels: np.ndarray | None, total: int, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,7 @@
 """The few collectives of training on several processes; with one process every function here does nothing.
 
-Processes are started by ``torchrun`` (or ``fabric run``, which sets the same variables). Each computes the loss of its own
-share of the batch against the predictions of all; gradients are averaged. Every process then holds the same weights, optimiser
-and queue.
+Processes are started by ``torchrun``. Each computes the loss of its own share of the batch against the predictions of all;
+gradients are averaged. Every process then holds the same weights, optimiser and queue.
 """
 
 import os

@@ -83,7 +83,7 @@ def nna_terms(
             f"expected p as ({heads}, >= {offset + batch}, >= {global_views}, {dim}) for z {tuple(z.shape)} at offset {offset}, "
             f"got {tuple(p.shape)}"
         )
-    with torch.no_grad():
+    with torch.no_grad():  # normalised in float32; under autocast the products below run in its lower precision
         z = F.normalize(z.float(), dim=-1)
         nn_z = F.normalize(nn_z.float(), dim=-1)
     p = F.normalize(p.float(), dim=-1)

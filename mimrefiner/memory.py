@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from mimrefiner.errors import InputError
 
 ADVICE = (
-    "freeze the first blocks (--freeze-first), use fewer heads (--heads), recompute activations (--recompute), pass fewer images "
-    "through the encoder at a time (--micro-batch), use more GPUs and share the encoder among them (--shard); batches below about "
-    "256 may cost quality"
+    "freeze the first blocks (--freeze-first), use fewer heads (--heads) or local crops (--local-crops), recompute activations "
+    "(--recompute), pass fewer images through the encoder at a time (--micro-batch), use more GPUs and share the encoder among "
+    "them (--shard); batches below about 256 may cost quality"
 )
+PRETRAIN_ADVICE = "use more GPUs and share the model among them (--shard), or a preset or config with a smaller batch"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def advice_on_memory() -> Iterator[None]:
-    """Within it, a GPU's lack of memory is an :class:`InputError` with advice."""
+def advice_on_memory(advice: str) -> Iterator[None]:
+    """Within it, a GPU's lack of memory is an :class:`InputError` with ``advice``."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): {ADVICE}") from error
+        raise InputError(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}): {advice}") from error

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -15,9 +16,11 @@ from torch.utils.data import Dataset
 
 from mimrefiner import distributed
 from mimrefiner.checkpoint import atomic_file
+from mimrefiner.errors import InputError
 from mimrefiner.features import extract_features
 from mimrefiner.probes.knn import knn_accuracy
 from mimrefiner.refiner import MIMRefiner
+from mimrefiner.resume import goes_on_without
 
 COLLAPSED = 0.2  # of the spread of N(0, 1) vectors
 
@@ -28,10 +31,13 @@ class Monitor:
     downstream quality, and the spread of the queue.
 
     Attributes:
-        reference, held_out: labelled data sets; the images of ``held_out`` are classified by those of ``reference``.
+        reference, held_out: data sets with ``labels``; the images of ``held_out`` are classified by those of ``reference``.
         folder: ``epochs.csv`` is rewritten there after every epoch; None for no file.
         tensorboard: also write TensorBoard events to ``folder`` (needs the ``tensorboard`` package).
         k: neighbours.
+
+    Raises:
+        InputError: images without labels; TensorBoard events without the package or a folder to write them to.
     """
 
     reference: Dataset
@@ -40,12 +46,20 @@ class Monitor:
     tensorboard: bool = False
     k: int = 10
 
+    def __post_init__(self):
+        for data in (self.reference, self.held_out):
+            labels = getattr(data, "labels", ())  # others are seen when they are read
+            if labels is None or min(labels, default=0) < 0:
+                raise InputError("watching by k-NN (--watch) needs a label for every image, and the data set has images without")
+        if self.tensorboard and (self.folder is None or find_spec("tensorboard") is None):
+            raise InputError("TensorBoard events need a folder and the package: pip install 'mimrefiner[tensorboard]'")
+
     def measure(self, refiner: MIMRefiner, epochs: list[dict]) -> None:
         """Add this epoch's values to the last row of ``epochs``, warn of collapse, write the files (process 0)."""
         row = epochs[-1]
         for block, spread in zip(refiner.blocks, queue_spread(refiner).tolist(), strict=True):
             row[f"spread_head{block}"] = spread
-            if spread < COLLAPSED:
+            if spread < COLLAPSED and distributed.rank() == 0:  # the queue is the same everywhere
                 print(
                     f"stage {row['stage']}, epoch {row['epoch']}: the head on block {block} collapses (its projections spread "
                     f"{spread:.2f}, 1 for random directions): lower the learning rate or raise the temperature",
@@ -54,10 +68,11 @@ class Monitor:
         row |= self._accuracies(refiner)  # by all processes together
         if distributed.rank() == 0:
             if self.folder is not None:
-                with atomic_file(Path(self.folder) / "epochs.csv") as temporary:
+                with goes_on_without("epochs.csv"), atomic_file(Path(self.folder) / "epochs.csv") as temporary:
                     pd.DataFrame(epochs).to_csv(temporary, index=False)
             if self.tensorboard:
-                self._write_events(row)
+                with goes_on_without("TensorBoard events"):
+                    self._write_events(row)
 
     @torch.no_grad()
     def _accuracies(self, refiner: MIMRefiner) -> dict[str, float]:
@@ -98,10 +113,10 @@ def queue_spread(refiner: MIMRefiner) -> Tensor:
 
 
 class Meter:
-    """Throughput since it was started."""
+    """Throughput of training on ``device`` since it was started."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, device: torch.device | str = "cpu"):
+        self.batch_size, self.device = batch_size, torch.device(device)
         self.start()
 
     def start(self) -> None:
@@ -122,9 +137,9 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Images per second of all processes, share of the time spent waiting for data, peak memory in MiB (GPU, else process)."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            memory = torch.cuda.max_memory_allocated() / 2**20
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         seconds = time.perf_counter() - self.began

@@ -256,11 +256,11 @@ def paper_recipe(s: ViTShape) -> RefineConfig:
     return RefineConfig(views, refine_epochs=epochs)
 
 
-def count_images(data: str) -> int:
-    """Training images of a data set by name or path, or a number."""
+def count_images(data: str, split: str = "train") -> int:
+    """Training images of a data set by name or path, or a number; ``split``: which of those at a path are trained on."""
     if data.isdigit() and int(data) > 0:
         return int(data)
-    return TRAINING_IMAGES[data] if data in TRAINING_IMAGES else len(load_dataset(data, split="train"))
+    return TRAINING_IMAGES[data] if data in TRAINING_IMAGES else len(load_dataset(data, split=split))
 
 
 def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: float = 312, memory: Memory = PLENTY) -> str:
@@ -272,7 +272,7 @@ def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: 
             raise InputError(f"preset {preset} has crops of {crop.size} px, which patch size {s.patch_size} does not divide")
     if gpus < 1 or tflops <= 0:
         raise InputError(f"expected gpus >= 1 and tflops > 0, got {gpus} and {tflops}")
-    images = count_images(data)
+    images = count_images(data, "trainval" if preset.startswith("paper") else "train")  # as training takes them
     p = make_plan(s, config, images, gpus=gpus, memory=memory)
     gib = 2**30
     heads, refinement = (gpu_hours(flops, tflops) for flops in (p.heads_total, p.refine_total))

@@ -27,6 +27,8 @@ def progress(items: Iterable, title: str, total: int | None = None, unit: str = 
         now = time.monotonic()
         if now - last >= LOG_SECONDS:
             last = now
-            left = f" of {total} ({done / total:.0%}), about {(now - start) / done * (total - done):.0f} s left" if total else ""
+            left = f" of {total} ({done / total:.0%})" if total else ""
+            if total and done:  # the first item alone may take longer than this
+                left += f", about {(now - start) / done * (total - done):.0f} s left"
             print(f"{title}: {done}{left}", file=sys.stderr, flush=True)
         yield item

@@ -136,5 +136,7 @@ class MIMRefiner(nn.Module):
         if label is not None:
             found = self.queue.label[slots]
             known = (found >= 0) & (label[:, None] >= 0)
-            metrics["nn_accuracy"] = ((found == label[:, None]) & known).sum((1, 2)) / known.sum((1, 2))
+            counts = torch.stack([((found == label[:, None]) & known).sum((1, 2)), known.sum((1, 2))])
+            right, of = distributed.mean(counts.float())  # of all processes: one alone may know no label at all
+            metrics["nn_accuracy"] = right / of
         return metrics

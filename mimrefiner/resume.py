@@ -11,9 +11,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from mimrefiner.errors import InputError, Stopped
 
 KEEP = 2
 CHECK_EVERY = 10  # steps between the processes' agreements on whether to stop: each one waits for the GPU
+HISTORY = "history.csv"  # beside the checkpoints, as long as training goes on
 NAME = re.compile(r"stage(\d)-step(\d{8})-([0-9a-f]{16})\.pt")
 
 
@@ -66,26 +70,29 @@ class Checkpoints:
         """Write ``state`` aside, rename it when it is whole and on disk, then drop all but the newest. A full disk is said, and
         loses no earlier checkpoint."""
         aside = self.folder / "writing.pt"
-        try:
+        with goes_on_without(f"checkpoint at step {state['step']}", "earlier ones are kept"):
             with atomic_file(aside) as temporary:
                 torch.save(state, temporary)
                 with temporary.open("rb+") as stream:
                     os.fsync(stream.fileno())
-        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-            print(f"checkpoint at step {state['step']} not written ({_line(error)}): earlier ones are kept", file=sys.stderr)
-            return
-        aside.rename(self.folder / f"stage{state['stage']}-step{state['step']:08d}-{_digest(aside)}.pt")
-        for file in self.files()[:-KEEP]:
-            file.unlink()
+            aside.rename(self.folder / f"stage{state['stage']}-step{state['step']:08d}-{_digest(aside)}.pt")
+            for file in self.files()[:-KEEP]:
+                file.unlink(missing_ok=True)
+
+    def newest_file(self) -> Path | None:
+        """The newest valid checkpoint, None where there is none. Damaged ones are named and renamed: as ``*.damaged`` they no
+        longer count among the newest, for which new ones would be dropped."""
+        for file in reversed(self.files()):
+            if _digest(file) == NAME.fullmatch(file.name).group(3):
+                return file
+            kept = file.rename(file.with_name(f"{file.name}.damaged"))
+            print(f"{file} is damaged (its checksum differs): now {kept.name}; trying the one before", file=sys.stderr)
+        return None
 
     def newest(self) -> dict | None:
-        """The newest valid checkpoint, None where there is none; damaged ones are named and passed over."""
-        for file in reversed(self.files()):
-            if _digest(file) != NAME.fullmatch(file.name).group(3):
-                print(f"{file} is damaged (its checksum differs): trying the one before", file=sys.stderr)
-                continue
-            return torch.load(file, map_location="cpu", weights_only=True)
-        return None
+        """What :meth:`newest_file` holds."""
+        file = self.newest_file()
+        return None if file is None else _load(file)
 
 
 class Run:
@@ -110,9 +117,7 @@ class Run:
         self._first_bad = None
         if saving is not None:
             self.checkpoints = Checkpoints(saving.folder)
-            if distributed.rank() == 0:
-                self.checkpoints.clear()
-            self.found = self._restorable() if saving.resume else self._refuse_old()
+            self.found = self._restorable()
 
     @property
     def seconds(self) -> float:
@@ -141,7 +146,9 @@ class Run:
         self.flops, self.seconds_before = state["flops"], state["seconds"]
         self._next = state["step"]
         torch.set_rng_state(state["rng"])
-        if state["threads"] != torch.get_num_threads():
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        if state["threads"] != torch.get_num_threads() and distributed.rank() == 0:
             print(
                 f"the checkpoint was written with {state['threads']} threads, here are {torch.get_num_threads()}: "
                 "results will not repeat bit for bit",
@@ -158,12 +165,19 @@ class Run:
         """Raise FloatingPointError if a watched loss was not finite; ``names``: what each of them is."""
         if self._first_bad is None:
             return
-        for name, step in zip(names, self._first_bad.tolist(), strict=True):
-            if step >= 0:
-                kept = f"; the last good checkpoint is in {self.saving.folder}" if self.saving else ""
-                raise FloatingPointError(
-                    f"the loss became nan or infinite at step {step}{name}: lower the learning rate or raise the temperature{kept}"
-                )
+        bad = [(step, name) for name, step in zip(names, self._first_bad.tolist(), strict=True) if step >= 0]
+        if bad:
+            step, name = min(bad, key=lambda found: found[0])
+            raise FloatingPointError(f"the loss became nan or infinite at step {step}{name}: {self._remedy()}")
+
+    def _remedy(self) -> str:
+        """What to do about losses or weights that are not finite. A resumed run must keep its settings, so it takes a new one."""
+        temperature = "raise the temperature, " if self.stage > 1 else ""  # pre-training has none
+        kept = self.saving is not None and self.checkpoints.files()
+        return (
+            f"start again in an empty folder and {temperature}clip gradients (clip_norm, --clip-norm) or lower the learning rate"
+            + (f"; the last good checkpoint is in {self.saving.folder}" if kept else "")
+        )
 
     def end_step(self, step: int, names: list[str]) -> None:
         """Save if it is time to, after checking the losses; raise :class:`Stopped` once SIGTERM has come.
@@ -173,16 +187,19 @@ class Run:
         """
         self._next = step + 1
         last = self._next == self.steps
-        agree = distributed.world() == 1 or self._next % CHECK_EVERY == 0
+        due = self.saving is not None and (last or self._next % self.saving.every == 0)
+        agree = distributed.world() == 1 or last or due or self._next % CHECK_EVERY == 0
         stop = agree and distributed.any_process(_Terminated.asked)
         if self.saving is None:
             if stop:
                 raise Stopped(f"stopped at stage {self.stage}, step {self._next}; nothing was saved")
             return
-        if last or stop or self._next % self.saving.every == 0:
+        if due or stop:
             self.check_finite(names)
             self._check_weights(step)
             self.save()
+            # again: it may have come meanwhile, and no process must leave before the first one has written
+            stop = distributed.any_process(_Terminated.asked)
         if stop:
             raise Stopped(f"stopped at stage {self.stage}, step {self._next}; resume from {self.saving.folder}")
 
@@ -194,44 +211,63 @@ class Run:
         if distributed.any_process(bool(bad)):
             raise FloatingPointError(
                 f"weights became nan or infinite by step {step} ({', '.join(bad[:3]) or 'of another process'}), losses did not: "
-                f"lower the learning rate or set clip_norm; the last good checkpoint is in {self.saving.folder}"
+                f"{self._remedy()}"
             )
 
     def save(self) -> None:
-        """Write a checkpoint. Process 0 does; the others hold the same state, or give it their shards."""
+        """Write a checkpoint and the history so far. Process 0 does; the others hold the same state, or give it their shards."""
         first = distributed.rank() == 0
         parts = {name: distributed.whole(part.state_dict(), keep=first) for name, part in self.parts.items()}
         if not first:
             return
-        self.checkpoints.save(
-            {
-                "settings": self.settings,
-                "stage": self.stage,
-                "step": self._next,
-                "parts": parts,
-                "rows": self.rows,
-                "epochs": self.epochs,
-                "flops": self.flops,
-                "seconds": self.seconds,
-                "rng": torch.get_rng_state(),
-                "threads": torch.get_num_threads(),
-            }
-        )
+        state = {
+            "settings": self.settings,
+            "stage": self.stage,
+            "step": self._next,
+            "parts": parts,
+            "rows": self.rows,
+            "epochs": self.epochs,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "threads": torch.get_num_threads(),
+        }
+        self.checkpoints.save(_plain(state))
+        with goes_on_without(HISTORY), atomic_file(self.saving.folder / HISTORY) as temporary:
+            self.history.to_csv(temporary, index=False)
 
     def _restorable(self) -> dict | None:
-        found = self.checkpoints.newest()
-        if found is not None and found["settings"] != self.settings:
-            there = found["settings"]
-            different = [name for name in {**there, **self.settings} if there.get(name) != self.settings.get(name)]
+        """The checkpoint to go on from, the same on all processes; None for a new run.
+
+        Raises:
+            InputError: on all processes alike, so that none waits for another.
+        """
+        chosen = distributed.from_first(self._choose)
+        if chosen is None:
+            return None
+        name, size = chosen
+        file = self.saving.folder / name
+        if distributed.any_process(not file.exists() or file.stat().st_size != size):
+            raise InputError(f"not all processes see {file}, which the first one chose: use a folder that all of them share")
+        found = _load(file)
+        different = different_settings(found["settings"], self.settings)
+        if distributed.any_process(bool(different)):
             raise InputError(
-                f"{self.saving.folder} holds checkpoints of a run with other settings ({', '.join(different)}): resume with the "
-                "same ones, or use an empty folder"
+                f"{self.saving.folder} holds checkpoints of a run with other settings "
+                f"({', '.join(different) or 'of another process'}): resume with the same ones, or use an empty folder"
             )
         return found
 
-    def _refuse_old(self) -> None:
-        if self.checkpoints.files():
-            raise InputError(f"{self.saving.folder} holds checkpoints already: resume from them or use an empty folder")
+    def _choose(self) -> tuple[str, int] | None:
+        """Name, which tells stage, step and checksum, and bytes of the newest valid checkpoint. Process 0 alone reads it all."""
+        if not self.saving.resume:
+            if self.checkpoints.files():
+                raise InputError(f"{self.saving.folder} holds checkpoints already: resume from them or use an empty folder")
+            return None
+        self.checkpoints.clear()  # not before: a start by mistake must not take the file that a running one is writing
+        file = self.checkpoints.newest_file()
+        return None if file is None else (file.name, file.stat().st_size)
 
 
 class _Terminated:
@@ -245,22 +281,53 @@ class _Terminated:
 
 
 class sigterm_stops:
-    """Within it, SIGTERM ends training after the step at hand instead of the process at once."""
+    """Within it, SIGTERM ends training after the step at hand instead of the process at once. One inside of another does
+    nothing, so that what comes between two stages is not forgotten; what comes too late for any step is handed on at the end."""
 
     def __enter__(self):
-        _Terminated.asked = False
         self.before = None
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        inside = signal.getsignal(signal.SIGTERM) == _Terminated.set
+        if not inside and threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self.before = signal.signal(signal.SIGTERM, _Terminated.set)
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
+            late, _Terminated.asked = _Terminated.asked and error is None, False
+            if late:
+                signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def goes_on_without(what: str, then: str = "training goes on") -> Iterator[None]:
+    """Within it, what a full disk keeps from being written is said and ends nothing."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        print(f"{what} not written ({_line(error)}): {then}", file=sys.stderr)
+
+
+def different_settings(there: dict, here: dict) -> list[str]:
+    """Names of the settings in which two runs differ."""
+    return [name for name in {**there, **here} if there.get(name) != here.get(name)]
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def _load(file: Path) -> dict:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _plain(x):
+    """``x`` (nested dictionaries, lists and tuples) with NumPy's numbers as Python's: others are not loaded again."""
+    if isinstance(x, dict):
+        return {name: _plain(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(_plain(value) for value in x)
+    return x.item() if isinstance(x, np.generic) else x
 
 
 def _line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ from mimrefiner import distributed
 from mimrefiner.catalogue import BY_NAME
 from mimrefiner.checkpoint import save_encoder
 from mimrefiner.config import PAPER_MODELS, Preset
-from mimrefiner.data import ImageDataset, load_dataset
+from mimrefiner.data import ImageDataset, data_hash, load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.finetune import FinetuneResult, finetune
 from mimrefiner.masked import build_masked_model
@@ -299,15 +299,6 @@ def _stored_facts(folder: Path) -> dict | None:
     if not folder.exists() or _damage(folder):
         return None
     return json.loads((folder / "manifest.json").read_text())
-
-
-def data_hash(dataset: ImageDataset, images: int = 64) -> str:
-    """Hash of name, rows, labels and a sample of the pixels."""
-    digest = hashlib.sha256(f"{dataset.name.partition(':')[0]} {len(dataset)}".encode())
-    digest.update(dataset.rows.tobytes() + (b"" if dataset.labels is None else dataset.labels.tobytes()))
-    for i in range(0, len(dataset), max(1, len(dataset) // images)):
-        digest.update(dataset[i][0].tobytes())
-    return digest.hexdigest()
 
 
 def _damage(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -17,10 +17,10 @@ from mimrefiner import distributed
 from mimrefiner.augment import Crop, Views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import PretrainConfig, RefineConfig
-from mimrefiner.data import view_batches
+from mimrefiner.data import ImageDataset, data_hash, view_batches
 from mimrefiner.errors import InputError
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
-from mimrefiner.memory import PLENTY, Memory, advice_on_memory, plain_attention, recomputed
+from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory, advice_on_memory, plain_attention, recomputed
 from mimrefiner.models import default_device, normalisation
 from mimrefiner.monitor import Meter, Monitor
 from mimrefiner.optim import cosine_lr, ema_decay, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
@@ -78,7 +78,8 @@ def pretrain(
     Args:
         encoder: a timm VisionTransformer.
         dataset: map-style, (image, label); labels are not used.
-        config: recipe; everything random follows from ``config.seed``.
+        config: recipe; ``config.seed`` decides order, crops and masks. Dropout and drop path, where ``encoder`` has any, draw from
+            torch's global generator.
         start_from: go on from this pre-training model (its encoder replaces ``encoder``) with a new learning-rate cycle.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
         saving: checkpoints and resuming; None for none.
@@ -90,7 +91,7 @@ def pretrain(
     """
     device = torch.device(device) if device is not None else default_device()
     model = copy.deepcopy(start_from) if start_from is not None else build_masked_model(copy.deepcopy(encoder), config)
-    run = Run(saving, {} if saving is None else _settings(config, dataset, model))
+    run = Run(saving, {} if saving is None else run_settings(config, dataset, model))
     plain = copy.deepcopy(model) if shard else None
     model.train().to(device)
     if shard:
@@ -110,7 +111,7 @@ def pretrain(
         device=device, num_workers=num_workers, first_step=first, part=part,
     )  # fmt: skip
     generator = torch.Generator()
-    with sigterm_stops(), advice_on_memory(), plain_attention(model, device):
+    with sigterm_stops(), advice_on_memory(PRETRAIN_ADVICE), plain_attention(model, device):
         for step, (views, _, _) in enumerate(progress(batches, f"pretrain ({config.method})", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_share * steps, peak, config.min_lr))
             images = views[0]
@@ -154,7 +155,8 @@ def refine(
     Args:
         encoder: a timm ViT.
         dataset: map-style, (image, label); labels are used for metrics only.
-        config: recipe; everything random follows from ``config.seed``.
+        config: recipe; ``config.seed`` decides the heads' first weights, order, views and neighbours drawn. Dropout and drop path,
+            where ``encoder`` has any, draw from torch's global generator.
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
         saving: checkpoints and resuming; None for none.
         memory: what trades time for memory.
@@ -167,12 +169,13 @@ def refine(
     """
     device = torch.device(device) if device is not None else default_device()
     refiner = MIMRefiner(copy.deepcopy(encoder), config)
-    run = Run(saving, {} if saving is None else _settings(config, dataset, encoder))
+    run = Run(saving, {} if saving is None else run_settings(config, dataset, encoder))
     refiner.to(device)
     warn_if_too_large(refiner, memory)
     how = {"num_workers": num_workers, "run": run, "memory": memory, "monitor": monitor}
-    train_heads(refiner, dataset, **how)
-    ema_encoder, _, _ = refine_encoder(refiner, dataset, **how)
+    with sigterm_stops():  # between the stages too
+        train_heads(refiner, dataset, **how)
+        ema_encoder, _, _ = refine_encoder(refiner, dataset, **how)
     raw = refiner.encoder.eval().requires_grad_(True).cpu()
     epochs = pd.DataFrame(run.epochs) if monitor is not None else None
     return RefineResult(raw, ema_encoder, run.history, run.flops, run.seconds, epochs)
@@ -283,8 +286,8 @@ def _contrastive_stage(
     generator = torch.Generator()
     refiner.heads.train()
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
-    meter = Meter(config.batch_size)
-    with sigterm_stops(), advice_on_memory(), plain_attention(refiner.encoder, device):
+    meter = Meter(config.batch_size, device)
+    with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
             generator.manual_seed(_step_seed(config.seed, stage, step))
@@ -337,7 +340,7 @@ def forward_backward(
         result.loss.sum().backward()
         return result
     trains = any(x.requires_grad for x in encoder.parameters())
-    if trains and any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in encoder.modules() if _is_dropout(m)):
+    if trains and any(_drops(module) for module in encoder.modules()):
         raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
     parts = range(0, len(index), micro_batch)
     with torch.no_grad(), autocast(device, encoder):
@@ -360,14 +363,17 @@ def _unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
     return plain
 
 
-def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Dropout, DropPath))
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` leaves something out at random."""
+    rates = {nn.Dropout: "p", DropPath: "drop_prob", PatchDropout: "prob"}
+    return any(isinstance(module, kind) and getattr(module, rate) for kind, rate in rates.items())
 
 
-def _settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
-    """What a resumed run must share with the interrupted one."""
-    name = getattr(dataset, "name", "").partition(":")[0]  # data may have moved to another folder
-    return {**asdict(config), "data": name, "images": len(dataset), "first weights": sha256_of(model)}
+def run_settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
+    """What a resumed run must share with the interrupted one. Data are told apart by content (they may have moved to another
+    folder), those that are no :class:`mimrefiner.data.ImageDataset` by the number of images alone."""
+    data = data_hash(dataset) if isinstance(dataset, ImageDataset) else ""
+    return {**asdict(config), "data": data, "images": len(dataset), "first weights": sha256_of(model)}
 
 
 def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:

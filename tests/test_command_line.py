@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner.__main__ import main
+from mimrefiner.errors import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +34,43 @@ def test_pretrain_then_refine(tmp_path, capsys):
     model = tmp_path / "mim" / "encoder.safetensors"
     assert main(["refine", "--preset", "smoke", "--model", str(model), "--heads", "1", "--out", str(tmp_path / "ref")]) == 0
     assert sorted(f.name for f in (tmp_path / "ref").iterdir()) == [
-        "ema_encoder.safetensors", "encoder.safetensors", "history.csv",
+        "ema_encoder.safetensors", "encoder.safetensors", "history.csv", "settings.json",
     ]  # fmt: skip
     assert set(pd.read_csv(tmp_path / "ref" / "history.csv")["block"]) == {3}
     assert len(mr.load_encoder(tmp_path / "ref" / "ema_encoder.safetensors").blocks) == 4
+
+
+def test_refine_trains_the_presets_own_model_first(tmp_path):
+    """Without ``--model``; fewer local crops too."""
+    arguments = ["refine", "--preset", "smoke", "--heads", "1", "--local-crops", "1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert len(list((tmp_path / "cache").glob("pretrain-*"))) == 1
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["views"]["n_local"] == 1
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimrefiner"]
+    run += ["refine", "--model", "simmim_digits", "--preset", "smoke", "--heads", "1", "--local-crops", "1"]
+    done = subprocess.run([*run, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("history.csv are in") == 1  # the first process alone says so
+    files = ["ema_encoder.safetensors", "encoder.safetensors", "history.csv", "settings.json"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == files
+
+
+def test_a_paper_preset_takes_all_of_imagenet_from_where_it_lies(image_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def stub(encoder, dataset, config, *, monitor, **_):
+        seen.append((dataset, monitor.held_out))
+        raise Stopped("seen")
+
+    monkeypatch.setattr(mr, "refine", stub)
+    monkeypatch.setenv("MIMREFINER_IMAGENET", str(image_folder))
+    arguments = ["refine", "--preset", "paper-mae-l16", "--model", "simmim_digits", "--watch", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 143
+    ((trained, held_out),) = seen
+    assert (len(trained), len(held_out)) == (20, 2)  # 10 images of 2 classes below train/, a tenth of which is the validation split
 
 
 def test_gradients_are_clipped_where_asked(tmp_path, monkeypatch):
@@ -67,6 +102,8 @@ BAD = [
     (["refine", "--model", "simmim_digits", "--blocks", "11,12"], "block 12 is out of range"),
     (["refine", "--model", "simmim_digits", "--blocks", "last"], "--blocks must be whole numbers"),
     (["refine", "--model", "simmim_digits", "--heads", "13"], "--heads must be between 1 and the number of blocks 12"),
+    (["refine", "--model", "simmim_digits", "--local-crops", "-1"], "--local-crops must be >= 0"),
+    (["refine", "--model", "simmim_digits", "--tensorboard"], "give --watch too"),
     (["refine", "--model", "simmim_digits", "--top-k", "5000"], "top_k must be between 1 and the queue size"),
     (["refine", "--model", "simmim_digits", "--temperature", "0"], "temperature must be > 0"),
     (["refine", "--model", "simmim_digits", "--clip-norm", "0"], "clip_norm must be > 0 or None, got 0"),

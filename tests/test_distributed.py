@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 import mimrefiner as mr
-from mimrefiner import distributed, feature_cache, store
+from mimrefiner import distributed, feature_cache, resume, store
 from mimrefiner.augment import digit_views
 from mimrefiner.checkpoint import sha256_of
+from mimrefiner.errors import Stopped
 from mimrefiner.heads import StackedBatchNorm
 from mimrefiner.memory import Memory
 from mimrefiner.monitor import Monitor
-from mimrefiner.resume import Checkpoints, Saving
+from mimrefiner.resume import Checkpoints, Run, Saving
 from mimrefiner.train import forward_backward
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -132,6 +133,21 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
         assert all(torch.equal(outputs[0][name], other[name]) for other in outputs[1:]), name
 
 
+def test_neighbours_are_counted_over_all_processes(refiner, tmp_path, monkeypatch):
+    """One process knows labels of 8 images, 3 of them right; the other knows none, of which it cannot make a share."""
+    monkeypatch.setattr(mr.NNQueue, "lookup_slots", lambda self, z, index, **_: torch.zeros(z.shape[:3], dtype=torch.long))
+    refiner.queue.label.zero_()
+    label = torch.tensor([0] * 3 + [1] * 5 + [-1] * 8)
+
+    def job(rank):
+        rows = slice(8 * rank, 8 * rank + 8)
+        views = [torch.randn(8, 3, c.size, c.size) for c in refiner.config.views.crops]
+        return {"accuracy": refiner.step(views, torch.arange(16)[rows], label[rows], top_k=1).metrics["nn_accuracy"]}
+
+    outputs, _ = on_several(job, tmp_path)
+    assert all(output["accuracy"].tolist() == [3 / 8] * 3 for output in outputs)
+
+
 def test_draws_do_not_depend_on_the_number_of_processes():
     queue, z = mr.NNQueue(2, 64, 8), torch.randn(2, 10, 2, 8)
 
@@ -215,6 +231,55 @@ def _stop_after(left, update, *args):
     left[0] -= 1
     if not left[0]:
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stage", "step"), [(2, 1), (3, 1)])  # the last steps of stages that are shorter than CHECK_EVERY
+def test_sigterm_in_the_last_step_stops_all_processes(digits, tmp_path, monkeypatch, stage, step):
+    preset, some, saving = mr.load_preset("smoke"), digits["train"].take(128), Saving(tmp_path / "checkpoints")
+    watch = Run.watch
+
+    def spy(self, now, losses):
+        if (self.stage, now, distributed.rank()) == (stage, step, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        watch(self, now, losses)
+
+    def job(rank):
+        with pytest.raises(Stopped, match=f"stage {stage}, step {step + 1}; resume from"):
+            mr.refine(mr.build_vit(preset.encoder), some, replace(preset.refine, heads_epochs=1, refine_epochs=1), saving=saving)
+        return {"saved": Checkpoints(saving.folder).files()[-1].name}  # by the first, before any leaves
+
+    monkeypatch.setattr(Run, "watch", spy)
+    outputs, codes = on_several(job, tmp_path)
+    assert codes == [0, 0], [file.read_text() for file in tmp_path.glob("failed*")]
+    assert all(output["saved"].startswith(f"stage{stage}-step{step + 1:08d}") for output in outputs)
+
+
+@pytest.mark.parametrize("trouble", ["not shared", "holds checkpoints already", "other settings"])
+def test_processes_that_cannot_resume_together_all_say_so(vit, tmp_path, monkeypatch, trouble):
+    """None waits for another (the time limit is far longer than the test)."""
+    monkeypatch.setattr(resume, "_digest", _only_on_the_first(resume._digest))
+    Checkpoints(tmp_path / "shared").save({"stage": 1, "step": 7, "settings": {"a": 1}})
+
+    def job(rank):
+        folder = "own" if trouble == "not shared" and rank else "shared"
+        resuming = trouble != "holds checkpoints already"
+        Run(Saving(tmp_path / folder, resume=resuming), {"a": 1 + (rank if trouble == "other settings" else 0)})
+
+    _, codes = on_several(job, tmp_path)
+    assert codes == [1, 1]
+    expected = {"not shared": "not all processes see", "other settings": "other settings"}.get(trouble, trouble)
+    for rank in range(2):
+        assert expected in (tmp_path / f"failed{rank}").read_text()
+
+
+def _only_on_the_first(function):
+    """``function``, not to be called on other processes: a checkpoint is large, one reads all of it."""
+
+    def called(*args):
+        assert distributed.rank() == 0
+        return function(*args)
+
+    return called
 
 
 def test_pretraining_with_a_sharded_model(digits, tmp_path):

@@ -56,6 +56,35 @@ def test_collapse_is_said(refiner, digits, capsys):
     assert "the head on block 2 collapses" in (said := capsys.readouterr().err) and "block 3" not in said
 
 
+def test_a_full_disk_does_not_end_training(refiner, digits, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    few, epochs = digits["train"].take(20), [{"stage": 2, "epoch": 1}]
+    Monitor(few, few, tmp_path).measure(refiner, epochs)
+    assert "knn_last_block" in epochs[0] and list(tmp_path.iterdir()) == []
+    assert "epochs.csv not written" in (said := capsys.readouterr().err) and "training goes on" in said
+
+
+def test_what_cannot_be_measured_is_said_before_training(digits, tmp_path, monkeypatch):
+    few = digits["train"].take(20)
+    unlabelled = few.subset(range(20))
+    unlabelled.labels = None
+    with pytest.raises(mr.InputError, match=r"--watch.* needs a label"):
+        Monitor(few, unlabelled)
+    monkeypatch.setattr("mimrefiner.monitor.find_spec", lambda name: None)
+    with pytest.raises(mr.InputError, match=r"pip install 'mimrefiner\[tensorboard\]'"):
+        Monitor(few, few, tmp_path, tensorboard=True)
+
+
+def test_events_are_written(refiner, digits, tmp_path):
+    pytest.importorskip("tensorboard")
+    few = digits["train"].take(20)
+    Monitor(few, few, tmp_path, tensorboard=True).measure(refiner, [{"stage": 2, "epoch": 1}])
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
 def test_waiting_is_counted(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 6.0, 7.0, 10.0])  # start; ask, get, ask, get; read
     monkeypatch.setattr("time.perf_counter", lambda: next(now))

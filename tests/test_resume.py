@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -44,10 +45,14 @@ def stop_at(monkeypatch, stage, step):
 
     def spy(self, now, losses):
         if (self.stage, now) == (stage, step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            term()
         watch(self, now, losses)
 
     monkeypatch.setattr(resume.Run, "watch", spy)
+
+
+def term() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -69,6 +74,44 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same(smoke, some, tmp_path, mo
     assert sha256_of(resumed.ema_encoder) == sha256_of(alone.ema_encoder)
     pd.testing.assert_frame_equal(resumed.history, alone.history)
     assert resumed.flops == alone.flops
+
+
+@pytest.mark.parametrize("when", ["while stage 2 is saved", "between the stages", "behind the last step"])
+def test_sigterm_outside_of_a_step_is_not_lost(smoke, some, tmp_path, monkeypatch, when):
+    save, freeze, at_once = Checkpoints.save, train.freeze_first, []
+
+    def saving(self, state):
+        save(self, state)
+        if when == "while stage 2 is saved" and state["stage"] == 2:
+            term()
+
+    def between(*args):
+        freeze(*args)
+        if when == "between the stages":
+            term()
+
+    def behind(self, *args):
+        end(self, *args)
+        if when == "behind the last step" and (self.stage, self._next) == (3, self.steps):
+            term()
+
+    end = resume.Run.end_step
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    monkeypatch.setattr(train, "freeze_first", between)
+    monkeypatch.setattr(resume.Run, "end_step", behind)
+    before = signal.signal(signal.SIGTERM, lambda *_: at_once.append(1))
+    try:
+        encoder, how = mr.build_vit(smoke.encoder), {"saving": Saving(tmp_path)}
+        if when == "behind the last step":
+            mr.refine(encoder, some, smoke.refine, **how)
+            assert at_once == [1]  # it then means what it did before
+        else:
+            stage, step = (2, 2) if when == "while stage 2 is saved" else (3, 1)
+            with pytest.raises(Stopped, match=f"stopped at stage {stage}, step {step}; resume from"):
+                mr.refine(encoder, some, smoke.refine, **how)
+            assert at_once == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_resume_restores_dropout_too(smoke, some, tmp_path, monkeypatch):
@@ -103,6 +146,39 @@ def test_the_last_two_are_kept(tmp_path):
     assert {file.suffix for file in tmp_path.iterdir()} == {".pt"}
 
 
+@pytest.mark.parametrize("what", ["rename", "_digest"])
+def test_a_full_disk_after_writing_ends_nothing(tmp_path, capsys, monkeypatch, what):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    store = save_steps(tmp_path, 1)
+    monkeypatch.setattr(Path if what == "rename" else resume, what, full)
+    store.save({**STATE, "step": 2})
+    assert "step 2 not written" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert store.newest()["step"] == 1
+
+
+def test_a_start_by_mistake_leaves_the_file_that_is_being_written(smoke, some, tmp_path):
+    save_steps(tmp_path, 1)
+    (tmp_path / ".writing-abc.pt").write_bytes(b"half")
+    with pytest.raises(mr.InputError, match="holds checkpoints already"):
+        mr.pretrain(mr.build_vit(smoke.encoder), some, smoke.pretrain, saving=Saving(tmp_path))
+    assert (tmp_path / ".writing-abc.pt").exists()
+
+
+def test_numpy_numbers_in_a_config_are_saved_as_pythons(smoke, some, tmp_path):
+    encoder, config = mr.build_vit(smoke.encoder), replace(smoke.pretrain, epochs=1, base_lr=np.float64(1e-3))
+    one = mr.pretrain(encoder, some, config, saving=Saving(tmp_path))
+    again = mr.pretrain(encoder, some, replace(config, base_lr=1e-3), saving=Saving(tmp_path, resume=True))
+    assert sha256_of(one.model) == sha256_of(again.model)
+
+
+def test_the_history_is_beside_the_checkpoints(smoke, some, tmp_path):
+    result = mr.pretrain(mr.build_vit(smoke.encoder), some, smoke.pretrain, saving=Saving(tmp_path))
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), result.history, check_exact=False)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
 def test_a_damaged_checkpoint_is_refused_and_said(tmp_path, capsys, damage):
     store = save_steps(tmp_path, 1, 2)
@@ -114,6 +190,17 @@ def test_a_damaged_checkpoint_is_refused_and_said(tmp_path, capsys, damage):
     store.files()[-1].write_bytes(content)
     assert store.newest()["step"] == 1
     assert "stage2-step00000002" in (said := capsys.readouterr().err) and "is damaged" in said
+
+
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(tmp_path, capsys):
+    """Those of later steps, found damaged, no longer count among the last ones."""
+    store = save_steps(tmp_path, 1, 5, 6)
+    for file in store.files():
+        file.write_bytes(b"half")
+    assert store.newest() is None
+    assert len(list(tmp_path.glob("*.damaged"))) == 2 and capsys.readouterr().err.count(".damaged") == 2
+    save_steps(tmp_path, 2, 3)
+    assert store.newest()["step"] == 3
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, capsys, monkeypatch):
@@ -144,6 +231,9 @@ def test_other_settings_are_refused_by_name(smoke, some, tmp_path):
         mr.pretrain(encoder, some, replace(smoke.pretrain, mask_ratio=0.5), saving=Saving(tmp_path, resume=True))
     with pytest.raises(mr.InputError, match="holds checkpoints already"):
         mr.pretrain(encoder, some, smoke.pretrain, saving=Saving(tmp_path))
+    others = some.subset(range(len(some))[::-1])  # as many images of the same name
+    with pytest.raises(mr.InputError, match=r"other settings \(data\)"):
+        mr.pretrain(encoder, others, smoke.pretrain, saving=Saving(tmp_path, resume=True))
 
 
 def test_nan_names_head_and_step_and_keeps_the_last_good_checkpoint(smoke, some, tmp_path, monkeypatch):
@@ -163,6 +253,21 @@ def test_nan_names_head_and_step_and_keeps_the_last_good_checkpoint(smoke, some,
     state = Checkpoints(tmp_path).newest()
     assert state["step"] == 1
     assert all(x.isfinite().all() for x in state["parts"]["refiner"].values() if x.is_floating_point())
+
+
+def test_nan_names_the_earliest_step_and_advice_that_can_be_followed(smoke):
+    run = resume.Run(None, {})
+    run.begin(2, 9)
+    for step, losses in enumerate([[1, 1], [1, float("nan")], [float("inf"), 1]]):
+        run.watch(step, torch.tensor(losses))
+    with pytest.raises(FloatingPointError, match=r"at step 1 in B: start again .* raise the temperature") as caught:
+        run.check_finite([" in A", " in B"])
+    assert "checkpoint" not in str(caught.value)
+    run.begin(1, 9)
+    run.watch(0, torch.tensor([float("nan")]))
+    with pytest.raises(FloatingPointError, match="at step 0: ") as caught:
+        run.check_finite([""])
+    assert "temperature" not in str(caught.value)
 
 
 def test_damaged_weights_are_not_saved(smoke, some, tmp_path, monkeypatch):
@@ -212,7 +317,11 @@ def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys
     assert main(arguments) == 2
     assert "holds checkpoints already" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
-    expected = ["ema_encoder.safetensors", "encoder.safetensors", "epochs.csv", "history.csv"]
+    expected = ["ema_encoder.safetensors", "encoder.safetensors", "epochs.csv", "history.csv", "settings.json"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
+    (tmp_path / "out" / "checkpoints").mkdir()  # as a kill before their removal leaves them
     assert main([*arguments, "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
+    assert main([*arguments, "--resume", "--seed", "1"]) == 2
+    assert "holds a finished run with other settings (seed" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
+from timm.layers import PatchDropout
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -300,6 +301,14 @@ def test_micro_batches_bound_what_the_encoder_sees(smoke):
     train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=4)
     assert max(seen) == 4 * 2  # two crops of one size pass together
     assert rows == [16 * 4]
+
+
+def test_micro_batches_refuse_patches_left_out_at_random(smoke):
+    encoder = mr.build_vit(smoke.encoder)
+    encoder.patch_drop = PatchDropout(0.5)
+    refiner = mr.MIMRefiner(encoder, smoke.refine)
+    with pytest.raises(mr.InputError, match="without dropout"):
+        train.forward_backward(refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4)
 
 
 def test_micro_batches_refuse_what_two_passes_would_change(smoke):

@@ -198,6 +198,8 @@ def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str |
     photos = [(Image.effect_noise((256, 256), 80).convert("RGB"), 0) for _ in range(batch)]
     print("| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|")
     for name, value in seconds.items():
+        if device == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps for later the child could not have
         call = [sys.executable, __file__, "refine", "--device", device, "--vit", vit, "--only", name, *["--small"] * small]
         held = float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
         with plain_attention(refiner, torch.device(device)):
@@ -211,16 +213,22 @@ def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str |
 def data_wait_share(way, photos: list, views, device: str, steps: int) -> float:
     """The share of the time that ``way`` waits for its views, as ``--watch`` records it."""
     options = {"seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": device}
-    meter = Meter(len(photos))
+    meter = Meter(len(photos), device)
     for images, *_ in meter.waiting(view_batches(photos, views, batch_size=len(photos), steps=steps, **options)):
         way(images)
     return meter.read()["data_wait_share"]
 
 
 def matmul_peak(device: str) -> float:
-    """Operations per second of a large bfloat16 matrix product."""
-    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
-    return 2 * 2048**3 / compare({"": lambda: a @ a}, device, 5)[""]
+    """Operations per second of large bfloat16 matrix products; on a GPU larger ones, several of them between two waits."""
+    size, times = (8192, 10) if device == "cuda" else (2048, 1)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+
+    def products():
+        for _ in range(times):
+            a @ a
+
+    return 2 * times * size**3 / compare({"": products}, device, 5)[""]
 
 
 def ours_stage_3(refiner, index):
