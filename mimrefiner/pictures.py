@@ -70,7 +70,7 @@ def plot_attention(
     bottom, height = all_axes[-1, 0].get_position().y0, all_axes[1, 0].get_position().y1 - all_axes[-1, 0].get_position().y0
     bar = figure.colorbar(drawn, cax=figure.add_axes((0.925, bottom, 0.014, height)))
     uniform = 1 / next(iter(maps.values()))[0].size
-    bar.ax.axhline(uniform, color="white", linewidth=1.2)
+    bar.ax.axhline(uniform, color=PALETTE[5], linewidth=1.5)
     bar.set_label(f"attention (line: uniform, {uniform:.3g})", fontsize=7)
     return figure
 

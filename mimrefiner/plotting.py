@@ -103,6 +103,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
         window: steps of a running mean; the values themselves stay behind it, faint.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
+    history = history.reset_index(drop=True)
     both = history["stage"].nunique() > 1
     offset = history.loc[history["stage"] == 2, "step"].max() + 1 if both else 0
     step = history["step"] + np.where(history["stage"] == 3, offset, 0)
