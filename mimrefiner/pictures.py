@@ -31,22 +31,65 @@ def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, ti
     Args:
         rows: row label -> (image (height, width, 3) uint8, right or wrong or None) for every column; right gets a blue frame, wrong
             an orange dashed one.
-        title: over the figure.
+        title: over the figure, in one line or more.
     """
-    columns = max(len(row) for row in rows.values())
-    side = PAGE * 0.84 / columns
-    figure, all_axes = plt.subplots(len(rows), columns, figsize=(PAGE, len(rows) * side * 1.12 + 0.35), squeeze=False)
-    for row_axes, (label, row) in zip(all_axes, rows.items(), strict=True):
+    figure, all_axes = _picture_grid(len(rows), max(len(row) for row in rows.values()), list(rows), title)
+    for row_axes, row in zip(all_axes, rows.values(), strict=True):
         for axes, (image, right) in zip(row_axes, row, strict=True):
             axes.imshow(image, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set(visible=right is not None, linewidth=1.8, color=PALETTE[0] if right else PALETTE[1])
-                spine.set_linestyle("-" if right else "--")
-        row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6, fontsize=7)
-    figure.subplots_adjust(left=0.16, right=0.995, bottom=0.01, top=1 - 0.3 / figure.get_figheight(), wspace=0.08, hspace=0.08)
-    figure.suptitle(title, fontsize=9)
+            if right is not None:
+                style = {"edgecolor": PALETTE[0]} if right else {"edgecolor": PALETTE[1], "linestyle": (0, (2.2, 1))}
+                axes.add_patch(
+                    plt.Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, clip_on=False, linewidth=1.8, **style)
+                )
     return figure
+
+
+def plot_attention(
+    images: Sequence[np.ndarray], maps: dict[str, np.ndarray], place: tuple[float, float, float], *, title: str
+) -> Figure:
+    """Images, and under each what one of its patches attends to, as colours on one scale; the image's outlines are drawn on top.
+
+    Args:
+        images: (height, width, 3) uint8 each.
+        maps: row label -> attention (images, rows of patches, columns of patches), which sums to 1 over the patches.
+        place: left, top and side in pixels of the patch that attends; it gets a frame.
+        title: over the figure.
+    """
+    figure, all_axes = _picture_grid(1 + len(maps), len(images), ["image", *maps], title, right=0.91)
+    top, (height, width, _) = max(weights.max() for weights in maps.values()), images[0].shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for column, image in enumerate(images):
+        all_axes[0, column].imshow(image, interpolation="nearest")
+        for axes, weights in zip(all_axes[1:, column], maps.values(), strict=True):
+            drawn = axes.imshow(weights[column], cmap="magma", vmin=0, vmax=top, extent=extent, interpolation="nearest")
+            axes.contour(image.mean(-1), levels=[127.5], colors="white", linewidths=0.7)
+        for axes in all_axes[:, column]:
+            left, upper, side = place
+            axes.add_patch(plt.Rectangle((left - 0.5, upper - 0.5), side, side, fill=False, edgecolor=PALETTE[5], linewidth=1.4))
+    bottom, height = all_axes[-1, 0].get_position().y0, all_axes[1, 0].get_position().y1 - all_axes[-1, 0].get_position().y0
+    bar = figure.colorbar(drawn, cax=figure.add_axes((0.925, bottom, 0.014, height)))
+    uniform = 1 / next(iter(maps.values()))[0].size
+    bar.ax.axhline(uniform, color=PALETTE[5], linewidth=1.5)
+    bar.set_label(f"attention (line: uniform, {uniform:.3g})", fontsize=7)
+    return figure
+
+
+def _picture_grid(rows: int, columns: int, labels: Sequence[str], title: str, right: float = 0.995) -> tuple[Figure, np.ndarray]:
+    """Square axes without ticks, a fixed gap between them and a label left of every row: (figure, axes (rows, columns))."""
+    left, gap = 0.14, 0.075  # share of the width, inches
+    side = (PAGE * (right - left) - gap * (columns - 1)) / columns
+    above = 0.14 + 0.16 * (1 + title.count("\n"))
+    height = rows * side + (rows - 1) * gap + above + 0.05
+    figure, all_axes = plt.subplots(rows, columns, figsize=(PAGE, height), squeeze=False)
+    figure.subplots_adjust(left, 0.05 / height, right, 1 - above / height, gap / side, gap / side)
+    for axes in all_axes.flat:
+        axes.set(xticks=[], yticks=[])
+        sns.despine(ax=axes, left=True, bottom=True)
+    for axes, label in zip(all_axes[:, 0], labels, strict=True):
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6, fontsize=7)
+    figure.suptitle(title, fontsize=9, x=(left + right) / 2, y=1 - 0.04 / height, va="top")
+    return figure, all_axes
 
 
 def plot_circles(panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]], *, title: str) -> Figure:
@@ -129,10 +172,13 @@ def block_slider(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *,
     ipywidgets.interact(show, panel=slider)
 
 
-def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str) -> Figure:
-    """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the one on x), values 0 to 1."""
+def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str, top: float | None = 1) -> Figure:
+    """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the one on x).
+
+    ``top``: of the colour scale, which begins at 0; None: the highest value of the table.
+    """
     figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
-    image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
     for axis, blocks in ((axes.xaxis, table.shape[1]), (axes.yaxis, table.shape[0])):
         shown = [b for b in range(blocks) if blocks <= 12 or b == 0 or (b + 1) % 4 == 0]
         axis.set_ticks(shown, [str(b + 1) for b in shown])

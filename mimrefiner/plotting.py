@@ -92,7 +92,7 @@ def plot_block_panels(
     return figure
 
 
-def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, by: str = "block") -> Figure:
+def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, by: str = "block", window: int = 1) -> Figure:
     """Training curves: one small panel per metric, one line per head (or per value of ``by``).
 
     Args:
@@ -101,8 +101,10 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
         metrics: column -> title of its panel, with its unit.
         title: over the figure.
         by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
+        window: steps of a running mean; the values themselves stay behind it, faint.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
+    history = history.reset_index(drop=True)
     both = history["stage"].nunique() > 1
     offset = history.loc[history["stage"] == 2, "step"].max() + 1 if both else 0
     step = history["step"] + np.where(history["stage"] == 3, offset, 0)
@@ -112,7 +114,11 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
         for value, colour in zip(values, colours, strict=True):
             chosen = history[by] == value
             name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
-            axes.plot(step[chosen], history.loc[chosen, metric], color=colour, label=name, linewidth=1.1)
+            raw = history.loc[chosen, metric]
+            smooth = raw.groupby(history["stage"]).transform(lambda x: x.rolling(window, 1, center=True).mean())
+            axes.plot(step[chosen], smooth, color=colour, label=name, linewidth=1.1, zorder=3)
+            if window > 1:
+                axes.plot(step[chosen], raw, color=colour, linewidth=0.5, alpha=0.3)
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
         axes.set(xlabel="step")

@@ -24,10 +24,22 @@ def test_maps_tell_many_classes_apart():
 def test_neighbours_are_framed_by_right_and_wrong():
     image = np.zeros((4, 4, 3), np.uint8)
     figure = pictures.plot_neighbours({"query": [(image, None), (image, True), (image, False)]}, title="t")
-    frames = [axes.spines["left"] for axes in figure.axes]
-    assert [frame.get_visible() for frame in frames] == [False, True, True]
-    assert [frame.get_linestyle() for frame in frames[1:]] == ["-", "--"]
+    frames = [list(axes.patches) for axes in figure.axes]
+    assert [len(found) for found in frames] == [0, 1, 1]
+    assert [frame.get_linestyle() == "solid" for (frame,) in frames[1:]] == [True, False]
     assert figure.axes[0].get_ylabel() == "query"
+
+
+def test_attention_is_drawn_on_one_scale_with_the_uniform_value():
+    images = [np.zeros((8, 8, 3), np.uint8)] * 2
+    maps = {"block 1": np.full((2, 2, 2), 0.25), "block 2": np.array([np.eye(2) / 2] * 2)}
+    for image in images:
+        image[:, :4] = 255
+    figure = pictures.plot_attention(images, maps, (4, 4, 4), title="t")
+    drawn = [axes.images[0] for axes in figure.axes[2:6]]
+    assert {image.get_clim() for image in drawn} == {(0, 0.5)}
+    assert figure.axes[-1].get_ylabel() == "attention (line: uniform, 0.25)"
+    assert len(figure.axes[2].patches) == 1
 
 
 def test_likeness_counts_blocks_from_one():

@@ -94,3 +94,13 @@ def test_paper_figures_use_the_published_numbers():
     line = paper[paper["table_or_figure"] == "Figure 1 (timeline)"].assign(date="2024/02", name="m")
     drawn = plotting.plot_timeline(line, title="t").axes[0].lines[0].get_ydata()
     assert sorted(drawn) == sorted(line["value"])
+
+
+def test_a_running_mean_is_drawn_over_the_values_and_does_not_cross_stages():
+    rows = [{"stage": s, "step": t, "block": 0, "loss": float(10 * s + t % 2)} for s in (2, 3) for t in range(4)]
+    history = pd.concat([pd.DataFrame(rows[:4]), pd.DataFrame(rows[4:])])
+    figure = plotting.plot_history(history, {"loss": "loss"}, title="t", window=3)
+    smooth, raw = figure.axes[0].lines[:2]
+    assert raw.get_ydata().tolist() == [20, 21, 20, 21, 30, 31, 30, 31]
+    assert smooth.get_ydata().tolist() == pytest.approx([20.5, 61 / 3, 62 / 3, 20.5, 30.5, 91 / 3, 92 / 3, 30.5])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block 1"]

@@ -66,6 +66,7 @@ def reconstruction(
     depth: int = 2,
     dim: int = 512,
     heads: int = 16,
+    flip: bool = True,
     seed: int = 0,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
@@ -80,6 +81,7 @@ def reconstruction(
             is ``base_lr * batch_size / 256``.
         mask_ratio: share of masked patches.
         depth, dim, heads: of each decoder; the defaults are the paper's.
+        flip: whether training images are mirrored at random; False where that changes what they are, as with digits.
 
     Returns:
         One row per block (metric "masked_mse", columns as :data:`mimrefiner.probes.checks.COLUMNS`), and the trained decoders.
@@ -90,7 +92,7 @@ def reconstruction(
         size = encoder.patch_embed.img_size[0]
         patches = (size // model.patch) ** 2
         mean, std = normalisation(encoder)
-        crop = Crop(size, (0.2, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)
+        crop = Crop(size, (0.2, 1.0), flip_p=0.5 * flip, jitter_p=0.0, grey_p=0.0)
         batch_size = min(batch_size, len(train))
         steps = max(1, round(epochs * (len(train) // batch_size)))
         optimizer = torch.optim.AdamW(model.decoders.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
