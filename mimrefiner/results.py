@@ -187,7 +187,7 @@ def count(n: int, noun: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Names of protocols in ``text`` as people say them: "logistic_1shot" is "1-shot", "logistic_0.01" "1 %", "kmeans" "k-means"."""
+    """Names of protocols in ``text`` as people say them: "logistic_1shot" is "1-shot", "logistic_0.01" "1 %", "knn" "k-NN"."""
     text = re.sub(r"logistic_(\d+)shot", r"\1-shot", text)
     text = re.sub(r"logistic_(0\.\d+)", lambda share: f"{100 * float(share[1]):g} %", text)
     text = re.sub(r"\blinear(_\w+)?\b", "linear probe", text)
