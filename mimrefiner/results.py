@@ -161,7 +161,11 @@ def write_table(frame: pd.DataFrame, path: Path, *, printed: Sequence[str] | Non
     """
     write_csv(frame, path.with_suffix(".csv"))
     shown = frame if printed is None else frame[list(printed)]
-    latex = shown.to_latex(index=False, escape=True, na_rep="", float_format="%.4g", longtable=printed is not None)
+    form = {}
+    if printed is not None:
+        wide = [shown[column].astype(str).str.len().max() > 20 for column in shown]  # these break into lines
+        form = {"longtable": True, "column_format": "".join(r"p{0.2\linewidth}" if w else "l" for w in wide)}
+    latex = shown.to_latex(index=False, escape=True, na_rep="", float_format="%.4g", **form)
     text = {".md": markdown_table(frame), ".tex": latex}
     for suffix, table in text.items():
         with atomic_file(path.with_suffix(suffix)) as temporary:
