@@ -91,7 +91,7 @@ def plot_block_panels(
     return figure
 
 
-def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, by: str = "block", smooth: int = 1) -> Figure:
+def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, by: str = "block", window: int = 1) -> Figure:
     """Training curves: one small panel per metric, one line per head (or per value of ``by``).
 
     Args:
@@ -101,7 +101,7 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
         metrics: column -> title of its panel, with its unit.
         title: over the figure.
         by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
-        smooth: steps of the running mean (within a stage) that is drawn over what it is made of.
+        window: steps of a running mean within a stage; the values themselves stay behind it, faint.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
     both = history["stage"].nunique() > 1
@@ -113,11 +113,11 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
             name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
             steps = history[history[by] == value].groupby(["stage", "step"])[metric].agg(["mean", "std"])
             x = steps.index.get_level_values("step") + offset * (steps.index.get_level_values("stage") == 3)
-            mean, spread = (steps[c].groupby("stage").transform(lambda y: y.rolling(smooth, 1, center=True).mean()) for c in steps)
+            mean, spread = (steps[c].groupby("stage").transform(lambda y: y.rolling(window, 1, center=True).mean()) for c in steps)
             axes.plot(x, mean, color=colour, label=name, linewidth=1.1)
             if spread.notna().any():
                 axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-            if smooth > 1:
+            if window > 1:
                 axes.plot(x, steps["mean"], color=colour, linewidth=0.5, alpha=0.3)
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)

@@ -50,3 +50,20 @@ def test_the_arrow_of_a_force_begins_at_its_point():
     axes = pictures.plot_circles({"one": panel}, title="t").axes[0]
     assert axes.get_title() == "one"
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(panel[0])
+
+
+def test_the_slider_asks_for_a_map_when_it_is_shown_and_once(monkeypatch):
+    widgets = pytest.importorskip("ipywidgets")
+    asked, shown = [], {}
+    monkeypatch.setattr(widgets, "interact", lambda show, **controls: shown.update(show=show, **controls))
+
+    def map_of(model, block):
+        asked.append((model, block))
+        return np.zeros((2, 2))
+
+    pictures.block_slider(map_of, ["before", "refined"], 3, [0, 1], ["a", "b"], title="t")
+    assert [value for _, value in shown["block"].options] == [0, 1, 2]
+    assert asked == []
+    for _ in range(2):
+        shown["show"]("refined", 1)
+    assert asked == [("refined", 1)]

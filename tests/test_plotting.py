@@ -65,7 +65,7 @@ def test_history_of_several_seeds_is_their_mean_smoothed_within_a_stage():
         {"seed": seed, "stage": s, "step": t, "block": 0, "loss": 10.0 * s + t + seed}
         for seed in (0, 2) for s in (2, 3) for t in range(3)
     ]  # fmt: skip
-    axes = plotting.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t", smooth=3).axes[0]
+    axes = plotting.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t", window=3).axes[0]
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([21.5, 22, 22.5, 31.5, 32, 32.5])
     assert axes.lines[1].get_ydata().tolist() == [21, 22, 23, 31, 32, 33]  # faint, as measured
     assert len(axes.collections) == 1
