@@ -4,7 +4,7 @@ import pandas as pd
 
 from mimrefiner.catalogue import BY_NAME
 from mimrefiner.config import PAPER_MODELS, load_preset
-from mimrefiner.results import KNN_PROTOCOL
+from mimrefiner.results import KNN_PROTOCOL, compare
 from mimrefiner.store import IMAGENET
 
 IMAGENET_TRAIN = 1_281_167
@@ -17,13 +17,15 @@ STAGES = {"before": "", "refined": "-Refined", "refined (EMA)": "-Refined"}  # a
 PAPER_NAMES = {"mae": "MAE", "d2v2": "D2V2", "dbot": "dBOT", "crossmae": "CrossMAE"}
 KNN = ("IN1K", "k-NN", "top1", "")
 TUNED = "logistic regression on frozen features; the paper fine-tunes"
+DRAWN = "labelled images drawn here, not the published splits"
 UNSTATED = "the paper states neither split nor algorithm"
 CLUSTERS = "clustering (split and algorithm not stated in image)"
+BEGIN_AT_RANDOM = ("linear", "kmeans")  # protocols that differ from seed to seed on the same weights and images
 # (protocol, metric) of our rows -> dataset, protocol, metric of paper_values.csv, and why the two are not comparable ("": they are)
 PROTOCOLS = {
     (KNN_PROTOCOL, "accuracy"): KNN,
     ("knn", "accuracy"): KNN,
-    **{(f"logistic_{n}shot", "accuracy"): (f"IN1K {n}-shot", "low-shot", "top1", "") for n in (1, 2, 5)},
+    **{(f"logistic_{n}shot", "accuracy"): (f"IN1K {n}-shot", "low-shot", "top1", DRAWN) for n in (1, 2, 5)},
     ("logistic_0.01", "accuracy"): ("IN1K 1%", "fine-tune", "top1", TUNED),
     ("logistic_0.1", "accuracy"): ("IN1K 10%", "fine-tune", "top1", TUNED),
     ("linear", "accuracy"): ("IN1K", "linear probe", "top1", "features of centre crops; the paper augments"),
@@ -33,15 +35,18 @@ PROTOCOLS = {
 
 
 def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The result rows that measure a published number, for :func:`mimrefiner.results.compare`.
+    """What of the result rows measures a published number, for :func:`mimrefiner.results.compare`.
 
-    These are rows of the last block of released weights on ImageNet-1K, made with a ``paper-*`` preset.
+    These are rows of the last block of released weights on ImageNet-1K, made with a ``paper-*`` preset; of several banks of
+    training images the largest one counts. Released weights are one model, whatever the seed: k-NN, and the mean over draws of
+    labelled images, are one value for each of them; linear probes and k-means, which begin at random, one for each seed.
 
     Args:
         rows: columns ROW_COLUMNS.
 
     Returns:
-        The rows with a column ``paper_id`` and ``value`` in the paper's unit (percent); why some are not comparable, by paper_id.
+        One row per published number, weights and seed, with a column ``paper_id`` and ``value`` in the paper's unit (percent); why
+        some are not comparable, by paper_id.
     """
     found, reasons = [], {}
     for row in rows.to_dict("records"):
@@ -55,12 +60,27 @@ def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
         dataset, protocol, metric, reason = PROTOCOLS[key]
         patch = preset.encoder.patch_size
         paper_id = "|".join((PAPER_NAMES[family] + STAGES[row["model"]], f"{size[:-2].upper()}/{patch}", dataset, protocol, metric))
-        if not reason and row["n_train"] < IMAGENET_TRAIN:
-            reason = f"drawn from {row['n_train']:,} of the {IMAGENET_TRAIN:,} training images"
         if reason:
             reasons[paper_id] = reason
-        found.append({**row, "value": 100 * row["value"], "paper_id": paper_id})
-    return pd.DataFrame(found, columns=[*rows.columns, "paper_id"]), reasons
+        repeat = row["seed"] if row["protocol"] in BEGIN_AT_RANDOM else 0
+        found.append({**row, "seed": repeat, "value": 100 * row["value"], "paper_id": paper_id})
+    found = pd.DataFrame(found, columns=[*rows.columns, "paper_id"])
+    found = found[found["n_train"] == found.groupby("paper_id")["n_train"].transform("max")]
+    for paper_id, n in found.groupby("paper_id")["n_train"].max().items():
+        if n < IMAGENET_TRAIN:
+            reasons.setdefault(paper_id, f"drawn from {n:,} of the {IMAGENET_TRAIN:,} training images")
+    once = ["paper_id", "weights_sha256", "seed"]
+    mean = found.groupby(once)["value"].mean().reset_index()
+    return found.drop(columns="value").drop_duplicates(once).merge(mean, on=once), reasons
+
+
+def comparison(rows: pd.DataFrame) -> pd.DataFrame:
+    """:func:`mimrefiner.results.compare` of the result rows; a number that was not measured says what that would need."""
+    table = compare(*measurements(rows))
+    missing = table["measured"].isna()
+    table.loc[missing, "comparable"] = "not measured"
+    table.loc[missing, "why_not"] = [needs(number) for number in table[missing].to_dict("records")]
+    return table
 
 
 def needs(number: dict) -> str:

@@ -1,6 +1,7 @@
 """Figures made of images and maps: neighbours, clusters, forces, likeness; in the style of :mod:`mimrefiner.plotting`."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,8 +10,12 @@ from matplotlib.figure import Figure
 
 from mimrefiner.plotting import COLUMN, MARKERS, PAGE, PALETTE, legend_below
 
-# of classes, of which there are more than seven: Petroff 2021, arXiv 2107.02270
-CLASS_PALETTE = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+# of classes, of which there are more than seven; after Petroff 2021, arXiv 2107.02270, with black and four more for its two greys
+CLASS_PALETTE = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#009e73", "#832db6", "#a96b59", "#e76300",
+    "#b9ac70", "#111111", "#92dadd", "#1f3a93", "#e58ac0", "#a6d854", "#8a8d96",
+)  # fmt: skip
+CELLS = 14  # thumbnails on one side of a map
 
 
 def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
@@ -134,42 +139,69 @@ def plot_maps(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, ti
         _draw_map(axes, xy, labels, classes)
         axes.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    fitting = max(1, 110 // (max(map(len, classes)) + 5))  # about 110 letters and marks in a line of the page's width
-    legend_below(figure, all_axes[0, 0], columns=min(len(classes), 10, fitting))
+    legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
     return figure
 
 
-def plot_thumbnails(xy: np.ndarray, images: Sequence[np.ndarray], labels, *, title: str, most: int = 250) -> Figure:
-    """A map drawn with the images themselves, framed in their class's colour; images that would cover another are left out."""
-    figure, axes = plt.subplots(figsize=(PAGE * 0.8, PAGE * 0.8), layout="constrained")
-    places = (xy - xy.min(0)) / np.ptp(xy, axis=0)  # UMAP's axes have no unit
-    taken: list[np.ndarray] = []
-    for place, image, label in zip(places, images, labels, strict=True):
-        if len(taken) >= most or any(np.abs(place - other).max() < 0.038 for other in taken):
-            continue
-        taken.append(place)
-        box = (place[0] - 0.018, place[0] + 0.018, place[1] - 0.018, place[1] + 0.018)
-        axes.imshow(image, extent=box, interpolation="nearest", zorder=2)
-        colour, _ = _class_style(int(label))
-        axes.add_patch(plt.Rectangle((box[0], box[2]), 0.036, 0.036, fill=False, edgecolor=colour, linewidth=1.2, zorder=3))
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=[], yticks=[], aspect="equal")
-    sns.despine(ax=axes, left=True, bottom=True)
-    axes.set_title(f"{title}; {len(taken)} of {len(images)} images", fontsize=9)
+def plot_thumbnails(
+    maps: dict[str, np.ndarray], images: Sequence[np.ndarray], labels, classes: Sequence[str], *, title: str
+) -> Figure:
+    """Maps drawn with the images themselves, framed in their class's colour, one panel per map.
+
+    An image stands in the cell of a grid nearest to its place, or in the nearest free one a few cells away, so that several of
+    one island are seen; it is left out where there is none. Arguments as :func:`plot_maps`, ``images`` (height, width, 3) uint8.
+    """
+    figure, all_axes = plt.subplots(1, len(maps), figsize=(PAGE, PAGE / len(maps) + 0.6), layout="constrained", squeeze=False)
+    for axes, (name, xy) in zip(all_axes.flat, maps.items(), strict=True):
+        cells = _free_cells(CELLS * (xy - xy.min(0)) / np.ptp(xy, axis=0))  # UMAP's axes have no unit
+        for i, (column, row) in cells.items():
+            axes.imshow(images[i], extent=(column, column + 0.92, row, row + 0.92), interpolation="nearest", zorder=2)
+            colour, _ = _class_style(int(labels[i]))
+            axes.add_patch(plt.Rectangle((column, row), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=1.2, zorder=3))
+        axes.set(xlim=(-0.1, CELLS + 0.1), ylim=(-0.1, CELLS + 0.1), xticks=[], yticks=[], aspect="equal")
+        sns.despine(ax=axes, left=True, bottom=True)
+        axes.set_title(f"{name}: {len(cells)} of {len(images)} images", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    for i, name in enumerate(classes):
+        all_axes[0, 0].plot([], [], "s", color=_class_style(i)[0], markerfacecolor="none", markeredgewidth=1.2, label=name)
+    legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
     return figure
 
 
-def block_slider(maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str) -> None:
-    """A slider over maps, shown in the notebook; needs ipywidgets and a live kernel."""
+def _free_cells(places: np.ndarray, reach: float = 2.5) -> dict[int, tuple[int, int]]:
+    """Point -> cell of the grid, no cell twice: the nearest free one within ``reach``; ``places``: (images, 2) from 0 to CELLS."""
+    grid = np.stack(np.meshgrid(*[np.arange(CELLS)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    free, cells = np.ones(len(grid), bool), {}
+    for i in np.random.default_rng(0).permutation(len(places)):  # else the first classes would take all cells
+        distance = np.where(free, np.linalg.norm(grid + 0.5 - places[i], axis=1), np.inf)
+        nearest = int(distance.argmin())
+        if distance[nearest] <= reach:
+            free[nearest] = False
+            cells[int(i)] = (int(grid[nearest, 0]), int(grid[nearest, 1]))
+    return cells
+
+
+def block_slider(
+    map_of: Callable[[str, int], np.ndarray], models: Sequence[str], depth: int, labels, classes: Sequence[str], *, title: str
+) -> None:
+    """A slider over blocks and a choice of models, shown in the notebook; needs ipywidgets and a live kernel.
+
+    ``map_of``: (model, 0-based block) -> points in the plane, (images, 2); asked for when a map is first shown.
+    """
     import ipywidgets
 
-    def show(panel: str) -> None:
-        axes = plt.figure(figsize=(COLUMN * 1.4, COLUMN * 1.4), layout="constrained").add_subplot()
-        _draw_map(axes, maps[panel], labels, classes)
-        axes.set_title(f"{title}: {panel}")
+    map_of = functools.cache(map_of)
+
+    def show(model: str, block: int) -> None:
+        axes = plt.figure(figsize=(COLUMN, COLUMN), layout="constrained").add_subplot()
+        _draw_map(axes, map_of(model, block), labels, classes)
+        axes.set_title(f"{title}: {model}, block {block + 1}")
         plt.show()
 
-    slider = ipywidgets.SelectionSlider(options=list(maps), description="after", continuous_update=False)
-    ipywidgets.interact(show, panel=slider)
+    slider = ipywidgets.SelectionSlider(
+        options=[(f"block {b + 1}", b) for b in range(depth)], description="after", continuous_update=False
+    )
+    ipywidgets.interact(show, model=ipywidgets.ToggleButtons(options=list(models), description="model"), block=slider)
 
 
 def plot_similarity(table: np.ndarray, *, title: str, xlabel: str, ylabel: str, top: float | None = 1) -> Figure:
@@ -195,6 +227,12 @@ def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
     sns.despine(ax=axes, left=True, bottom=True)
 
 
+def _legend_columns(classes: Sequence[str]) -> int:
+    """About 110 letters and marks fit in a line of the page's width."""
+    return min(len(classes), 10, max(1, 110 // (max(map(len, classes)) + 5)))
+
+
 def _class_style(i: int) -> tuple[str, str]:
-    """Colour and marker of class ``i``: colours repeat after ten, pairs of both after 70."""
-    return CLASS_PALETTE[i % len(CLASS_PALETTE)], MARKERS[i % len(MARKERS)]
+    """Colour and marker of class ``i``: colours repeat after fourteen, pairs of both after 98."""
+    n = len(CLASS_PALETTE)
+    return CLASS_PALETTE[i % n], MARKERS[(i + i // n) % len(MARKERS)]

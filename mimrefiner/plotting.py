@@ -97,28 +97,29 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
 
     Args:
         history: of :func:`mimrefiner.refine`, columns stage, step, ``by`` and the metrics; where both stages are in it, stage 3
-            is to the right of the dotted line.
+            is to the right of the dotted line; with a column seed the line is the mean over seeds and the band ± one standard
+            deviation.
         metrics: column -> title of its panel, with its unit.
         title: over the figure.
         by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
-        window: steps of a running mean; the values themselves stay behind it, faint.
+        window: steps of a running mean within a stage; the values themselves stay behind it, faint.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
-    history = history.reset_index(drop=True)
     both = history["stage"].nunique() > 1
     offset = history.loc[history["stage"] == 2, "step"].max() + 1 if both else 0
-    step = history["step"] + np.where(history["stage"] == 3, offset, 0)
     values = sorted(history[by].unique())
     colours = sns.color_palette("viridis", len(values))
     for axes, (metric, label) in zip(np.atleast_1d(all_axes), metrics.items(), strict=True):
         for value, colour in zip(values, colours, strict=True):
-            chosen = history[by] == value
             name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
-            raw = history.loc[chosen, metric]
-            smooth = raw.groupby(history["stage"]).transform(lambda x: x.rolling(window, 1, center=True).mean())
-            axes.plot(step[chosen], smooth, color=colour, label=name, linewidth=1.1, zorder=3)
+            steps = history[history[by] == value].groupby(["stage", "step"])[metric].agg(["mean", "std"])
+            x = steps.index.get_level_values("step") + offset * (steps.index.get_level_values("stage") == 3)
+            mean, spread = (steps[c].groupby("stage").transform(lambda y: y.rolling(window, 1, center=True).mean()) for c in steps)
+            axes.plot(x, mean, color=colour, label=name, linewidth=1.1)
+            if spread.notna().any():
+                axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
             if window > 1:
-                axes.plot(step[chosen], raw, color=colour, linewidth=0.5, alpha=0.3)
+                axes.plot(x, steps["mean"], color=colour, linewidth=0.5, alpha=0.3)
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
         axes.set(xlabel="step")
@@ -167,17 +168,27 @@ def plot_ablations(rows: pd.DataFrame, *, title: str, metric: str = "k-NN accura
     return figure
 
 
-def plot_timeline(rows: pd.DataFrame, *, title: str) -> Figure:
-    """Accuracy over time (the paper's Figure 1); ``rows``: columns date ("YYYY/MM"), name, value (percent)."""
-    figure, axes = plt.subplots(figsize=(PAGE * 0.75, 2.8), layout="constrained")
+def plot_timeline(rows: pd.DataFrame, *, title: str, others: pd.DataFrame | None = None) -> Figure:
+    """Accuracy over time (the paper's Figure 1); ``rows``: columns date ("YYYY/MM"), name, value (percent).
+
+    ``others``: rows like these that are drawn in grey, without their names.
+    """
+    figure, axes = plt.subplots(figsize=(PAGE, 2.8), layout="constrained")
     rows = rows.sort_values("date")
     dates = pd.to_datetime(rows["date"], format="%Y/%m")
-    axes.plot(dates, rows["value"], color=PALETTE[0], marker="o", drawstyle="steps-post")
+    axes.plot(dates, rows["value"], color=PALETTE[0], marker="o", drawstyle="steps-post", label="record")
+    before = -np.inf
     for date, name, value in zip(dates, rows["name"], rows["value"], strict=True):
-        axes.annotate(f"{name} {value:.1f}", (date, value), xytext=(-3, 5), textcoords="offset points", ha="right", fontsize=7)
+        below = value - before < 0.5  # little above the last one: its name would meet that one's
+        place = {"xytext": (4, -10), "ha": "left"} if below else {"xytext": (-3, 5), "ha": "right"}
+        axes.annotate(f"{name} {value:.1f}", (date, value), **place, textcoords="offset points", fontsize=7)
+        before = value
+    if others is not None:
+        axes.plot(pd.to_datetime(others["date"], format="%Y/%m"), others["value"], "o", color="0.6", label="other refined models")
+        legend_below(figure, axes)
     axes.set(xlabel="published", ylabel="ImageNet linear probe (%)", title=title)
     axes.set_ylim(rows["value"].min() - 0.6, rows["value"].max() + 0.7)
-    axes.set_xlim(dates.min() - pd.Timedelta(days=560), dates.max() + pd.Timedelta(days=120))
+    axes.set_xlim(dates.min() - pd.Timedelta(days=360), dates.max() + pd.Timedelta(days=120))
     return figure
 
 
@@ -190,7 +201,7 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
     low, high = table.min(axis=1), table.max(axis=1)
     radius = 0.25 + 0.75 * table.sub(low, axis=0).div(high - low, axis=0)
     angles = np.linspace(0, 2 * np.pi, len(table), endpoint=False)
-    figure, axes = plt.subplots(figsize=(PAGE * 0.75, PAGE * 0.68), subplot_kw={"projection": "polar"}, layout="constrained")
+    figure, axes = plt.subplots(figsize=(PAGE, PAGE * 0.7), subplot_kw={"projection": "polar"}, layout="constrained")
     for i, group in enumerate(radius):
         closed = np.append(radius[group], radius[group].iloc[0])
         axes.plot(np.append(angles, angles[0]), closed, color=PALETTE[i], marker=MARKERS[i], label=group)
@@ -299,7 +310,7 @@ def plot_protocols(rows: pd.DataFrame, *, order: Sequence[str], models: Sequence
 
     ``rows``: columns protocol, model, value (a share), one row per seed; ``order`` and ``models`` give the order of both.
     """
-    figure, axes = plt.subplots(figsize=(PAGE * 0.8, 2.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(PAGE, 2.8), layout="constrained")
     for i, model in enumerate(models):
         stats = 100 * rows[rows["model"] == model].groupby("protocol")["value"].agg(["mean", "std"]).loc[list(order)]
         x = np.arange(len(order)) + 0.14 * (i - (len(models) - 1) / 2)

@@ -4,9 +4,11 @@ import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -97,18 +99,28 @@ class Run:
             self.add(dataset=dataset or self.preset.dataset, unit=unit, **row)
 
     def claim(
-        self, claim: str, *, seen: bool | None, measured: str, n_test: int, opposite: bool = False, n_seeds: int | None = None
+        self,
+        claim: str,
+        *,
+        seen: bool | None,
+        measured: str,
+        n_test: int,
+        opposite: bool = False,
+        n_seeds: int | None = None,
+        preset: str | None = None,
     ) -> str:
         """Record what was measured about a claim of the paper and return it as one line.
 
         ``seen``: None is not decided at this scale; ``opposite``: not only not seen, but the other way round beyond its interval;
-        ``n_seeds``: of the measurement, None for all of the run.
+        ``n_seeds``: of the measurement, None for all of the run; ``n_test``: 0 where no test image was asked; ``preset``: of the
+        measurement, where it is not the run's.
         """
         n_seeds = len(self.seeds) if n_seeds is None else n_seeds
         verdict = "opposite" if opposite else {True: "seen", False: "not seen", None: "open"}[seen]
-        row = (self.name, claim, measured, verdict, n_seeds, n_test, self.preset.name)
+        row = (self.name, claim, measured, verdict, n_seeds, n_test, preset or self.preset.name)
         self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-        return f"{verdict.upper()}: {claim} ({measured}; {count(n_seeds, 'seed')}, {n_test} test images)"
+        asked = f"; {count(n_seeds, 'seed')}, {n_test} test images" if n_test else ""
+        return f"{verdict.upper()}: {claim} ({measured}{asked})"
 
     def judge(self, claim: str, difference: Difference, *, n_test: int, text: str = "") -> str:
         """Record a claim that a difference decides and return it as one line; ``text`` comes before the measured difference."""
@@ -143,10 +155,19 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(temporary, index=False)
 
 
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write ``frame`` without its index as ``path``.csv, .md and .tex (LaTeX, booktabs)."""
+def write_table(frame: pd.DataFrame, path: Path, *, printed: Sequence[str] | None = None) -> None:
+    """Write ``frame`` without its index as ``path``.csv, .md and .tex (LaTeX, booktabs).
+
+    ``printed``: the columns that a page has room for, where the table is long: LaTeX then breaks it over pages (longtable).
+    """
     write_csv(frame, path.with_suffix(".csv"))
-    text = {".md": markdown_table(frame), ".tex": frame.to_latex(index=False, escape=True, na_rep="", float_format="%.4g")}
+    shown = frame if printed is None else frame[list(printed)]
+    form = {}
+    if printed is not None:
+        wide = [shown[column].astype(str).str.len().max() > 20 for column in shown]  # these break into lines
+        form = {"longtable": True, "column_format": "".join(r"p{0.2\linewidth}" if w else "l" for w in wide)}
+    latex = shown.to_latex(index=False, escape=True, na_rep="", float_format="%.4g", **form)
+    text = {".md": markdown_table(frame), ".tex": latex}
     for suffix, table in text.items():
         with atomic_file(path.with_suffix(suffix)) as temporary:
             temporary.write_text(table)
@@ -170,6 +191,14 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" + "s" * (n != 1)
 
 
+def readable(text: str) -> str:
+    """Names of protocols in ``text`` as people say them: "logistic_1shot" is "1-shot", "logistic_0.01" "1 %", "knn" "k-NN"."""
+    text = re.sub(r"logistic_(\d+)shot", r"\1-shot", text)
+    text = re.sub(r"logistic_(0\.\d+)", lambda share: f"{100 * float(share[1]):g} %", text)
+    text = re.sub(r"\blinear(_\w+)?\b", "linear probe", text)
+    return re.sub(r"\bknn(_k\w+(\.\w+)?)?\b", "k-NN", text).replace("kmeans", "k-means")
+
+
 def mean_sd(values) -> str:
     """Mean and standard deviation over seeds as text (percent); the deviation is left out for one seed."""
     values = 100 * np.asarray(values, float)
@@ -186,7 +215,7 @@ def compare(measured: pd.DataFrame, pairs: dict[str, str] | None = None) -> pd.D
 
     Args:
         measured: result rows with a column ``paper_id`` that says which paper row they measure
-            ("model|backbone|dataset|protocol|metric"); rows without one are passed over.
+            ("model|backbone|dataset|protocol|metric") and one row per seed; rows without one are passed over.
         pairs: reasons why a measurement is not comparable, by paper_id.
 
     Returns:

@@ -7,6 +7,7 @@ import torch
 import mimrefiner as mr
 from mimrefiner.features import Features
 from mimrefiner.probes.clustering import matched_accuracy
+from mimrefiner.probes.umap import own_class_share, shared_neighbours
 
 
 @pytest.fixture
@@ -51,3 +52,11 @@ def test_constant_features_leave_out_what_is_not_defined(features):
     assert set(rows.loc[rows["block"] == 4, "metric"]) == {"ACC", "NMI", "AMI", "ARI", "silhouette", "davies_bouldin"}
     features.y[:] = -1
     assert set(mr.cluster(features, clusters=3)["block"]) == {7}
+
+
+def test_neighbours_on_a_map():
+    xy = np.array([[0.0, 0], [0, 1], [0, 2], [9, 0], [9, 1], [9, 2]])
+    assert own_class_share(xy, [0, 0, 0, 1, 1, 1], k=2) == 1
+    assert own_class_share(xy, [0, 1, 0, 1, 0, 1], k=1) == 0
+    assert shared_neighbours(xy, 3 * xy[:, ::-1] + 1, k=2) == 1
+    assert shared_neighbours(xy, xy[[0, 3, 1, 4, 2, 5]], k=2) < 1

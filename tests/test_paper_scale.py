@@ -104,14 +104,14 @@ def test_notebooks_run_with_released_weights_and_their_numbers_meet_the_papers(t
     assert set(table["model"]) == {"MAE", "MAE-Refined"}
     assert set(table["backbone"]) == {"L/16"}
     assert set(table["comparable"]) == {"no"}  # 24 training images are not ImageNet
-    assert table["why_not"].str.contains("of the 1,281,167 training images|fine-tunes|augments").all()
+    assert table["why_not"].str.contains("of the 1,281,167 training images|fine-tunes|augments|drawn here").all()
     assert str(tmp_path / "imagenet") not in json.dumps(rows.to_dict("records"))
 
 
 def row(**changes):
     base = dict.fromkeys(results.ROW_COLUMNS, "") | {
         "preset": PRESET, "model": "before", "dataset": store.IMAGENET, "n_train": paper.IMAGENET_TRAIN, "block": 23, "pool": "cls",
-        "protocol": "knn", "metric": "accuracy", "value": 0.5,
+        "protocol": "knn", "metric": "accuracy", "value": 0.5, "seed": 0,
     }  # fmt: skip
     return base | changes
 
@@ -123,17 +123,46 @@ def test_measurements_are_those_of_the_last_block_of_released_weights():
         row(protocol="linear"), row(protocol="logistic_1shot", n_train=100), row(model="random weights"),
     ])  # fmt: skip
     measured, reasons = paper.measurements(rows)
-    assert list(measured["paper_id"]) == [
-        "MAE|L/16|IN1K|k-NN|top1", "MAE-Refined|2B/14|IN1K|k-NN|top1", "MAE|L/16|IN1K|linear probe|top1",
-        "MAE|L/16|IN1K 1-shot|low-shot|top1",
+    assert sorted(measured["paper_id"]) == [
+        "MAE-Refined|2B/14|IN1K|k-NN|top1", "MAE|L/16|IN1K 1-shot|low-shot|top1", "MAE|L/16|IN1K|k-NN|top1",
+        "MAE|L/16|IN1K|linear probe|top1",
     ]  # fmt: skip
     assert (measured["value"] == 50).all()
     assert reasons == {
         "MAE|L/16|IN1K|linear probe|top1": "features of centre crops; the paper augments",
-        "MAE|L/16|IN1K 1-shot|low-shot|top1": "drawn from 100 of the 1,281,167 training images",
+        "MAE|L/16|IN1K 1-shot|low-shot|top1": "labelled images drawn here, not the published splits",
     }
     table = results.compare(measured, reasons)
     assert table["measured"].notna().sum() >= 4  # every id is one of the paper's
+
+
+def test_only_the_largest_bank_of_a_model_counts():
+    small = row(protocol=results.KNN_PROTOCOL, n_train=100_000, value=0.4)
+    measured, reasons = paper.measurements(pd.DataFrame([small, row()]))
+    assert list(measured["value"]) == [50]
+    assert not reasons
+    measured, reasons = paper.measurements(pd.DataFrame([small]))
+    assert list(measured["value"]) == [pytest.approx(40)]
+    assert reasons == {"MAE|L/16|IN1K|k-NN|top1": "drawn from 100,000 of the 1,281,167 training images"}
+
+
+def test_draws_of_labelled_images_are_no_seeds_and_seeds_of_a_probe_are():
+    draws = [row(protocol="logistic_1shot", n_train=1000, seed=s, value=v) for s, v in ((0, 0.1), (1, 0.2), (1, 0.2), (2, 0.3))]
+    probes = [row(protocol="linear", seed=s, value=v) for s, v in ((0, 0.5), (1, 0.7))]
+    votes = [row(seed=s) for s in (0, 1)]  # the same weights, so the same vote
+    table = paper.comparison(pd.DataFrame(draws + probes + votes)).query("n_seeds.notna()").drop_duplicates("protocol")
+    table = table.set_index("protocol")
+    assert table["n_seeds"].to_dict() == {"low-shot": 1, "linear probe": 2, "k-NN": 1}
+    assert table["measured"].to_dict() == pytest.approx({"low-shot": 20, "linear probe": 60, "k-NN": 50})
+
+
+def test_a_number_that_was_not_measured_says_what_it_needs():
+    table = paper.comparison(pd.DataFrame([row()]))
+    missing = table[table["measured"].isna()]
+    assert set(missing["comparable"]) == {"not measured"}
+    assert (missing["why_not"] != "").all()
+    assert set(table.loc[table["measured"].notna(), "comparable"]) == {"yes"}
+    assert len(paper.comparison(pd.DataFrame(columns=results.ROW_COLUMNS))) == len(table)
 
 
 def test_every_published_number_says_what_it_needs():

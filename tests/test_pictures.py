@@ -12,13 +12,21 @@ def _closed():
 
 
 def test_maps_tell_many_classes_apart():
-    assert len({pictures._class_style(i) for i in range(49)}) == 49
+    assert len({pictures._class_style(i) for i in range(98)}) == 98
+    assert len({pictures._class_style(i)[0] for i in range(14)}) == 14
     xy, labels = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10
     figure = pictures.plot_maps({"one": xy}, labels, [str(i) for i in range(10)], title="t", columns=1)
     assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 30
     images = [np.zeros((4, 4, 3), np.uint8)] * 30
-    shown = pictures.plot_thumbnails(xy, images, labels, title="t")
-    assert "of 30 images" in shown.axes[0].get_title()
+    shown = pictures.plot_thumbnails({"one": xy, "two": -xy}, images, labels, [str(i) for i in range(10)], title="t")
+    assert [axes.get_title() for axes in shown.axes] == [f"{name}: 30 of 30 images" for name in ("one", "two")]
+    assert len(shown.legends[0].get_texts()) == 10
+
+
+def test_thumbnails_of_one_place_spread_and_share_no_cell():
+    cells = pictures._free_cells(np.full((300, 2), 7.0))
+    assert 12 < len(cells) == len(set(cells.values())) < 40
+    assert all(abs(c + 0.5 - 7) < 3 for cell in cells.values() for c in cell)
 
 
 def test_neighbours_are_framed_by_right_and_wrong():
@@ -54,3 +62,20 @@ def test_the_arrow_of_a_force_begins_at_its_point():
     axes = pictures.plot_circles({"one": panel}, title="t").axes[0]
     assert axes.get_title() == "one"
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(panel[0])
+
+
+def test_the_slider_asks_for_a_map_when_it_is_shown_and_once(monkeypatch):
+    widgets = pytest.importorskip("ipywidgets")
+    asked, shown = [], {}
+    monkeypatch.setattr(widgets, "interact", lambda show, **controls: shown.update(show=show, **controls))
+
+    def map_of(model, block):
+        asked.append((model, block))
+        return np.zeros((2, 2))
+
+    pictures.block_slider(map_of, ["before", "refined"], 3, [0, 1], ["a", "b"], title="t")
+    assert [value for _, value in shown["block"].options] == [0, 1, 2]
+    assert asked == []
+    for _ in range(2):
+        shown["show"]("refined", 1)
+    assert asked == [("refined", 1)]

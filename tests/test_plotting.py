@@ -60,6 +60,24 @@ def test_history_sets_stage_three_behind_stage_two():
     assert figure.legends[0].get_title().get_text() == "head on (block 1 = first)"
 
 
+def test_history_of_several_seeds_is_their_mean_smoothed_within_a_stage():
+    rows = [
+        {"seed": seed, "stage": s, "step": t, "block": 0, "loss": 10.0 * s + t + seed}
+        for seed in (0, 2) for s in (2, 3) for t in range(3)
+    ]  # fmt: skip
+    axes = plotting.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t", window=3).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([21.5, 22, 22.5, 31.5, 32, 32.5])
+    assert axes.lines[1].get_ydata().tolist() == [21, 22, 23, 31, 32, 33]  # faint, as measured
+    assert len(axes.collections) == 1
+
+
+def test_the_timeline_draws_other_models_in_grey():
+    line = pd.DataFrame({"date": ["2020/01", "2021/01"], "name": ["a", "b"], "value": [80.0, 80.2]})
+    figure = plotting.plot_timeline(line, title="t", others=line.assign(value=[79.9, 80.1]))
+    assert figure.axes[0].lines[1].get_ydata().tolist() == [79.9, 80.1]
+    assert [text.get_ha() for text in figure.axes[0].texts] == ["right", "left"]  # the second would meet the first
+
+
 def test_two_curves_have_units():
     curves = pd.DataFrame({"block": [0, 1], "seed": 0, "accuracy": [0.1, 0.2], "loss": [2.0, 1.0]})
     left, right = plotting.plot_two_curves(curves, "accuracy", "loss", unit="nats", title="t").axes

@@ -40,6 +40,27 @@ def test_a_difference_decides_a_claim(run):
     assert run.claims[0]["n_seeds"] == 2
 
 
+def test_a_claim_about_no_images_and_one_of_another_preset(run):
+    assert run.claim("it works", seen=None, measured="x", n_test=0) == "OPEN: it works (x)"
+    run.claim("it works", seen=True, measured="x", n_test=4, preset="natural")
+    assert [claim["preset"] for claim in run.claims] == ["smoke", "natural"]
+
+
+def test_protocols_are_named_as_people_say_them():
+    assert results.readable("raises logistic_1shot accuracy above") == "raises 1-shot accuracy above"
+    assert results.readable("logistic_0.01") == "1 %"
+    assert results.readable("a linear_10epochs gain, kmeans ACC") == "a linear probe gain, k-means ACC"
+    assert [results.readable(name) for name in ("knn", results.KNN_PROTOCOL, "k-NN")] == ["k-NN"] * 3
+
+
+def test_a_long_table_is_printed_in_part_and_over_pages(tmp_path):
+    results.write_table(pd.DataFrame({"a": [1], "b": [2]}), tmp_path / "t", printed=["b"])
+    assert list(pd.read_csv(tmp_path / "t.csv")) == ["a", "b"]
+    latex = (tmp_path / "t.tex").read_text()
+    assert "longtable" in latex
+    assert "a &" not in latex
+
+
 def test_compare_never_copies_a_paper_value():
     paper = results.paper_values()
     assert len(paper) == 402

@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 
@@ -20,3 +21,20 @@ def umap_map(x: Tensor, *, seed: int = 0, neighbours: int = 15, min_dist: float 
         warnings.filterwarnings("ignore", "n_jobs value", UserWarning)  # umap repeats what n_jobs=1 already says
         warnings.filterwarnings("ignore", "'force_all_finite' was renamed", FutureWarning)  # umap behind scikit-learn
         return fit.fit_transform(x)
+
+
+def own_class_share(xy: np.ndarray, labels, *, k: int = 10) -> float:
+    """Share of the ``k`` nearest points on a map (images, 2) that are of the point's own class."""
+    labels = np.asarray(labels)
+    return float((labels[_nearest(xy, k)] == labels[:, None]).mean())
+
+
+def shared_neighbours(a: np.ndarray, b: np.ndarray, *, k: int = 10) -> float:
+    """Share of a point's ``k`` nearest points on one map (images, 2) that are so on the other one too."""
+    pairs = zip(_nearest(a, k), _nearest(b, k), strict=True)
+    return float(np.mean([len(np.intersect1d(x, y)) / len(x) for x, y in pairs]))
+
+
+def _nearest(xy: np.ndarray, k: int) -> np.ndarray:
+    """(images, k) rows of the nearest other points."""
+    return cKDTree(xy).query(xy, min(k, len(xy) - 1) + 1)[1][:, 1:]
