@@ -168,7 +168,7 @@ def plot_thumbnails(
     return figure
 
 
-def _free_cells(places: np.ndarray, reach: float = 2.5) -> dict[int, tuple[int, int]]:
+def _free_cells(places: np.ndarray, reach: float = 1.6) -> dict[int, tuple[int, int]]:
     """Point -> cell of the grid, no cell twice: the nearest free one within ``reach``; ``places``: (images, 2) from 0 to CELLS."""
     grid = np.stack(np.meshgrid(*[np.arange(CELLS)] * 2, indexing="ij"), -1).reshape(-1, 2)
     free, cells = np.ones(len(grid), bool), {}
