@@ -40,6 +40,7 @@ from mimrefiner.probes.similarity import effective_rank
 from mimrefiner.results import KNN_PROTOCOL, environment, write_csv, write_json
 
 PROBES = ("knn", "linear", "low_shot", "cluster", "rank")
+MODELS = ("model", "random weights", "raw pixels")
 HEADLINE = {  # probe -> the metrics of table and figure
     "knn": ("accuracy",), "linear": ("accuracy",), "low_shot": ("accuracy",),
     "cluster": ("ACC", "cluster_silhouette"), "rank": ("effective_rank",),
@@ -95,7 +96,8 @@ def probe(
         Tidy rows: model ("model", "random weights", "raw pixels"), probe and the columns of the probes.
 
     Raises:
-        InputError: an unknown probe, model, data set or block; no labels where a probe needs them; other settings in ``out``.
+        InputError: an unknown probe, model, data set or block; no labels where a probe needs them; other settings or
+            foreign files in ``out``.
     """
     for name in probes:
         if name not in PROBES:
@@ -277,8 +279,12 @@ def _random_twin(encoder: nn.Module) -> nn.Module:
 
 
 def _goes_on(folder: Path, settings: dict, resume: bool) -> bool:
-    """Whether the finished probes in ``folder`` are kept."""
+    """Whether the finished probes in ``folder`` are kept; InputError where other files bear the report's names."""
     file = folder / "settings.json"
+    checked = own_files(folder) if not _is_ours(file) else [folder / "manifest.json"]  # a run of notebooks has a manifest too
+    foreign = [old.name for old in checked if old.exists() and not _is_ours(old)]
+    if foreign:
+        raise InputError(f"{folder} holds {', '.join(foreign)}, which no report wrote: choose another folder with --out")
     if not resume or not file.is_file():
         return False
     there = json.loads(file.read_text())
@@ -288,8 +294,23 @@ def _goes_on(folder: Path, settings: dict, resume: bool) -> bool:
     return True
 
 
+def _is_ours(file: Path) -> bool:
+    """Whether ``file`` is the settings or the manifest of a report."""
+    try:
+        return "weights_sha256" in json.loads(file.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Every file that a report may write, whether it is there or not."""
+    rows = [_rows_file(folder, model, name) for model in MODELS for name in PROBES]
+    names = ("report.csv", "report.md", "report.png", "report.pdf", "manifest.json", "settings.json")
+    return [*rows, *(folder / name for name in names)]
+
+
 def _start_folder(folder: Path, settings: dict) -> None:
-    for old in (*folder.glob("rows_*.csv"), *folder.glob("report.*"), folder / "manifest.json"):
+    for old in own_files(folder):
         old.unlink(missing_ok=True)
     write_json(settings, folder / "settings.json")
 

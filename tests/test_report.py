@@ -54,6 +54,21 @@ def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
     assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())
 
 
+@pytest.mark.parametrize("foreign", ["report.csv", "rows_knn_model.csv", "manifest.json", "settings.json"])
+def test_files_of_others_are_left_alone(vit, data, tmp_path, foreign):
+    (tmp_path / foreign).write_text('{"preset": "tiny"}')
+    (tmp_path / "rows_of_mine.csv").write_text("a")
+    with pytest.raises(mr.InputError, match=rf"holds {foreign}, which no report wrote: choose another folder with --out"):
+        mr.probe(vit, data, out=tmp_path, baselines=False)
+    (tmp_path / foreign).unlink()
+    (tmp_path / "report.docx").write_text("b")
+    mr.probe(vit, data, out=tmp_path, baselines=False)
+    (tmp_path / "manifest.json").write_text('{"preset": "tiny"}')  # notebooks were run into the same folder
+    with pytest.raises(mr.InputError, match=r"holds manifest\.json, which no report wrote"):
+        mr.probe(vit, data, out=tmp_path, baselines=False)
+    assert (tmp_path / "rows_of_mine.csv").read_text() + (tmp_path / "report.docx").read_text() == "ab"
+
+
 def test_random_baseline_has_other_weights(vit):
     twin = report._random_twin(vit)
     assert mr.checkpoint.sha256_of(twin) != mr.checkpoint.sha256_of(vit)
