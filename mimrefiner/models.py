@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mimrefiner.catalogue import BY_NAME, Model
-from mimrefiner.checkpoint import atomic_file, is_own_file, read_checkpoint, read_encoder_file
+from mimrefiner.checkpoint import atomic_file, is_own_file, read_checkpoint, read_encoder_file, read_metadata
 from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import ReleasedViT, ViTShape, convert
@@ -152,7 +152,10 @@ def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretra
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: expected a checkpoint or a timm model name")
     if not is_own_file(path):
-        return _with_size(_load_published(path, num_heads, pretrained, dtype), image_size)
+        encoder = _load_published(path, num_heads, pretrained, dtype)
+        if data := read_metadata(path).get("mimrefiner"):  # exported for timm by this package
+            encoder.pretrained_cfg = {**encoder.pretrained_cfg, **json.loads(data)}
+        return _with_size(encoder, image_size)
     tensors, metadata = read_encoder_file(path)
     config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
     if num_heads not in (None, config.num_heads):
