@@ -37,7 +37,7 @@ def do_run(args) -> None:
     from mimrefiner.runner import Batch, run_notebooks
 
     batch = Batch(
-        gpus=_integers("--gpus", args.gpus) if args.gpus else (), workers=args.workers, resume=args.resume,
+        gpus=() if args.gpus is None else _integers("--gpus", args.gpus), workers=args.workers, resume=args.resume,
         keep_going=args.keep_going, timeout=args.timeout and 60 * args.timeout, executor=args.executor,
         slurm=_assigned("--slurm", args.slurm),
     )  # fmt: skip
@@ -188,8 +188,9 @@ def do_probe(args) -> None:
     check_writable(args.out)
     table = probe(
         args.model, args.data, blocks=args.blocks if args.blocks == "all" else _integers("--blocks", args.blocks),
-        pools=args.pools and args.pools.split(","), probes=args.probes.split(","), shots=shots, clusters=args.clusters,
-        out=args.out, resume=args.resume, cache=args.cache, pretrained=not args.no_pretrained, baselines=not args.no_baselines,
+        pools=None if args.pools is None else args.pools.split(","), probes=args.probes.split(","), shots=shots,
+        clusters=args.clusters, out=args.out, resume=args.resume, cache=args.cache, pretrained=not args.no_pretrained,
+        baselines=not args.no_baselines,
         seed=args.seed, batch_size=args.batch_size, num_workers=args.workers, autocast=precisions[args.precision],
     )  # fmt: skip
     if len(table):
@@ -405,7 +406,7 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
 
 def _numbers(option: str, text: str) -> tuple[int | float, ...]:
     try:
-        return tuple(float(part) if "." in part else int(part) for part in text.split(","))
+        return tuple(int(part) if part.strip().isdigit() else float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{option} must be numbers with commas between, got {text!r}") from None
 

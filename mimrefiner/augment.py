@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mimrefiner.errors import InputError
+
 CROP_TRIES = 10
 DRAWS = 2 * CROP_TRIES + 2 + 1 + 1 + 8 + 2 + 1 + 1  # crop, offset, flip, jitter?, jitter order and factors, blur, grey, solarise
 
@@ -37,6 +39,11 @@ class Crop:
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
+
+    def __post_init__(self):
+        low, high = self.scale
+        if self.size < 1 or not 0 < low <= high <= 1:
+            raise InputError(f"a crop needs a size >= 1 and two shares of the area such as (0.2, 1), got {self.size}, {self.scale}")
 
 
 @dataclass(frozen=True)

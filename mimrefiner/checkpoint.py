@@ -148,15 +148,20 @@ def sha256_of(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def is_own_file(path: Path) -> bool:
-    """Whether this package wrote ``path``."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file; none of any other file."""
     if path.suffix != ".safetensors":
-        return False
+        return {}
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == "mimrefiner-encoder-1"
+            return file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this package wrote ``path`` in its own format."""
+    return read_metadata(path).get("format") == "mimrefiner-encoder-1"
 
 
 def read_encoder_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -6,8 +6,9 @@ Blocks are 0-based. Learning rates are base rates: the rate used is ``base_lr * 
 import functools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 
 from mimrefiner.augment import Views, digit_views, paper_views, small_views
 from mimrefiner.errors import InputError
@@ -24,6 +25,7 @@ class ViTConfig:
     num_heads: int = 4
 
     def __post_init__(self):
+        _whole(1, **asdict(self))
         if self.image_size % self.patch_size:
             raise InputError(f"image size {self.image_size} is not divisible by the patch size {self.patch_size}")
         if self.dim % self.num_heads:
@@ -60,6 +62,13 @@ class PretrainConfig:
         _one_of("method", self.method, ("simmim", "mae"))
         _check(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
         _check(self.epochs > 0 and self.batch_size > 1, f"need epochs > 0 and batch_size > 1, got {self.epochs}, {self.batch_size}")
+        _whole(0, decoder_depth=self.decoder_depth, seed=self.seed)
+        _whole(1, decoder_dim=self.decoder_dim, decoder_heads=self.decoder_heads, batch_size=self.batch_size)
+        low, high = self.crop_scale
+        _check(0 < low <= high <= 1, f"crop_scale must be two shares of the area, such as (0.2, 1), got {self.crop_scale}")
+        _check(0 <= self.warmup_share <= 1, f"warmup_share must lie between 0 and 1, got {self.warmup_share}")
+        _finite(epochs=self.epochs, base_lr=self.base_lr, min_lr=self.min_lr, weight_decay=self.weight_decay)
+        _check_betas(self.betas)
         _check_limit(self.clip_norm)
 
 
@@ -103,12 +112,20 @@ class RefineConfig:
     def __post_init__(self):
         _one_of("pool", self.pool, ("cls", "mean"))
         _one_of("pairing", self.pairing, ("intended", "published"))
-        _check(self.temperature > 0, f"temperature must be > 0, got {self.temperature}")
+        _check(0 < self.temperature < math.inf, f"temperature must be > 0 and finite, got {self.temperature}")
         for top_k in (self.heads_top_k, self.refine_top_k):
             _check(1 <= top_k <= self.queue_size, f"top_k must be between 1 and the queue size {self.queue_size}, got {top_k}")
         _check(self.batch_size <= self.queue_size, f"a batch of {self.batch_size} does not fit a queue of {self.queue_size}")
         _check(self.batch_size > 1, f"batch_size must be at least 2 (batch norm, negatives), got {self.batch_size}")
         _check(self.refine_epochs > 0, f"refine_epochs must be > 0, got {self.refine_epochs}")
+        _whole(0, frozen_blocks=self.frozen_blocks, seed=self.seed)
+        _whole(1, hidden_dim=self.hidden_dim, out_dim=self.out_dim, predictor_dim=self.predictor_dim)
+        _whole(1, queue_size=self.queue_size, batch_size=self.batch_size)
+        numbers = ("heads_epochs", "heads_base_lr", "refine_epochs", "refine_base_lr", "min_lr", "warmup_epochs")
+        _finite(**{name: getattr(self, name) for name in (*numbers, "encoder_weight_decay", "head_weight_decay")})
+        _check(0 < self.layer_decay <= 1, f"layer_decay must be > 0 and at most 1, got {self.layer_decay}")
+        _check(self.ema_decay is None or 0 <= self.ema_decay < 1, f"ema_decay must be >= 0 and < 1, or None, got {self.ema_decay}")
+        _check_betas(self.betas)
         _check_limit(self.clip_norm)
 
     def resolve_blocks(self, depth: int) -> tuple[int, ...]:
@@ -326,6 +343,8 @@ def load_preset(name: str, seed: int = 0) -> Preset:
 
 def check_blocks(blocks, depth: int) -> tuple[int, ...]:
     """Sorted 0-based blocks, or an InputError that names the one out of range."""
+    fine = isinstance(blocks, Iterable) and not isinstance(blocks, str) and all(isinstance(b, Integral) for b in blocks)
+    _check(fine, f"expected 0-based blocks such as (8, 9), got {blocks!r}")
     blocks = tuple(sorted(blocks))
     _check(len(blocks) > 0 and len(set(blocks)) == len(blocks), f"expected one or more different blocks, got {list(blocks)}")
     for block in blocks:
@@ -335,6 +354,20 @@ def check_blocks(blocks, depth: int) -> tuple[int, ...]:
 
 def _check_limit(clip_norm: float | None) -> None:
     _check(clip_norm is None or clip_norm > 0, f"clip_norm must be > 0 or None, got {clip_norm}")
+
+
+def _check_betas(betas: tuple[float, float]) -> None:
+    _check(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), f"betas must be two numbers >= 0 and < 1, got {betas}")
+
+
+def _whole(least: int, **values) -> None:
+    for name, value in values.items():
+        _check(isinstance(value, Integral) and value >= least, f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def _finite(**values: float) -> None:
+    for name, value in values.items():
+        _check(0 <= value < math.inf, f"{name} must be >= 0 and finite, got {value}")
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:

@@ -24,6 +24,7 @@ from mimrefiner.errors import InputError
 
 SPLITS = ("train", "val", "test", "trainval")
 DOWNLOADED = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
+HALF_GREY = 0.5 / 255
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
@@ -50,6 +51,8 @@ class ImageDataset(Dataset):
         row = int(self.rows[i])
         try:
             image = self._load(row).convert("RGB")
+        except InputError:  # it names the file
+            raise
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for bytes that are no image
             raise InputError(f"{self.name} ({self.split}): image {row} cannot be decoded: {error}") from error
         return image, -1 if self.labels is None else int(self.labels[i])
@@ -71,6 +74,8 @@ class ImageDataset(Dataset):
 
     def take(self, n: int | None, seed: int = 0) -> "ImageDataset":
         """At most ``n`` images, the same share of every class, chosen by ``seed``; all of them for None."""
+        if n is not None and n < 1:
+            raise InputError(f"expected a number of images >= 1, or None for all, got {n}")
         if n is None or n >= len(self):
             return self
         return self.subset(stratified_split(self.labels, len(self), n, seed)[0])
@@ -91,6 +96,10 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
     Raises:
         InputError: unknown name or split, a path that is missing, empty or of another layout, or no network.
     """
+    if not isinstance(name_or_path, str):
+        raise InputError(f"expected a data set by name, such as digits or imagefolder:PATH, got {name_or_path!r}")
+    if seed < 0:
+        raise InputError(f"seed must be >= 0, got {seed}")
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     kind, _, path = name_or_path.partition(":")
@@ -207,7 +216,10 @@ def _image_folder(path: Path, split: str, seed: int) -> ImageDataset:
     if "train" not in folders:
         return _select(_folder_part(path, None, split, seed), None, split, seed)
     train = _folder_part(path / "train", None, split, seed)
-    official = {name: _folder_part(path / name, train.classes, split, seed) for name in ("val", "test") if name in folders}
+    names = [name for name in ("val", "test") if name in folders]
+    if "test" in names and not any(f.is_dir() for f in (path / "test").iterdir()):  # images without classes, as ImageNet's
+        names.remove("test")
+    official = {name: _folder_part(path / name, train.classes, split, seed) for name in names}
     if len(official) == 2:
         return _official(train, official, split)
     return _select(train, next(iter(official.values()), None), split, seed)
@@ -230,9 +242,12 @@ def _official(train: ImageDataset, parts: dict[str, ImageDataset], split: str) -
 
 
 def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -> ImageDataset:
-    """One folder of class folders. ``classes`` are the training ones; a class that only this part has is added behind them."""
+    """One folder of class folders. ``classes`` are the training ones, of which a held-out part may lack some."""
     here = sorted(f.name for f in path.iterdir() if f.is_dir())
-    classes = sorted(here) if classes is None else classes + [name for name in here if name not in classes]
+    classes = here if classes is None else classes
+    if unknown := [name for name in here if name not in classes]:
+        names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise InputError(f"{path} must hold one folder per class, named as in {path.parent / 'train'}, which has no {names}")
     files, labels = [], []
     for name in here:
         found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
@@ -273,10 +288,17 @@ def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> Image
 
     try:
         table = pa.concat_tables([pq.read_table(file) for file in files])
+        if not pa.types.is_struct(table["image"].type):
+            raise TypeError(f"column image is {table['image'].type}")
         encoded = table["image"].combine_chunks().field("bytes") if len(table) else []
-    except (pa.ArrowInvalid, KeyError, OSError) as error:
+    except (pa.ArrowInvalid, KeyError, OSError, TypeError) as error:
         raise InputError(f"{path}: expected parquet files with columns image{{bytes, path}} and label: {error}") from error
-    labels = table["label"].to_numpy() if "label" in table.column_names else None
+    labels = table["label"] if "label" in table.column_names else None
+    if labels is not None:
+        if labels.null_count or not pa.types.is_integer(labels.type):
+            found = f"{labels.null_count} of {len(labels)} missing" if labels.null_count else f"{labels.type}"
+            raise InputError(f"{path}: column label must be whole numbers (-1: none), got {found}: convert it, or leave it out")
+        labels = labels.to_numpy()
     if labels is not None and (labels < 0).all():  # the hub's mark for withheld labels
         labels = None
     if not len(encoded):
@@ -340,7 +362,8 @@ def view_batches(
     per_epoch = len(dataset) // batch_size
     if per_epoch == 0:
         raise InputError(f"a batch of {batch_size} needs at least that many images, the data set has {len(dataset)}")
-
+    if num_workers < 0:
+        raise InputError(f"loader processes (workers) must be >= 0, got {num_workers}")
     if batch_size % part[1]:
         raise InputError(f"a batch of {batch_size} cannot be shared equally by {part[1]} processes")
     share = batch_size // part[1]
@@ -386,7 +409,11 @@ def _collate(rows):
 def to_pil(image) -> Image.Image:
     """An RGB PIL image from a PIL image, a uint8 array (height, width[, 3]) or a tensor (3, height, width) in 0..1 or uint8."""
     if isinstance(image, Tensor):
-        image = image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8)
+        if image.dtype != torch.uint8:
+            low, high = image.min().item(), image.max().item()
+            if not (low > -HALF_GREY and high < 1 + HALF_GREY):  # what rounding leaves is fine; also says no to NaN
+                raise InputError(f"expected an image tensor in 0..1 or of uint8, got {low:.3g} to {high:.3g}: do not normalise it")
+            image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
         image = image.permute(1, 2, 0).squeeze(-1).cpu().numpy()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:

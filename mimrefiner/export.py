@@ -11,7 +11,7 @@ from mimrefiner.checkpoint import atomic_file, save_encoder, write_safetensors
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import BLOCK_KEYS
 
-FORMATS = ("timm", "hub", "mimrefiner")
+FORMATS = {"timm": (".safetensors",), "hub": (".th", ".pth", ".pt"), "mimrefiner": (".safetensors",)}  # and their suffixes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,11 +24,13 @@ def export(encoder: nn.Module, path: Path | str, format: str = "timm", dtype: st
     "mimrefiner": a safetensors file for :func:`mimrefiner.load_encoder`.
 
     Raises:
-        InputError: an unknown format or dtype, or a model that the format cannot express.
+        InputError: an unknown format or dtype, a suffix of another format, or a model that the format cannot express.
     """
     path = Path(path)
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    if path.suffix not in FORMATS[format] or path.is_dir():  # load_encoder goes by the suffix, and timm's .json lies beside
+        raise InputError(f"format {format} is a file that ends in {' or '.join(FORMATS[format])}, got {path}")
     if dtype is not None:
         if dtype not in DTYPES:
             raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -47,9 +49,10 @@ def export(encoder: nn.Module, path: Path | str, format: str = "timm", dtype: st
     if "cls_token" in tensors and tensors["pos_embed"].shape[1] == encoder.patch_embed.num_patches:
         zero = torch.zeros_like(tensors["pos_embed"][:, :1])  # timm wants a row for the cls token
         tensors["pos_embed"] = torch.cat([zero, tensors["pos_embed"]], 1)
-    cfg = {key: encoder.pretrained_cfg[key] for key in ("mean", "std", "input_size", "interpolation", "crop_pct")}
-    write_safetensors({name: x.contiguous() for name, x in tensors.items()}, path, {"format": "pt"})
-    overlay = {**cfg, "num_classes": 0, "file": path.name}
+    cfg = {key: encoder.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    metadata = {"format": "pt", "mimrefiner": json.dumps(cfg)}  # for load_encoder; timm reads the file beside
+    write_safetensors({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+    overlay = {**cfg, "input_size": encoder.pretrained_cfg["input_size"], "num_classes": 0, "file": path.name}
     with atomic_file(path.with_suffix(".json")) as temporary:
         description = {"architecture": "vit_base_patch16_224", "model_args": arguments, "pretrained_cfg": overlay}
         temporary.write_text(json.dumps(description, indent=2) + "\n")

@@ -65,6 +65,8 @@ def cached_features(
         InputError: no room on the disk (known before the work, nothing is left behind); a folder with other files than features.
     """
     folder, n = Path(folder), len(dataset)
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        raise InputError(f"{file} is a file: features are kept in a folder, give one")
     blocks, pools = resolve(encoder, blocks, pools)
 
     def opened() -> dict:

@@ -112,6 +112,8 @@ def available_pools(encoder: nn.Module) -> tuple[str, ...]:
 def check_pools(encoder: nn.Module, pools: Sequence[str] | None) -> tuple[str, ...]:
     """``pools`` (None: all there are), or an InputError naming those the encoder has."""
     available = available_pools(encoder)
+    if pools is not None and not len(pools):
+        raise InputError(f"expected one or more poolings of {', '.join(available)}, got none")
     for pool in pools or ():
         if pool not in ("cls", "mean"):
             raise InputError(f"unknown pooling {pool!r}: choose from cls, mean")
@@ -264,6 +266,8 @@ def feature_batches(
     """Pooled features and labels of the images ``rows``, batch by batch, float32 on the CPU; see :func:`extract_features`."""
     if len(dataset) == 0:
         raise InputError("the data set is empty")
+    if batch_size < 1 or num_workers < 0:
+        raise InputError(f"expected batch_size >= 1 and loader processes (workers) >= 0, got {batch_size} and {num_workers}")
     device = torch.device(device) if device is not None else default_device()
     home, was_training = next(encoder.parameters()).device, encoder.training
     loader = DataLoader(

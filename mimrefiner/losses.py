@@ -8,9 +8,13 @@ Only the positive is swapped with a neighbour from the queue; the negatives are 
 reaches ``p`` alone.
 """
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mimrefiner.errors import InputError
 
 PAIRINGS = ("intended", "published")
 
@@ -28,6 +32,8 @@ def nna_loss(z: Tensor, nn_z: Tensor, p: Tensor, *, temperature: float = 0.2, sw
     Returns:
         The mean over the batch, a scalar.
     """
+    if not z.ndim == nn_z.ndim == p.ndim == 2:
+        raise InputError(f"expected z, nn_z and p as (batch, dim), got {', '.join(str(tuple(x.shape)) for x in (z, nn_z, p))}")
     z, nn_z, p = (x[None, :, None] for x in (z, nn_z, p))
     return nna_terms(z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives).mean()
 
@@ -75,11 +81,12 @@ def nna_terms(
     Arguments as in :func:`multi_view_nna_loss`. ``exp(-terms)`` is the softmax probability of the positive ("alignment").
     """
     check_temperature(temperature)
-    if z.shape != nn_z.shape:
-        raise ValueError(f"z and nn_z must have one shape, got {tuple(z.shape)} and {tuple(nn_z.shape)}")
+    if z.shape != nn_z.shape or z.ndim != 4 or p.ndim != 4:
+        found = ", ".join(str(tuple(x.shape)) for x in (z, nn_z, p))
+        raise InputError(f"expected z and nn_z of one shape (heads, batch, global_views, dim) and p like it, got {found}")
     heads, batch, global_views, dim = z.shape
     if p.shape[0] != heads or p.shape[3] != dim or p.shape[1] < offset + batch or p.shape[2] < global_views:
-        raise ValueError(
+        raise InputError(
             f"expected p as ({heads}, >= {offset + batch}, >= {global_views}, {dim}) for z {tuple(z.shape)} at offset {offset}, "
             f"got {tuple(p.shape)}"
         )
@@ -118,7 +125,9 @@ def pair_weights(global_views: int, views: int, pairing: str, device: torch.devi
     last ``global_views`` local crops carry no gradient.
     """
     if pairing not in PAIRINGS:
-        raise ValueError(f"pairing must be one of {PAIRINGS}, got {pairing!r}")
+        raise InputError(f"pairing must be one of {PAIRINGS}, got {pairing!r}")
+    if views < 2:
+        raise InputError(f"a loss needs pairs of different views, got {global_views} global of {views} in all")
     different = ~torch.eye(global_views, views, dtype=torch.bool, device=device)
     view = torch.arange(views, device=device)
     if pairing == "intended":
@@ -127,6 +136,8 @@ def pair_weights(global_views: int, views: int, pairing: str, device: torch.devi
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError unless every temperature is positive (a tensor is trusted: looking at it would stop the GPU)."""
+    """InputError unless every temperature is positive (a tensor is trusted: looking at it would stop the GPU)."""
+    if not isinstance(temperature, (Tensor, Real)):
+        raise InputError(f"temperature must be a number, or one per head as a tensor, got {temperature!r}")
     if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+        raise InputError(f"temperature must be > 0, got {temperature}")

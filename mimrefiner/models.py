@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import mimrefiner._torchvision  # noqa: F401  before the first timm import
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from mimrefiner.catalogue import BY_NAME, Model
-from mimrefiner.checkpoint import atomic_file, is_own_file, read_checkpoint, read_encoder_file
+from mimrefiner.checkpoint import atomic_file, is_own_file, read_checkpoint, read_encoder_file, read_metadata
 from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import ReleasedViT, ViTShape, convert
@@ -80,6 +81,10 @@ def load_encoder(
     Raises:
         InputError: unknown name, missing or damaged file, a size the patch size does not divide, or no network.
     """
+    if image_size is not None and not (isinstance(image_size, Integral) and image_size >= 1):
+        raise InputError(f"image_size must be a whole number >= 1, got {image_size}")
+    if num_heads is not None and num_heads < 1:
+        raise InputError(f"num_heads must be >= 1, got {num_heads}")
     packaged = ASSETS / f"{source}.safetensors"
     path = packaged if packaged.is_file() else Path(source).expanduser()
     name = str(source)
@@ -152,19 +157,31 @@ def _load_file(path: Path, image_size: int | None, num_heads: int | None, pretra
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: expected a checkpoint or a timm model name")
     if not is_own_file(path):
-        return _with_size(_load_published(path, num_heads, pretrained, dtype), image_size)
+        encoder = _load_published(path, num_heads, pretrained, dtype)
+        if data := read_metadata(path).get("mimrefiner"):  # exported for timm by this package
+            encoder.pretrained_cfg = {**encoder.pretrained_cfg, **json.loads(data)}
+        return _with_size(encoder, image_size)
     tensors, metadata = read_encoder_file(path)
-    config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
+    try:
+        config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
+        architecture = metadata["architecture"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: its metadata do not say what it holds ({_first_line(error)})") from error
     if num_heads not in (None, config.num_heads):
         raise InputError(f"{path} has {config.num_heads} attention heads, got num_heads={num_heads}")
     if metadata.get("released"):
         encoder = _as_encoder(ReleasedViT(ViTShape(**json.loads(metadata["released"]))), None)
-    elif metadata["architecture"] == "mimrefiner_vit":
+    elif architecture == "mimrefiner_vit":
         encoder = build_vit(config)
     else:
-        encoder = _create(metadata["architecture"], config.image_size, pretrained=False)
-        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": metadata["architecture"]}
+        encoder = _create(architecture, config.image_size, pretrained=False)
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": architecture}
     if pretrained:
+        expected = {name: tuple(x.shape) for name, x in encoder.state_dict().items()}
+        found = {name: tuple(x.shape) for name, x in tensors.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise InputError(f"{path} is damaged: {name} should be {expected.get(name)}, got {found.get(name)}")
         encoder.load_state_dict(tensors)
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **data, "input_size": (3, config.image_size, config.image_size)}
     return _with_size(encoder.to(dtype), image_size)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimrefiner.errors import InputError
+
 LOOKUP_BYTES = 2**28  # at most this much similarity matrix at a time
 
 
@@ -21,6 +23,8 @@ class NNQueue(nn.Module):
 
     def __init__(self, heads: int, size: int, dim: int):
         super().__init__()
+        if min(heads, size, dim) < 1:
+            raise InputError(f"expected heads, size and dim >= 1, got {heads}, {size} and {dim}")
         self.register_buffer("z", torch.randn(heads, size, dim))
         self.register_buffer("index", torch.full((size,), -1))
         self.register_buffer("label", torch.full((size,), -1))
@@ -63,11 +67,13 @@ class NNQueue(nn.Module):
             part: (i, n) when ``z`` is the i-th of n equal parts of the batch: draws are made for the whole of it, so that they
                 do not depend on the number of processes.
         """
-        heads, batch, views, dim = z.shape
-        if heads != self.z.shape[0] or dim != self.z.shape[2]:
-            raise ValueError(f"expected z as ({self.z.shape[0]}, batch, views, {self.z.shape[2]}), got {tuple(z.shape)}")
+        if z.ndim != 4 or z.shape[0] != self.z.shape[0] or z.shape[3] != self.z.shape[2]:
+            raise InputError(f"expected z as ({self.z.shape[0]}, batch, views, {self.z.shape[2]}), got {tuple(z.shape)}")
+        heads, batch, views = z.shape[:3]
+        if index is not None and index.shape != (batch,):
+            raise InputError(f"expected index as ({batch},) for z {tuple(z.shape)}, got {tuple(index.shape)}")
         if not 1 <= top_k <= self.size:
-            raise ValueError(f"top_k must be between 1 and the queue's size {self.size}, got {top_k}")
+            raise InputError(f"top_k must be between 1 and the queue's size {self.size}, got {top_k}")
         if top_k > 1:
             device = z.device if generator is None else generator.device
             pick = torch.randint(top_k, (heads, batch * part[1], views, 1), generator=generator, device=device)
@@ -103,14 +109,15 @@ class NNQueue(nn.Module):
             index: which image each row is, (batch,).
             label: its class, (batch,), or None; used for metrics only.
         """
-        batch = z.shape[1]
-        if z.shape[0] != self.z.shape[0] or z.shape[2] != self.z.shape[2] or index.shape != (batch,):
-            raise ValueError(
-                f"expected z as ({self.z.shape[0]}, batch, {self.z.shape[2]}) and index as (batch,), "
-                f"got {tuple(z.shape)} and {tuple(index.shape)}"
+        shapes = [tuple(x.shape) for x in (z, index, label) if x is not None]
+        batch = z.shape[1] if z.ndim == 3 else -1
+        if z.shape != (self.z.shape[0], batch, self.z.shape[2]) or set(shapes[1:]) != {(batch,)}:  # before anything is written
+            raise InputError(
+                f"expected z as ({self.z.shape[0]}, batch, {self.z.shape[2]}), index and label as (batch,), "
+                f"got {', '.join(map(str, shapes))}"
             )
         if batch > self.size:
-            raise ValueError(f"a batch of {batch} does not fit a queue of {self.size}")
+            raise InputError(f"a batch of {batch} does not fit a queue of {self.size}")
         slots = (self.ptr + torch.arange(batch, device=self.ptr.device)) % self.size
         self.z[:, slots] = z.to(self.z.dtype)
         self.unit[:, slots] = F.normalize(self.z[:, slots], dim=-1)  # from z as stored, so that a loaded queue equals this one

@@ -5,6 +5,7 @@ formulas leave out (temporary buffers, fragmentation). ``tests/test_plan.py`` co
 all steps agree to 0.5 %, memory lies up to a third above what tensors took.
 """
 
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -189,6 +190,10 @@ def make_plan(
         gpus: the batch is shared by them; every one holds heads and queue, and the encoder unless it is sharded.
         memory: what trades time for memory.
     """
+    if gpus < 1 or config.batch_size % gpus:
+        raise InputError(f"expected gpus >= 1 that divide the batch of {config.batch_size}, got {gpus}")
+    if config.batch_size > images:
+        raise InputError(f"a batch of {config.batch_size} needs at least that many images, the data set has {images}")
     weights, c = parameters(s), config
     flops2, flops3 = (step_flops(s, c, train_encoder=train, memory=memory) for train in (False, True))
     return Plan(
@@ -270,8 +275,8 @@ def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: 
     for crop in config.views.crops:
         if crop.size % s.patch_size:
             raise InputError(f"preset {preset} has crops of {crop.size} px, which patch size {s.patch_size} does not divide")
-    if gpus < 1 or tflops <= 0:
-        raise InputError(f"expected gpus >= 1 and tflops > 0, got {gpus} and {tflops}")
+    if not 0 < tflops < math.inf:
+        raise InputError(f"expected tflops > 0, got {tflops}")
     images = count_images(data, "trainval" if preset.startswith("paper") else "train")  # as training takes them
     p = make_plan(s, config, images, gpus=gpus, memory=memory)
     gib = 2**30

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mimrefiner import distributed, plotting
 from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.config import check_blocks
-from mimrefiner.data import load_dataset
+from mimrefiner.data import ImageDataset, load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.feature_cache import cached_features
 from mimrefiner.features import (
@@ -31,19 +31,21 @@ from mimrefiner.features import (
 )
 from mimrefiner.intervals import standard_error
 from mimrefiner.models import default_device, load_encoder
-from mimrefiner.probes.checks import COLUMNS, check_finite, check_labels, tidy
-from mimrefiner.probes.clustering import cluster
+from mimrefiner.probes.checks import COLUMNS, check_count, check_finite, check_labels, check_test_labels, tidy
+from mimrefiner.probes.clustering import cluster, number_of_clusters
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.probes.linear import hold_out, linear_probe
-from mimrefiner.probes.logistic import low_shot
+from mimrefiner.probes.logistic import draw_shots, low_shot
 from mimrefiner.probes.similarity import effective_rank
 from mimrefiner.results import KNN_PROTOCOL, environment, write_csv, write_json
 
 PROBES = ("knn", "linear", "low_shot", "cluster", "rank")
+MODELS = ("model", "random weights", "raw pixels")
 HEADLINE = {  # probe -> the metrics of table and figure
     "knn": ("accuracy",), "linear": ("accuracy",), "low_shot": ("accuracy",),
     "cluster": ("ACC", "cluster_silhouette"), "rank": ("effective_rank",),
 }  # fmt: skip
+LABELLED = {"knn": "k-NN", "linear": "a linear probe", "low_shot": "low-shot classification"}
 K = 10
 PIXEL_BYTES = 2**32  # raw pixels are left out where they take more than this
 
@@ -95,11 +97,15 @@ def probe(
         Tidy rows: model ("model", "random weights", "raw pixels"), probe and the columns of the probes.
 
     Raises:
-        InputError: an unknown probe, model, data set or block; no labels where a probe needs them; other settings in ``out``.
+        InputError: an unknown probe, model, data set or block; no labels where a probe needs them; other settings or
+            foreign files in ``out``.
     """
     for name in probes:
         if name not in PROBES:
             raise InputError(f"unknown probe {name!r}: choose from {', '.join(PROBES)}")
+    if not probes or len(set(probes)) < len(probes):
+        raise InputError(f"expected one or more different probes, got {', '.join(probes) or 'none'}")
+    check_count("seed", seed, 0)
     title = report_title(encoder, data)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder, pretrained=pretrained)
@@ -109,9 +115,15 @@ def probe(
     device = default_device() if device is None else torch.device(device)
     depth, names = len(block_modules(encoder)), tuple(pools) if pools is not None else available_pools(encoder)
     plain = check_pools(encoder, sorted({part for name in names for part in parse_pool(name)[0]}))
+    numbers = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
+    nothing = [torch.empty(0, 1) for _ in numbers]  # poolings that need other blocks, said before the work
+    Features(dict.fromkeys(plain, nothing), torch.empty(0), numbers, depth).joined(names)
+    if all(isinstance(part, ImageDataset) for part in (train, test)):
+        for name in probes:
+            _check_labels(name, *map(_labels, (train, test)), seed=seed, shots=shots, clusters=clusters)
     settings = {
         "weights_sha256": sha256_of(encoder), "data": data if isinstance(data, str) else [len(train), len(test)],
-        "blocks": list(range(depth) if blocks == "all" else check_blocks(blocks, depth)), "pools": list(names), "seed": seed,
+        "blocks": list(numbers), "pools": list(names), "seed": seed,
         "shots": list(shots), "clusters": clusters, "autocast": str(autocast),
     }  # fmt: skip
     going_on = folder is not None and distributed.from_first(lambda: _goes_on(folder, settings, resume))
@@ -238,9 +250,6 @@ def _too_many_pixels(encoder: nn.Module, train: Dataset) -> bool:
 
 
 def _run(name: str, train: Features, test: Features, *, seed: int, shots, clusters: int | None, device) -> pd.DataFrame:
-    without = int((test.y < 0).sum())
-    if name in ("knn", "linear", "low_shot") and without and (train.y >= 0).any():  # else the probe says that it needs labels
-        raise InputError(f"{without} of {len(test.y)} test images have no label, and {name} counts right answers: leave them out")
     if name == "knn":
         k = min(K, len(train.y))  # fewer images than neighbours: all of them vote, and the protocol says so
         protocol = KNN_PROTOCOL.replace(f"k{K}", f"k{k}")
@@ -251,12 +260,27 @@ def _run(name: str, train: Features, test: Features, *, seed: int, shots, cluste
             for block, right in zip(test.blocks, hits, strict=True)
         ])  # fmt: skip
     if name == "linear":
-        check_labels(train.y, "a linear probe")  # before labels decide what is held out
+        check_labels(train.y, LABELLED[name], everywhere=True)  # before labels decide what is held out
         val, rest = hold_out(train, seed)
         return linear_probe(rest, test, val=val, choose=len(train.x) > 1, seed=seed, device=device)
     if name == "low_shot":
         return low_shot(train, test, shots=shots, seed=seed, device=device)
     return cluster(test, clusters=clusters, seed=seed) if name == "cluster" else effective_rank(test)
+
+
+def _labels(data: ImageDataset) -> Tensor:
+    return torch.full((len(data),), -1) if data.labels is None else torch.from_numpy(data.labels)
+
+
+def _check_labels(name: str, y: Tensor, test_y: Tensor, *, seed: int, shots, clusters: int | None) -> None:
+    """Raise now what the probe ``name`` would raise after the extraction."""
+    if name in LABELLED:
+        classes = check_labels(y, LABELLED[name], everywhere=name != "low_shot")
+        check_test_labels(test_y, LABELLED[name])
+        for shot in shots if name == "low_shot" else ():
+            draw_shots(y, classes, shot, seed)
+    if name == "cluster":
+        number_of_clusters(test_y.numpy(), clusters)
 
 
 def _random_twin(encoder: nn.Module) -> nn.Module:
@@ -277,8 +301,12 @@ def _random_twin(encoder: nn.Module) -> nn.Module:
 
 
 def _goes_on(folder: Path, settings: dict, resume: bool) -> bool:
-    """Whether the finished probes in ``folder`` are kept."""
+    """Whether the finished probes in ``folder`` are kept; InputError where other files bear the report's names."""
     file = folder / "settings.json"
+    checked = own_files(folder) if not _is_ours(file) else [folder / "manifest.json"]  # a run of notebooks has a manifest too
+    foreign = [old.name for old in checked if old.exists() and not _is_ours(old)]
+    if foreign:
+        raise InputError(f"{folder} holds {', '.join(foreign)}, which no report wrote: choose another folder with --out")
     if not resume or not file.is_file():
         return False
     there = json.loads(file.read_text())
@@ -288,8 +316,23 @@ def _goes_on(folder: Path, settings: dict, resume: bool) -> bool:
     return True
 
 
+def _is_ours(file: Path) -> bool:
+    """Whether ``file`` is the settings or the manifest of a report."""
+    try:
+        return "weights_sha256" in json.loads(file.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Every file that a report may write, whether it is there or not."""
+    rows = [_rows_file(folder, model, name) for model in MODELS for name in PROBES]
+    names = ("report.csv", "report.md", "report.png", "report.pdf", "manifest.json", "settings.json")
+    return [*rows, *(folder / name for name in names)]
+
+
 def _start_folder(folder: Path, settings: dict) -> None:
-    for old in (*folder.glob("rows_*.csv"), *folder.glob("report.*"), folder / "manifest.json"):
+    for old in own_files(folder):
         old.unlink(missing_ok=True)
     write_json(settings, folder / "settings.json")
 

@@ -78,6 +78,8 @@ def run_notebooks(
     batch, parameters = batch or Batch(), parameters or {}
     base, seed_list, notebooks, out = load_preset(preset), parse_seeds(seeds), find_notebooks(names), Path(out).resolve()
     check_batch(batch)
+    if taken := {"preset", "seeds", "out"} & parameters.keys():
+        raise InputError(f"give {', '.join(f'--{name}' for name in sorted(taken))} in place of -p {', '.join(sorted(taken))}")
     check_writable(out)
     given = {"preset": preset, "seeds": seeds, "out": str(out), **parameters}
     for notebook in notebooks:
@@ -142,6 +144,8 @@ def check_batch(batch: Batch) -> None:
             raise InputError("--gpus pins jobs on this machine; with --executor slurm ask for GPUs with --slurm gpus_per_node=1")
     elif batch.executor != "local":
         raise InputError(f"--executor must be local or slurm, got {batch.executor!r}")
+    elif batch.slurm:
+        raise InputError(f"--slurm {', '.join(batch.slurm)} is for jobs on a cluster: add --executor slurm, or leave it out")
     there = torch.cuda.device_count()
     if len(set(batch.gpus)) < len(batch.gpus) or any(not 0 <= gpu < there for gpu in batch.gpus):
         raise InputError(f"--gpus must be different numbers of the {there} GPUs here, got {','.join(map(str, batch.gpus))}")

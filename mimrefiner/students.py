@@ -1,5 +1,6 @@
 """Copies of the notebooks: without solutions for students, and executed for publication without paths of the machine."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import nbformat
 
 from mimrefiner.checkpoint import atomic_file
 from mimrefiner.errors import InputError
+from mimrefiner.parameters import project_folder
 from mimrefiner.runner import find_notebooks
 
 SOLUTION = "solution"  # tag of the cells that students do not get
@@ -23,8 +25,10 @@ def write_student_copies(names: list[str], out: Path) -> list[Path]:
         out: folder of the copies; an existing file there, perhaps with a student's work, raises.
 
     Raises:
-        InputError: a copy is there already.
+        InputError: a copy is there already, or ``out`` is a file.
     """
+    if out.is_file():
+        raise InputError(f"{out} is a file: give a folder with --out")
     sources, written = find_notebooks(names), []
     for source in sources:
         if (out / source.name).exists():
@@ -48,10 +52,11 @@ def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def publish(run: Path, to: Path) -> list[Path]:
-    """Replace the executed notebooks in ``to`` by those of a run, free of paths of this machine.
+    """Replace the executed notebooks in ``to`` by those of the same name of a run, free of paths of this machine.
 
     Raises:
-        InputError: the run has no executed notebooks, or one is too large or still names a path; then ``to`` is unchanged.
+        InputError: the run has no executed notebooks, one is too large or still names a path, or ``to`` holds notebooks that were
+            not executed (sources, copies for students); then ``to`` is unchanged.
     """
     sources = sorted(file for file in (run / "notebooks").glob("[0-9][0-9]_*.ipynb") if ".unfinished" not in file.name)
     if not sources:
@@ -66,12 +71,20 @@ def publish(run: Path, to: Path) -> list[Path]:
             raise InputError(
                 f"{source.name} has {len(text) / 2**20:.1f} MB, more than the {MAX_MB} to publish: draw smaller figures"
             )
-    for old in to.glob("*.ipynb"):
-        old.unlink()
+    for old in sorted(to.glob("*.ipynb")):
+        if to.resolve() == project_folder() / "notebooks" or not _is_executed(old):
+            raise InputError(f"{to} holds {old.name}, which is no published notebook: choose another folder with --to")
     for name, copy in copies.items():
         with atomic_file(to / name) as temporary:
             nbformat.write(copy, temporary)
     return [to / name for name in copies]
+
+
+def _is_executed(notebook: Path) -> bool:
+    try:
+        return any(cell.get("outputs") for cell in json.loads(notebook.read_bytes())["cells"])
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def published_copy(notebook: nbformat.NotebookNode, run: Path) -> nbformat.NotebookNode:

@@ -42,6 +42,10 @@ def test_without_labels_the_clusters_judge_themselves(features):
 
 
 def test_more_clusters_than_images_are_refused(features):
+    with pytest.raises(mr.InputError, match="runs must be a whole number >= 1, got 0"):
+        mr.cluster(features, clusters=3, runs=0)
+    with pytest.raises(mr.InputError, match=r"a whole number between 2 and the number of images 60, got 2\.5"):
+        mr.cluster(features, clusters=2.5)
     with pytest.raises(mr.InputError, match="between 2 and the number of images 60, got 61"):
         mr.cluster(features, clusters=61)
 

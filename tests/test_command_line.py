@@ -107,6 +107,8 @@ BAD = [
     (["refine", "--model", "simmim_digits", "--top-k", "5000"], "top_k must be between 1 and the queue size"),
     (["refine", "--model", "simmim_digits", "--temperature", "0"], "temperature must be > 0"),
     (["refine", "--model", "simmim_digits", "--clip-norm", "0"], "clip_norm must be > 0 or None, got 0"),
+    (["pretrain", "--preset", "smoke", "--workers", "-1"], "loader processes (workers) must be >= 0, got -1"),
+    (["run", "00", "--gpus", ""], "--gpus must be whole numbers with commas between, got ''"),
     (["pretrain", "--clip-norm", "-1"], "clip_norm must be > 0 or None, got -1"),
 ]
 

@@ -72,6 +72,23 @@ def test_image_folder_without_splits_is_split(image_folder):
     assert len(parts["test"]) == 6
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_held_out_folders_that_are_no_class_are_named(image_folder, part):
+    (image_folder / "val").rename(image_folder / part)
+    (image_folder / part / "ant").rename(image_folder / part / "images")  # Tiny-ImageNet's own val/images
+    message = rf"{part} must hold one folder per class, named as in .*train, which has no images$"
+    for split in data.SPLITS:
+        with pytest.raises(mr.InputError, match=message):
+            mr.load_dataset(f"imagefolder:{image_folder}", split=split)
+
+
+def test_a_flat_test_folder_is_left_out(image_folder):
+    sizes = {split: len(mr.load_dataset(f"imagefolder:{image_folder}", split=split)) for split in data.SPLITS}
+    (image_folder / "test").mkdir()
+    Image.new("RGB", (8, 8)).save(image_folder / "test" / "0.png")
+    assert sizes == {split: len(mr.load_dataset(f"imagefolder:{image_folder}", split=split)) for split in data.SPLITS}
+
+
 def write_parquet(path, n, labels, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
@@ -108,6 +125,33 @@ def test_withheld_labels_are_none(tmp_path):
     assert mr.load_dataset(f"parquet:{tmp_path}", split="test").labels is not None  # the labelled val is what is measured
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, None] * 10, r"column label must be whole numbers \(-1: none\), got 10 of 20 missing: convert it"),
+        ([0.0, 1.0] * 10, "must be whole numbers .*, got double"),
+        (["ant", "bee"] * 10, "must be whole numbers .*, got string"),
+    ],
+)
+def test_parquet_labels_are_whole_numbers(tmp_path, labels, message):
+    write_parquet(tmp_path / "train-0.parquet", 20, labels)
+    with pytest.raises(mr.InputError, match=message):
+        mr.load_dataset(f"parquet:{tmp_path}", split="train")
+
+
+def test_parquet_images_of_plain_bytes_are_named(tmp_path):
+    pq.write_table(pa.table({"image": [b"x"] * 4, "label": [0, 1] * 2}), tmp_path / "train-0.parquet")
+    with pytest.raises(mr.InputError, match=r"expected parquet files with columns image\{bytes, path\} .*: column image is binary"):
+        mr.load_dataset(f"parquet:{tmp_path}", split="train")
+
+
+@pytest.mark.parametrize("image", [torch.full((3, 8, 8), 1.1), torch.full((3, 8, 8), -0.1), torch.full((3, 8, 8), 200.0)])
+def test_tensors_outside_of_0_to_1_are_refused(image):
+    with pytest.raises(mr.InputError, match=r"expected an image tensor in 0\.\.1 or of uint8, got"):
+        data.to_pil(image)
+    assert data.to_pil(torch.full((3, 8, 8), 1 + 1e-6)).getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "stl10"])
 def test_no_network_is_said_in_one_line(name, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
@@ -127,6 +171,12 @@ def test_bad_input_is_named(tmp_path, image_folder):
     ]:
         with pytest.raises(mr.InputError, match=message):
             mr.load_dataset(name, split="train")
+    with pytest.raises(mr.InputError, match="expected a data set by name"):
+        mr.load_dataset(image_folder, split="train")
+    with pytest.raises(mr.InputError, match="seed must be >= 0, got -1"):
+        mr.load_dataset("digits", split="train", seed=-1)
+    with pytest.raises(mr.InputError, match="expected a number of images >= 1, or None for all, got -1"):
+        mr.load_dataset("digits", split="train").take(-1)
     with pytest.raises(mr.InputError, match="unknown split 'valid'"):
         mr.load_dataset("digits", split="valid")
     (tmp_path / "empty").mkdir()
@@ -134,7 +184,7 @@ def test_bad_input_is_named(tmp_path, image_folder):
         mr.load_dataset(f"imagefolder:{tmp_path}/empty", split="train")
     (image_folder / "val" / "ant" / "0.png").write_bytes(b"no image")
     broken = mr.load_dataset(f"imagefolder:{image_folder}", split="test")
-    with pytest.raises(mr.InputError, match=r"0\.png cannot be decoded"):
+    with pytest.raises(mr.InputError, match=r"^[^:]*0\.png cannot be decoded as an image"):
         content(broken)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train-0.parquet").write_bytes(b"PAR1")

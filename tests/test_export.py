@@ -70,6 +70,31 @@ def test_what_can_not_be_exported_is_said(tmp_path, capsys):
     assert main(["export", "simmim_digits", "--to", str(tmp_path / "e.safetensors")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("format", "name", "message"),
+    [
+        ("timm", "e.json", r"a file that ends in \.safetensors, got"),
+        ("timm", "folder", r"a file that ends in \.safetensors, got"),
+        ("hub", "e.safetensors", r"ends in \.th or \.pth or \.pt, got"),
+        ("mimrefiner", "e.th", r"ends in \.safetensors, got"),
+    ],
+)
+def test_a_file_has_the_suffix_of_its_format(vit, tmp_path, format, name, message):
+    with pytest.raises(mr.InputError, match=message):
+        export(vit, tmp_path / name, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_timm_keeps_its_normalisation(tmp_path):
+    vit = mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2), mean=(0.1, 0.2, 0.3))
+    vit.pretrained_cfg["interpolation"] = "bilinear"
+    export(vit, tmp_path / "e.safetensors")
+    again = mr.load_encoder(tmp_path / "e.safetensors", num_heads=2).pretrained_cfg
+    for key in ("mean", "std", "interpolation", "crop_pct", "input_size"):
+        expected = vit.pretrained_cfg[key]
+        assert again[key] == expected or tuple(again[key]) == expected
+
+
 def test_half_precision_makes_the_packaged_file(vit, tmp_path, capsys):
     save_encoder(vit, tmp_path / "full.safetensors")
     asked = ["export", str(tmp_path / "full.safetensors"), "--to", str(tmp_path / "half.safetensors"), "--format", "mimrefiner"]

@@ -156,6 +156,13 @@ def test_features_take_their_own_memory_and_that_of_one_batch(vit, digits):
 def test_bad_input_is_named(vit, images):
     with pytest.raises(mr.InputError, match=r"block 3 is out of range: the model has blocks 0 to 2"):
         mr.extract_features(vit, images, blocks=(1, 3))
+    for blocks in ("1,2", 1, (0.5,)):
+        with pytest.raises(mr.InputError, match=r"expected 0-based blocks such as \(8, 9\), got"):
+            mr.extract_features(vit, images, blocks=blocks)
+    with pytest.raises(mr.InputError, match="expected one or more poolings of cls, mean, got none"):
+        mr.extract_features(vit, images, pools=())
+    with pytest.raises(mr.InputError, match=r"expected batch_size >= 1 and loader processes \(workers\) >= 0, got 256 and -1"):
+        mr.extract_features(vit, images, num_workers=-1)
     with pytest.raises(mr.InputError, match="unknown pooling 'max'"):
         mr.extract_features(vit, images, pools=("max",))
     without_cls = mr.load_encoder("test_vit2", pretrained=False)

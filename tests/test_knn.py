@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import mimrefiner as mr
+from mimrefiner.features import Features
 from mimrefiner.probes import knn
 
 
@@ -54,14 +57,70 @@ def test_labels_need_not_start_at_zero_and_may_be_missing_in_test(knn_file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 401}, "k must be between 1 and the number of training images 400, got 401"),
-        ({"k": 0}, "k must be between 1"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"ks": (5, 401)}, "k must be a whole number between 1 and the number of training images 400, got 401"),
+        ({"ks": (0, 5)}, "k must be a whole number between 1 and .* got 0"),
+        ({"ks": (2.5,)}, "k must be a whole number between 1 and .* got 2.5"),
+        ({"ks": ()}, "one or more ks and temperatures, got none"),
+        ({"temperatures": ()}, "one or more ks and temperatures, got none"),
+        ({"temperatures": (0.07, 0.0)}, "temperature must be > 0, got 0.0"),
     ],
 )
 def test_bad_settings_are_named(knn_file, change, message):
     with pytest.raises(mr.InputError, match=message):
-        mr.knn_accuracy(*knn_file[1], **change)
+        mr.knn_predict(*knn_file[1][:3], **change)
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (3, lambda y: y[:-1], r"one label per test image as a tensor \(\d+,\), got \("),
+        (3, lambda y: y[:, None], "one label per test image as a tensor"),
+        (3, lambda y: y.numpy(), "one label per test image as a tensor .*, got ndarray"),
+        (3, lambda y: torch.full_like(y, -1), "test images have no label, and k-NN counts right answers: leave them out"),
+        (0, lambda x: x.numpy(), r"features and labels as tensors, got ndarray, .*torch\.from_numpy"),
+        (0, lambda x: x.index_fill(0, torch.tensor([3]), torch.nan), "hold NaN or infinite values: check the weights"),
+        (2, lambda x: x.index_fill(0, torch.tensor([3]), torch.inf), "hold NaN or infinite values: check the weights"),
+    ],
+)
+@pytest.mark.parametrize("standardize", [True, False])
+def test_bad_features_and_labels_are_named(knn_file, which, change, message, standardize):
+    arguments = list(knn_file[1])
+    arguments[which] = change(arguments[which])
+    with pytest.raises(mr.InputError, match=message):
+        mr.knn_accuracy(*arguments, standardize=standardize)
+
+
+def test_no_test_images_are_named(knn_file):
+    _, (train_x, train_y, test_x, test_y) = knn_file
+    with pytest.raises(mr.InputError, match="k-NN needs test images, and there are none"):
+        mr.knn_accuracy(train_x, train_y, test_x[:0], test_y[:0])
+
+
+def test_a_small_temperature_is_the_vote_of_the_nearest(knn_file):
+    _, (train_x, train_y, test_x, _) = knn_file
+    nearest = mr.knn_predict(train_x, train_y, test_x, ks=(1,))
+    assert torch.equal(mr.knn_predict(train_x, train_y, test_x, ks=(10,), temperatures=(1e-4,)), nearest)
+
+
+PROBES = [mr.knn_hits, mr.linear_probe, mr.low_shot]
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": (1, 2)}, r"the cls features of block 0 \(0-based\), 8 wide, are not in both"),
+        ({"x": {"mean": torch.randn(2, 40, 8)}}, "the cls features of block 0"),
+        ({"x": {"cls": torch.randn(2, 40, 9)}}, "the cls features of block 0"),
+        ({"y": torch.tensor([-1] * 10 + [0, 1, 2] * 10)}, "10 of 40 test images have no label"),
+        ({"x": {"cls": torch.randn(2, 0, 8)}, "y": torch.tensor([])}, "needs test images, and there are none"),
+        ({"x": {"cls": torch.full((2, 40, 8), torch.nan)}}, r"cls features of block 0 \(0-based\) hold NaN"),
+    ],
+)
+def test_probes_refuse_test_features_that_do_not_fit(probe, change, message):
+    train = Features({"cls": torch.randn(2, 40, 8)}, torch.tensor([0, 1] * 20), (0, 1), 4)
+    with pytest.raises(mr.InputError, match=message):
+        probe(train, replace(train, **change))
 
 
 @pytest.mark.parametrize(("label", "message"), [(-1, "needs labels"), (3, "at least two classes, and all labels are 3")])

@@ -83,6 +83,26 @@ def test_images_without_labels_are_refused(features):
         mr.linear_probe(features, features)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be a whole number >= 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 2, got 0"),
+        ({"batch_size": 1}, "batch_size must be a whole number >= 2, got 1"),
+        ({"learning_rates": ()}, "learning rates must be > 0"),
+    ],
+)
+def test_bad_settings_are_named(features, settings, message):
+    with pytest.raises(mr.InputError, match=message):
+        mr.linear_probe(features, features, **settings)
+
+
+def test_two_images_are_too_few(features):
+    with pytest.raises(mr.InputError, match="at least 2 training images beside those held out, got 1"):
+        mr.linear_probe(features.subset([0, 1]), features)
+
+
 def test_validation_chooses_the_pooling_too(features):
     noise = torch.randn(2, 90, 8)
     both = Features({"mean": noise, "cls": features.x["cls"]}, features.y, (3, 7), 8)

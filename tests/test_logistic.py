@@ -93,6 +93,21 @@ def test_strength_is_chosen_on_validation(features):
         mr.low_shot(features, features, strengths=(1.0, 2.0))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strengths": (-1,)}, r"strengths C > 0, got shots \[1, 2, 5\], strengths \[-1\]"),
+        ({"strengths": (0,)}, "strengths C > 0"),
+        ({"strengths": ()}, "strengths C > 0"),
+        ({"shots": ()}, "one or more shots"),
+        ({"splits": 0}, "splits must be a whole number >= 1, got 0"),
+    ],
+)
+def test_bad_settings_are_named(features, settings, message):
+    with pytest.raises(mr.InputError, match=message):
+        mr.low_shot(features, features, **settings)
+
+
 def test_splits_are_balanced_and_fixed():
     y = torch.arange(40) % 4
     rows = draw_shots(y, torch.arange(4), 3, 0)

@@ -99,12 +99,21 @@ def test_a_share_of_the_batch_with_offset_equals_the_whole():
     assert torch.allclose(whole, (shares[0] + shares[1]) / 2)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_temperature_must_be_positive(temperature):
-    with pytest.raises(ValueError, match="temperature must be > 0"):
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [(0.0, "must be > 0"), (-1.0, "must be > 0"), (float("nan"), "must be > 0"), ([0.1, 0.2], "must be a number, or one per head")],
+)
+def test_temperature_must_be_positive(temperature, message):
+    with pytest.raises(mr.InputError, match=f"temperature {message}"):
         mr.nna_loss(*torch.randn(3, 4, 4).unbind(), temperature=temperature)
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"got \(1, 4, 1, 5\)"):
+    with pytest.raises(mr.InputError, match=r"expected z, nn_z and p as \(batch, dim\), got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"):
+        mr.nna_loss(*torch.randn(3, 2, 4, 3).unbind())
+    with pytest.raises(mr.InputError, match=r"of one shape .* got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"):
+        mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 3).unbind())
+    with pytest.raises(mr.InputError, match="pairs of different views, got 1 global of 1 in all"):
+        mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 1, 3).unbind())
+    with pytest.raises(mr.InputError, match=r"got \(1, 4, 1, 5\)"):
         mr.multi_view_nna_loss(torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 5))

@@ -14,7 +14,7 @@ import mimrefiner as mr
 from mimrefiner.__main__ import main
 from mimrefiner.augment import Crop, Views
 from mimrefiner.catalogue import MODELS, PACKAGED, table
-from mimrefiner.checkpoint import atomic_file, save_encoder, sha256_of, vit_config
+from mimrefiner.checkpoint import atomic_file, read_encoder_file, save_encoder, sha256_of, vit_config
 from mimrefiner.config import ViTConfig
 from mimrefiner.layouts import ReleasedViT, ViTShape
 from mimrefiner.models import ASSETS, _as_encoder, row_shape
@@ -84,10 +84,34 @@ def test_bad_input_is_named(tmp_path):
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(mr.InputError, match="looks like no layout that is known"):
         mr.load_encoder(tmp_path / "other.safetensors")
+    for size in (0, -8, 32.0):
+        with pytest.raises(mr.InputError, match=f"image_size must be a whole number >= 1, got {size}"):
+            mr.load_encoder("test_vit", image_size=size, pretrained=False)
     with pytest.raises(mr.InputError, match="image size 30 is not divisible by the patch size 8"):
         mr.load_encoder("simmim_digits", image_size=30)
     with pytest.raises(mr.InputError, match="image size 30 is not divisible by the patch size 8"):
         mr.ViTConfig(image_size=30)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, metadata: tensors.pop("norm.weight"), r"norm\.weight should be \(32,\), got None"),
+        (lambda tensors, metadata: tensors.update(more=torch.zeros(2)), r"more should be None, got \(2,\)"),
+        (lambda tensors, metadata: tensors.update({"norm.bias": torch.zeros(8)}), r"norm\.bias should be \(32,\), got \(8,\)"),
+        (lambda tensors, metadata: metadata.pop("data"), "its metadata do not say what it holds"),
+        (lambda tensors, metadata: metadata.update(vit="{}x"), "its metadata do not say what it holds"),
+        (lambda tensors, metadata: metadata.update(vit='{"width": 3}'), "its metadata do not say what it holds"),
+    ],
+)
+def test_damaged_files_of_the_package_are_named(vit, tmp_path, damage, message):
+    path = tmp_path / "e.safetensors"
+    save_encoder(vit, path)
+    tensors, metadata = read_encoder_file(path)
+    damage(tensors, metadata)
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(mr.InputError, match=rf"e\.safetensors is damaged: {message}"):
+        mr.load_encoder(path)
 
 
 def test_no_network_is_said(monkeypatch):

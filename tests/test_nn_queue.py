@@ -77,6 +77,15 @@ def test_saved_and_loaded_queue_answers_the_same():
 
 def test_bad_input_is_named():
     queue = mr.NNQueue(1, 8, 4)
+    before = {name: x.clone() for name, x in queue.state_dict().items()}
+    for z, index, label in ((3, 3, 2), (3, 2, 3), (3, 4, None)):
+        with pytest.raises(mr.InputError, match=r"index and label as \(batch,\), got \(1, 3, 4\)"):
+            queue.enqueue(torch.randn(1, z, 4), torch.arange(index), None if label is None else torch.arange(label))
+    assert all(torch.equal(x, before[name]) for name, x in queue.state_dict().items())
+    with pytest.raises(mr.InputError, match=r"expected index as \(2,\) for z \(1, 2, 1, 4\), got \(3,\)"):
+        queue.lookup(torch.randn(1, 2, 1, 4), torch.arange(3))
+    with pytest.raises(mr.InputError, match=r"expected z as \(1, batch, views, 4\), got \(1, 2, 4\)"):
+        queue.lookup(torch.randn(1, 2, 4), None)
     with pytest.raises(ValueError, match="top_k must be between 1 and the queue's size 8, got 9"):
         queue.lookup(torch.randn(1, 2, 1, 4), None, top_k=9)
     with pytest.raises(ValueError, match="expected z as"):

@@ -235,6 +235,9 @@ def test_command_line(capsys):
     for arguments, message in (
         (["nosuch", "imagenet"], "no plan for 'nosuch'"),
         (["mae_l16", "imagenet", "--gpus", "0"], "expected gpus >= 1"),
+        (["mae_l16", "imagenet", "--gpus", "3"], "expected gpus >= 1 that divide the batch of 1024, got 3"),
+        (["mae_l16", "1000"], "a batch of 1024 needs at least that many images, the data set has 1000"),
+        (["mae_l16", "imagenet", "--tflops", "nan"], "expected tflops > 0, got nan"),
         (["mae_h14", "100", "--preset", "tiny"], "which patch size 14 does not divide"),
     ):
         assert main(["plan", *arguments]) == 2

@@ -12,7 +12,7 @@ import torch
 
 import mimrefiner as mr
 from mimrefiner import report
-from mimrefiner.__main__ import main
+from mimrefiner.__main__ import _numbers, main
 
 
 @pytest.fixture
@@ -48,10 +48,23 @@ def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
     for probes in (("low_shot",), ("rank", "low_shot")):
         with pytest.raises(mr.InputError, match="fewer than 1000 shots"):
             mr.probe(vit, data, probes=probes, shots=(1000,), out=tmp_path, baselines=False)
-        if len(probes) == 1:
-            assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before  # bad input changes nothing
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows_rank_model.csv", "settings.json"]  # no old report beside it
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before  # bad input changes nothing
     assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())
+
+
+@pytest.mark.parametrize("foreign", ["report.csv", "rows_knn_model.csv", "manifest.json", "settings.json"])
+def test_files_of_others_are_left_alone(vit, data, tmp_path, foreign):
+    (tmp_path / foreign).write_text('{"preset": "tiny"}')
+    (tmp_path / "rows_of_mine.csv").write_text("a")
+    with pytest.raises(mr.InputError, match=rf"holds {foreign}, which no report wrote: choose another folder with --out"):
+        mr.probe(vit, data, out=tmp_path, baselines=False)
+    (tmp_path / foreign).unlink()
+    (tmp_path / "report.docx").write_text("b")
+    mr.probe(vit, data, out=tmp_path, baselines=False)
+    (tmp_path / "manifest.json").write_text('{"preset": "tiny"}')  # notebooks were run into the same folder
+    with pytest.raises(mr.InputError, match=r"holds manifest\.json, which no report wrote"):
+        mr.probe(vit, data, out=tmp_path, baselines=False)
+    assert (tmp_path / "rows_of_mine.csv").read_text() + (tmp_path / "report.docx").read_text() == "ab"
 
 
 def test_random_baseline_has_other_weights(vit):
@@ -93,9 +106,47 @@ def test_data_without_labels_still_has_a_rank(vit, data, tmp_path):
 def test_test_images_without_labels_are_named(vit, data):
     train, test = data
     some = [(image, label if i else -1) for i, (image, label) in enumerate(test[i] for i in range(len(test)))]
-    for name in ("knn", "linear", "low_shot"):
-        with pytest.raises(mr.InputError, match=f"1 of 60 test images have no label, and {name} counts right answers"):
+    for name, what in report.LABELLED.items():
+        with pytest.raises(mr.InputError, match=f"1 of 60 test images have no label, and {what} counts right answers"):
             mr.probe(vit, (train, some), probes=(name,), baselines=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blocks": (2,), "pools": ("cls_last2",)}, "pooling 'cls_last2' of block 2 needs block 1, which was not extracted"),
+        ({"pools": ()}, "one or more poolings of cls, mean, got none"),
+        ({"pools": ("",)}, "unknown pooling ''"),
+        ({"probes": ("cluster",), "clusters": 1}, "between 2 and the number of images 60, got 1"),
+        ({"probes": ("low_shot",), "shots": (0,)}, "shots must be whole numbers"),
+        ({"probes": ("low_shot",), "shots": (100,)}, "fewer than 100 shots"),
+        ({"probes": ("knn", "knn")}, "one or more different probes, got knn, knn"),
+        ({"probes": ()}, "one or more different probes, got none"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"unlabelled": True, "probes": ("linear",)}, "a linear probe needs labels, and this data set has none"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_extraction(vit, data, settings, message, monkeypatch):
+    monkeypatch.setattr(report, "_features", None)
+    data = tuple(part.subset(range(len(part))) for part in data)
+    if settings.pop("unlabelled", False):
+        for part in data:
+            part.labels = None
+    with pytest.raises(mr.InputError, match=message):
+        mr.probe(vit, data, baselines=False, **settings)
+
+
+def test_options_of_the_command_line_are_checked(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for option, message in (
+        (["--pools", ""], "unknown pooling ''"),
+        (["--workers", "-1"], "loader processes (workers) >= 0, got 256 and -1"),
+        (["--cache", str(tmp_path / "file")], "file is a file: features are kept in a folder"),
+        (["--probes", "low_shot", "--shots", "1e-2,x"], "--shots must be numbers"),
+    ):
+        assert main(["probe", "simmim_digits", "digits", "--no-baselines", *option, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert _numbers("--shots", "1,1e-2,0.1") == (1, 0.01, 0.1)
 
 
 def test_cached_features_give_the_same_report(vit, data, tmp_path):

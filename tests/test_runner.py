@@ -32,6 +32,8 @@ def test_nothing_runs_with_a_wrong_parameter(tmp_path, monkeypatch):
         ({"preset": "tinny"}, "unknown preset 'tinny': choose one of smoke, tiny"),
         ({"seeds": "x"}, "seeds must be"),
         ({"parameters": {"seed": 1}}, "unknown parameter 'seed'"),
+        ({"parameters": {"preset": "tiny"}}, "give --preset in place of -p preset"),
+        ({"parameters": {"seeds": "1", "out": "x"}}, "give --out, --seeds in place of -p out, seeds"),
     ):
         with pytest.raises(mr.InputError, match=message):
             runner.run_notebooks(["00"], **{"preset": "smoke", "seeds": "0", "out": tmp_path, **change})
@@ -175,6 +177,7 @@ def test_shared_models_are_those_the_code_asks_for(tmp_path):
         ({"gpus": (99,)}, "--gpus must be different numbers of the"),
         ({"workers": 0}, "--workers must be >= 1, got 0"),
         ({"timeout": -60}, "--timeout must be > 0 minutes, got -1"),
+        ({"slurm": {"gpus_per_node": 1}}, "--slurm gpus_per_node is for jobs on a cluster: add --executor slurm"),
         ({"executor": "pbs"}, "--executor must be local or slurm, got 'pbs'"),
     ],
 )

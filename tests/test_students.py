@@ -55,7 +55,8 @@ def test_published_copies_show_parameters_and_no_machine(tmp_path):
     run, to = tmp_path / "run", tmp_path / "executed"
     executed_notebook(run, f"preset smoke, on CPU\nfigures are in {run}/figures\n")
     to.mkdir()
-    (to / "09_old.ipynb").write_text("of another run")
+    other = nbformat.read(run / "notebooks" / "00_one.ipynb", as_version=4)
+    nbformat.write(other, to / "09_other.ipynb")
     assert students.publish(run, to) == [to / "00_one.ipynb"]
     text = (to / "00_one.ipynb").read_text()
     assert str(tmp_path) not in text
@@ -64,7 +65,29 @@ def test_published_copies_show_parameters_and_no_machine(tmp_path):
     assert [line.rstrip() for line in cells[1]["source"]] == ['preset = "smoke"  # which', 'out = ""  # where']
     assert "".join(cells[2]["outputs"][0]["text"]).startswith("preset smoke, on CPU")  # the third cell
     assert len(cells[2]["outputs"]) == 1
-    assert [file.name for file in to.iterdir()] == ["00_one.ipynb"]
+    assert sorted(file.name for file in to.iterdir()) == ["00_one.ipynb", "09_other.ipynb"]
+    assert students.publish(run, to) == [to / "00_one.ipynb"]
+
+
+@pytest.mark.parametrize("name", ["00_one.ipynb", "essay.ipynb"])
+def test_notebooks_that_were_not_published_stay(tmp_path, name, monkeypatch):
+    run, to = tmp_path / "run", tmp_path / "notebooks"
+    executed_notebook(run, "fine")
+    to.mkdir()
+    (to / name).write_text(NOTEBOOKS[0].read_text())
+    with pytest.raises(mr.InputError, match=f"holds {name}, which is no published notebook: choose another folder with --to"):
+        students.publish(run, to)
+    (to / name).write_bytes((run / "notebooks" / "00_one.ipynb").read_bytes())
+    monkeypatch.setattr(students, "project_folder", lambda: tmp_path)  # sources that somebody has executed
+    with pytest.raises(mr.InputError, match="which is no published notebook"):
+        students.publish(run, to)
+    assert [file.name for file in to.iterdir()] == [name]
+
+
+def test_copies_need_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(mr.InputError, match="file is a file: give a folder with --out"):
+        students.write_student_copies(["03"], tmp_path / "file")
 
 
 def test_a_path_that_is_left_is_an_error_and_nothing_changes(tmp_path):

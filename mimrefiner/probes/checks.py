@@ -1,5 +1,7 @@
 """What every probe asks of its features before it begins."""
 
+from numbers import Integral
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -30,6 +32,33 @@ def check_labels(y: Tensor, what: str, *, everywhere: bool = False) -> Tensor:
     if everywhere and without:
         raise InputError(f"{what} needs labels, and {without} of {len(y)} training images have none: leave these out")
     return classes
+
+
+def check_test_labels(y: Tensor, what: str) -> None:
+    """InputError without test images, or where some have no label: they would count as wrong answers."""
+    if len(y) == 0:
+        raise InputError(f"{what} needs test images, and there are none")
+    if without := int((y < 0).sum()):
+        raise InputError(f"{without} of {len(y)} test images have no label, and {what} counts right answers: leave them out")
+
+
+def check_alike(train: Features, *others: Features) -> None:
+    """InputError that names a pooling and block that not all of the features have, or not in the same width."""
+    first, *rest = (
+        {(pool, block, x.shape[1]) for pool, block, x in each_block(part) if pool in train.x} for part in (train, *others)
+    )
+    for part in rest:
+        for pool, block, width in sorted(first ^ part):
+            raise InputError(
+                f"the {pool} features of block {block} (0-based), {width} wide, are not in both training and test features: "
+                "extract both with the same encoder, blocks and pools"
+            )
+
+
+def check_count(name: str, value, least: int = 1) -> None:
+    """InputError unless ``value`` is a whole number of at least ``least``."""
+    if not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def each_block(features: Features):

@@ -5,6 +5,7 @@ the best matching of clusters to classes (the paper does not say more; silhouett
 """
 
 import warnings
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features
-from mimrefiner.probes.checks import check_finite, each_block, tidy
+from mimrefiner.probes.checks import check_count, check_finite, each_block, tidy
 from mimrefiner.progress import progress
 
 MANY_IMAGES = 20_000  # from here on mini batches, and the silhouette of a sample
@@ -40,13 +41,10 @@ def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, 
         InputError: neither labels nor ``clusters``; more clusters than images; NaN features.
     """
     check_finite(features)
+    check_count("runs", runs)
     labels = features.y.numpy()
-    labelled = bool((labels >= 0).all()) and len(np.unique(labels)) > 1
-    k = clusters if clusters is not None else len(np.unique(labels)) if labelled else None
-    if k is None:
-        raise InputError("this data set has no labels of two or more classes: say how many clusters (clusters=)")
-    if not 1 < k <= len(labels):
-        raise InputError(f"clusters must be between 2 and the number of images {len(labels)}, got {k}")
+    labelled = has_classes(labels)
+    k = number_of_clusters(labels, clusters)
     algorithm = MiniBatchKMeans if len(labels) >= MANY_IMAGES else KMeans
     rows = []
     for pool, block, x in progress(list(each_block(features)), "k-means"):
@@ -64,6 +62,21 @@ def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, 
         common = {"block": block, "pool": pool, "protocol": "kmeans", "seed": seed, "n_train": 0, "n_test": len(x)}
         rows += [{**common, "metric": name, "value": float(value), "setting": f"k={k}"} for name, value in values.items()]
     return tidy(rows)
+
+
+def has_classes(labels: np.ndarray) -> bool:
+    """Whether every image has a label, and there are two or more."""
+    return bool((labels >= 0).all()) and len(np.unique(labels)) > 1
+
+
+def number_of_clusters(labels: np.ndarray, clusters: int | None) -> int:
+    """``clusters``, or for None the number of classes; InputError where neither fits ``labels``, (images,)."""
+    if clusters is None and not has_classes(labels):
+        raise InputError("this data set has no labels of two or more classes: say how many clusters (clusters=)")
+    k = len(np.unique(labels)) if clusters is None else clusters
+    if not isinstance(k, Integral) or not 1 < k <= len(labels):
+        raise InputError(f"clusters must be a whole number between 2 and the number of images {len(labels)}, got {k}")
+    return k
 
 
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:

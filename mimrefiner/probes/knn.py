@@ -1,13 +1,14 @@
 """Weighted k-nearest-neighbour classification (the paper's protocol: ``src/metrics/knn.py`` of the released code)."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features
-from mimrefiner.probes.checks import check_labels
+from mimrefiner.probes.checks import check_alike, check_finite, check_labels, check_test_labels
 
 SEARCH_BYTES = 2**28  # at most this much similarity matrix, or votes, at a time
 BANK_BYTES = 2**30  # at most this much of the bank, in float32, at a time
@@ -32,7 +33,7 @@ def knn_predict(
 
     Args:
         train_x, test_x: (images, dim), or (blocks, images, dim) for many blocks at once.
-        train_y: labels, (images,), any integers.
+        train_y: labels, (images,), any integers >= 0.
         ks, temperatures, standardize: of the vote.
         search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are scored again in float32.
         device: where to search; None where the features are. One block at a time passes in pieces of BANK_BYTES, so that the
@@ -42,7 +43,8 @@ def knn_predict(
         Labels, (len(ks), len(temperatures), [blocks,] test images).
 
     Raises:
-        InputError: no neighbour left to find, a temperature that is not positive, no labels or labels of one class only.
+        InputError: no neighbour left to find, a temperature that is not positive, no labels or labels of one class only, NaN or
+            infinite features.
     """
     _check(train_x, train_y, test_x, ks, temperatures)
     if train_x.ndim == 2:
@@ -55,6 +57,9 @@ def knn_predict(
     rows = max(1, SEARCH_BYTES // (4 * len(classes)))
     for block, (bank, queries) in enumerate(zip(train_x, test_x, strict=True)):
         similarity, neighbour = _search(bank, queries, max(ks), standardize, search_dtype, device)
+        if not similarity.isfinite().all():
+            raise InputError("training or test features hold NaN or infinite values: check the weights")
+        similarity -= similarity[:, :1].clone()  # of the nearest: no weight overflows, however small the temperature
         for start in range(0, len(queries), rows):
             part = slice(start, start + rows)
             label = votes_for[neighbour[part]]  # (rows, k)
@@ -133,7 +138,15 @@ def knn_hits(
     standardize: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Which test images the k-NN vote gets right after every block: for every pooling, (blocks, test images) bool."""
+    """Which test images the k-NN vote gets right after every block: for every pooling, (blocks, test images) bool.
+
+    Raises:
+        InputError: as :func:`knn_predict`; test images without labels, features of different blocks or poolings.
+    """
+    check_alike(train, test)
+    check_finite(train, test)
+    check_labels(train.y, "k-NN", everywhere=True)
+    check_test_labels(test.y, "k-NN")
     settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize, "device": device}
     return {
         pool: torch.stack(
@@ -157,18 +170,33 @@ def knn_accuracy(
     standardize: bool = True,
 ) -> float:
     """Share of test images whose weighted k-NN vote is right, 0 to 1; arguments as in :func:`knn_predict`, one block."""
+    if not isinstance(test_y, Tensor) or test_y.shape != test_x.shape[:1]:
+        raise InputError(f"expected one label per test image as a tensor ({len(test_x)},), got {_form(test_y)}")
+    _check(train_x, train_y, test_x, (k,), (temperature,))
+    check_test_labels(test_y, "k-NN")
     predicted = knn_predict(train_x, train_y, test_x, ks=(k,), temperatures=(temperature,), standardize=standardize)
     return (predicted[0, 0] == test_y).float().mean().item()
 
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, ks: Sequence[int], temperatures: Sequence[float]) -> None:
+    if not all(isinstance(x, Tensor) for x in (train_x, train_y, test_x)):
+        found = ", ".join(map(_form, (train_x, train_y, test_x)))
+        raise InputError(f"expected features and labels as tensors, got {found}: torch.from_numpy makes one of an array")
     if train_x.ndim not in (2, 3) or train_x.ndim != test_x.ndim or train_x.shape[-1] != test_x.shape[-1]:
         raise InputError(f"expected two times ([blocks,] images, dim), got {tuple(train_x.shape)} and {tuple(test_x.shape)}")
     images = train_x.shape[-2]
     if train_y.shape != (images,):
         raise InputError(f"expected one label per training image ({images},), got {tuple(train_y.shape)}")
     check_labels(train_y, "k-NN", everywhere=True)
-    if not all(1 <= k <= images for k in ks):
-        raise InputError(f"k must be between 1 and the number of training images {images}, got {max(ks)}")
-    if not all(t > 0 for t in temperatures):
-        raise InputError(f"temperature must be > 0, got {min(temperatures)}")
+    for k in ks:
+        if not isinstance(k, Integral) or not 1 <= k <= images:
+            raise InputError(f"k must be a whole number between 1 and the number of training images {images}, got {k}")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise InputError(f"temperature must be > 0, got {temperature}")
+    if not len(ks) or not len(temperatures):
+        raise InputError("expected one or more ks and temperatures, got none")
+
+
+def _form(x) -> str:
+    return f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

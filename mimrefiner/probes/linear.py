@@ -18,7 +18,7 @@ from mimrefiner.data import stratified_split, view_batches
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features, check_pools, parse_pool, pooled_blocks
 from mimrefiner.models import normalisation
-from mimrefiner.probes.checks import check_finite, check_labels, tidy
+from mimrefiner.probes.checks import check_alike, check_count, check_finite, check_labels, check_test_labels, tidy
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
 
@@ -101,12 +101,16 @@ def linear_probe(
         One row per block and pooling, columns as :data:`mimrefiner.probes.checks.COLUMNS`.
 
     Raises:
-        InputError: labels missing or of one class only; NaN features.
+        InputError: labels missing or of one class only; NaN features; features of different blocks or poolings.
     """
+    check_alike(train, test, *(() if val is None else (val,)))
     check_finite(train, test)
     classes = check_labels(train.y, "a linear probe", everywhere=True)
+    _check_training(test, epochs, batch_size)
     if val is None:
         val, train = hold_out(train, seed)
+    if len(train.y) < 2:
+        raise InputError(f"a linear probe needs at least 2 training images beside those held out, got {len(train.y)}")
     batch_size = min(batch_size, len(train.y))
     steps = epochs * (len(train.y) // batch_size)
     grid = _Grid(train, classes, learning_rates, batch_size, seed, device)
@@ -138,7 +142,9 @@ def linear_probe_augmented(
     Every batch passes the frozen encoder once, for all blocks and poolings of ``val`` (joined ones too). Arguments and rows as
     there; ``dataset``: map-style, (image, label), with its ``labels``, the training images.
     """
+    check_alike(val, test)
     check_finite(val, test)
+    _check_training(test, epochs, batch_size)
     labels = getattr(dataset, "labels", None)
     if labels is None:
         raise InputError("a linear probe needs labels, and this data set has no attribute labels")
@@ -172,7 +178,7 @@ class _Grid:
     """Joint probes on every block and pooling of ``like``, one :class:`JointProbes` per width, and the choice among them."""
 
     def __init__(self, like: Features, classes: Tensor, learning_rates: Sequence[float], batch_size: int, seed: int, device):
-        if not learning_rates or min(learning_rates) <= 0:
+        if not len(learning_rates) or not all(rate > 0 for rate in learning_rates):
             raise InputError(f"learning rates must be > 0, got {list(learning_rates)}")
         self.classes, self.learning_rates, self.device = classes, learning_rates, torch.device(device)
         self.keys: dict[int, list[tuple[str, int]]] = {}  # width -> (pooling, position of the block)
@@ -220,6 +226,12 @@ class _Grid:
             _, value, rate = found[pool, position]
             rows.append({**common, "block": block, "pool": "chosen", "value": value, "setting": f"{pool} {rate}"})
         return tidy(rows)
+
+
+def _check_training(test: Features, epochs: int, batch_size: int) -> None:
+    check_test_labels(test.y, "a linear probe")
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size, 2)  # batch norm
 
 
 def hold_out(features: Features, seed: int, share: float = 0.1) -> tuple[Features, Features]:

@@ -4,6 +4,7 @@ The paper's protocol (record of ``offline_logreg_callback.py``): every row is ce
 0.00025 / N on mean loss, which is scikit-learn's C = 4000.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,7 +19,7 @@ from torch import Tensor
 from mimrefiner.data import stratified_split
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features
-from mimrefiner.probes.checks import check_finite, check_labels, each_block, tidy
+from mimrefiner.probes.checks import check_alike, check_count, check_finite, check_labels, check_test_labels, each_block, tidy
 
 STRENGTHS = (4000.0,)
 HISTORY = 7  # steps that L-BFGS remembers
@@ -52,10 +53,16 @@ def low_shot(
         One row per block, pooling, shots and split, columns as :data:`mimrefiner.probes.checks.COLUMNS`; ``seed`` is the draw's.
 
     Raises:
-        InputError: labels missing or of one class, a class with fewer images than shots, several strengths without ``val``.
+        InputError: labels missing or of one class, a class with fewer images than shots, several strengths without ``val``,
+            features of different blocks or poolings.
     """
+    check_alike(train, test, *(() if val is None else (val,)))
     check_finite(train, test)
     classes = check_labels(train.y, "low-shot classification")
+    check_test_labels(test.y, "low-shot classification")
+    check_count("splits", splits)
+    if not len(shots) or not len(strengths) or not all(0 < c < math.inf for c in strengths):  # 0 or less has no minimum
+        raise InputError(f"expected one or more shots, and strengths C > 0, got shots {list(shots)}, strengths {list(strengths)}")
     if len(strengths) > 1 and val is None:
         raise InputError(f"choosing among {len(strengths)} strengths needs validation features: pass val=")
     parts = {"test": test, **({"val": val} if val is not None else {})}
