@@ -1,9 +1,13 @@
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import mimrefiner as mr
 from mimrefiner import ablations, results
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["tiny", "natural", "gpu"])
@@ -54,3 +58,15 @@ def test_kept_rows_have_the_fixed_columns():
         names = {a.name for a in ablations.ablations(mr.load_preset("tiny"))} | {"before"}
         assert set(rows["model"]) <= names
     assert len(ablations.committed_rows("no_such_preset")) == 0
+
+
+def test_rows_of_the_ablations_and_the_figure_of_refinement_are_of_the_same_models():
+    """Both are published for preset tiny: the recipe's last block must be the same in both, seed by seed."""
+    rows = ablations.committed_rows("tiny")
+    rows = rows[(rows["block"] == rows["block"].max()) & (rows["pool"] == "cls")]
+    figure = pd.read_csv(ROOT / "figures" / "04_before_after.csv")
+    figure = figure[(figure["block"] == figure["block"].max()) & figure["pool"].str.startswith("cls")]
+    for name, label in (("before", "before"), ("recipe", "refined (EMA)")):
+        ours = rows[rows["model"].str.startswith(name)].set_index("seed")["value"]
+        drawn = figure[figure["label"] == label].set_index("seed")["value"]
+        assert ours.sort_index().to_list() == pytest.approx(drawn.sort_index().to_list(), abs=1e-6), name
