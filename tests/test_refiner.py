@@ -120,7 +120,7 @@ def test_settings_that_do_not_fit_the_model_are_named(vit, config, change, messa
     [
         ({"refine_top_k": 33}, "top_k must be between 1 and the queue size 32, got 33"),
         ({"heads_top_k": 0}, "top_k must be between 1"),
-        ({"temperature": 0.0}, "temperature must be > 0, got 0"),
+        ({"temperature": 0.0}, "temperature must be > 0 and finite, got 0"),
         ({"batch_size": 64}, "a batch of 64 does not fit a queue of 32"),
         ({"pool": "max"}, "unknown pool 'max'"),
         ({"pairing": "both"}, "unknown pairing 'both'"),
