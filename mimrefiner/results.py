@@ -188,7 +188,7 @@ def _cell(value) -> str:
 
 def count(n: int, noun: str) -> str:
     """ "1 seed", "3 seeds"."""
-    return f"{n} {noun}" + "s" * (n != 1)
+    return f"{n} {noun}" + ("s" if n != 1 else "")
 
 
 def readable(text: str) -> str:

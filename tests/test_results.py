@@ -61,6 +61,10 @@ def test_a_long_table_is_printed_in_part_and_over_pages(tmp_path):
     assert "a &" not in latex
 
 
+def test_counts_take_numpys_numbers():
+    assert results.count(np.int64(1), "seed") == "1 seed" and results.count(np.int64(3), "seed") == "3 seeds"
+
+
 def test_compare_never_copies_a_paper_value():
     paper = results.paper_values()
     assert len(paper) == 402
