@@ -13,7 +13,7 @@ from torch import nn
 from mimrefiner import store
 from mimrefiner.checkpoint import atomic_file, sha256_of
 from mimrefiner.config import Preset
-from mimrefiner.data import load_dataset, short_name
+from mimrefiner.data import data_hash, load_dataset, short_name
 from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.models import default_device
 from mimrefiner.probes.clustering import cluster
@@ -103,7 +103,7 @@ def kept(folder: Path, model: Model, data: str) -> Measured:
     settings = (BANK, VAL, RATES, EPOCHS, STEPS, BATCH, DRAWS, TRANSFER, PIXELS)
     known = json.dumps([
         model.name, model.seed, model.preset.name, "" if model.encoder is None else sha256_of(model.encoder), settings,
-        store.data_hash(load_dataset(data, split="test")), store.code_hash(CODE),
+        data_hash(load_dataset(data, split="test")), store.code_hash(CODE),
     ])  # fmt: skip
     key = hashlib.sha256(known.encode()).hexdigest()[:16]
     file = folder / f"{model.name.replace(' ', '_').replace(',', '')}-{model.seed}-{key}.pt"

@@ -17,6 +17,7 @@ import torch
 from mimrefiner import execute, store
 from mimrefiner.checkpoint import atomic_file
 from mimrefiner.config import Preset, load_preset
+from mimrefiner.data import data_hash
 from mimrefiner.errors import InputError
 from mimrefiner.execute import end_with_parent, record_file, sha256
 from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
@@ -264,7 +265,7 @@ def _inputs_hash(preset: Preset) -> str:
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts):
         digest.update(f"{file.relative_to(folder)} {sha256(file)}\n".encode())
     for split in ("train", "test"):
-        digest.update(store.data_hash(store.load_split(preset, split)).encode())
+        digest.update(data_hash(store.load_split(preset, split)).encode())
     return digest.hexdigest()
 
 
