@@ -128,9 +128,9 @@ def do_refine(args) -> None:
     encoder = load_encoder(args.model, pretrained=not args.no_pretrained) if args.model else pretrained(preset).encoder
     depth = len(block_modules(encoder))
     config = preset.refine
-    if args.blocks and args.heads:
+    if args.blocks is not None and args.heads is not None:
         raise InputError("give either --blocks or --heads")
-    if args.blocks:
+    if args.blocks is not None:
         config = replace(config, blocks=_integers("--blocks", args.blocks))
     if args.heads is not None:
         if not 1 <= args.heads <= depth:

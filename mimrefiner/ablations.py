@@ -15,7 +15,7 @@ import pandas as pd
 
 from mimrefiner import store
 from mimrefiner.augment import Views
-from mimrefiner.config import Preset, load_preset
+from mimrefiner.config import LOSS_SCHEDULES, Preset, load_preset
 from mimrefiner.data import short_name
 from mimrefiner.features import extract_features
 from mimrefiner.probes.knn import knn_hits
@@ -45,7 +45,7 @@ def ablations(preset: Preset) -> list[Ablation]:
     heads = preset.refine.resolve_blocks(depth)
     last = depth - 1
     other = "published" if preset.refine.pairing == "intended" else "intended"
-    spaced = tuple(range(last, heads[0] - 1, -2))[::-1]
+    spaced, wider = (tuple(range(last, max(-1, heads[0] - less), -2))[::-1] for less in (1, 2))
     rng = np.random.default_rng(preset.refine.seed)
     anywhere = (*(int(b) for b in np.sort(rng.choice(last, len(heads) - 1, replace=False))), last)
     variants = [
@@ -58,10 +58,12 @@ def ablations(preset: Preset) -> list[Ablation]:
         Ablation("number of heads", "2", {"blocks": (last - 1, last)}, core=False),
         Ablation("number of heads", f"{depth // 2}", {"blocks": tuple(range(depth - depth // 2, depth))}, core=False),
         Ablation("place of heads", "every other block", {"blocks": spaced}, core=False),
+        Ablation("place of heads", "every other block, one more", {"blocks": wider}, core=False),
         Ablation("frozen blocks", "none", {"frozen_blocks": 0}, core=False),
         Ablation("frozen blocks", f"first {depth // 2}", {"frozen_blocks": depth // 2}, core=False),
         Ablation("augmentation", "2 global views only", {"views": replace(views, n_local=0)}, core=False),
         Ablation("augmentation", "crops only", {"views": _crops_only(views)}, core=False),
+        *(Ablation("loss of heads", how, {"loss_schedule": how}, core=False) for how in LOSS_SCHEDULES[1:]),
     ]
     recipe = asdict(preset.refine)
     return [a for a in variants if not a.change or asdict(changed(preset, a).refine) != recipe]

@@ -1,8 +1,7 @@
-"""The views of an image: recipes, their random draws, the crop (per image, CPU) and the photometric part (batched, any device).
+"""The views of an image: recipes, their random draws, the crop (image by image or batched) and the photometric part (batched).
 
 Every draw is a hash of (seed, epoch, image, view): a view does not depend on batch order, workers or processes, and a resumed
-run sees the same ones. Workers decode and crop; what is left is a function of the pixels and the draws, done for the whole
-batch at once on the device that trains.
+run sees the same ones. What follows is a function of the pixels and the draws.
 """
 
 import math
@@ -89,15 +88,17 @@ def digit_views(size: int, patch_size: int, n_local: int = 10) -> Views:
     return Views((crop, crop), replace(crop, size=local_size, scale=(0.2, 0.5)), n_local)
 
 
-def uniforms(seed: int, epoch: int, index: int, views: int, draws: int = DRAWS) -> np.ndarray:
-    """Numbers in [0, 1) that depend on (seed, epoch, index, view, draw) only: (views, draws), float32.
+def uniforms(seed: int, epoch: int, index: int | np.ndarray, views: int, draws: int = DRAWS) -> np.ndarray:
+    """Numbers in [0, 1) that depend on (seed, epoch, image, view, draw) only: (views, draws), float32.
 
-    SplitMix64's finaliser (Steele et al. 2014) over the chained keys.
+    Several images at once, ``index`` (batch,), give (batch, views, draws). SplitMix64's finaliser (Steele et al. 2014) over the
+    chained keys.
     """
     with np.errstate(over="ignore"):
         state = np.uint64(seed)
+        index = np.asarray(index).astype(np.uint64)[..., None, None]
         view, draw = np.arange(views, dtype=np.uint64)[:, None], np.arange(draws, dtype=np.uint64)
-        for key in (np.uint64(epoch), np.uint64(index), view, draw):
+        for key in (np.uint64(epoch), index, view, draw):
             state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * (key + np.uint64(1)))
     return (state >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
@@ -108,27 +109,70 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def crop_view(image: Image.Image, crop: Crop, u: np.ndarray) -> np.ndarray:
-    """Random resized crop (bicubic) and flip of one image, from its draws ``u`` (DRAWS,): (size, size, 3), uint8."""
-    width, height = image.size
-    box = _crop_box(width, height, crop.scale, u)
-    pixels = np.asarray(image.resize((crop.size, crop.size), Image.Resampling.BICUBIC, box=box))
-    return pixels[:, ::-1] if u[2 * CROP_TRIES + 2] < crop.flip_p else pixels
+def crop_boxes(width: int, height: int, scales: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes of torchvision's RandomResizedCrop: area uniform, log aspect ratio uniform in 3/4..4/3, ten tries.
+
+    Args:
+        width, height: of the image, or of all images.
+        scales: of every view, (views, 2); see :class:`Crop`.
+        u: draws, (..., views, DRAWS).
+
+    Returns:
+        (left, top, right, bottom), (..., views, 4), and the draw that decides whether the view is flipped, (..., views).
+    """
+    low, span = (x.astype(np.float32)[:, None] for x in (scales[:, 0], scales[:, 1] - scales[:, 0]))
+    area = np.float32(width * height) * (low + span * u[..., : 2 * CROP_TRIES : 2])  # (..., views, tries)
+    log_ratio = np.float32(math.log(3 / 4)) + np.float32(math.log(4 / 3) - math.log(3 / 4)) * u[..., 1 : 2 * CROP_TRIES : 2]
+    ratio = np.exp(log_ratio.astype(np.float64)).astype(np.float32)
+    w, h = (np.rint(np.sqrt(x.astype(np.float64))).astype(np.int64) for x in (area * ratio, area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first, found = fits.argmax(-1)[..., None], fits.any(-1)
+    w, h = (np.take_along_axis(x, first, -1)[..., 0] for x in (w, h))
+    left, top = (
+        (u[..., 2 * CROP_TRIES + i] * (room + 1).astype(np.float32)).astype(np.int64)
+        for i, room in enumerate((width - w, height - h))
+    )
+    w_centred, h_centred = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # the closest ratio
+    w, h = np.where(found, w, w_centred), np.where(found, h, h_centred)
+    left, top = np.where(found, left, (width - w_centred) // 2), np.where(found, top, (height - h_centred) // 2)
+    return np.stack([left, top, left + w, top + h], -1), u[..., 2 * CROP_TRIES + 2]
 
 
-def _crop_box(width: int, height: int, scale: tuple[float, float], u: np.ndarray) -> tuple[int, int, int, int]:
-    """The box of torchvision's RandomResizedCrop: area uniform, log aspect ratio uniform in 3/4..4/3, ten tries."""
-    low, high = math.log(3 / 4), math.log(4 / 3)
-    for attempt in range(CROP_TRIES):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * u[2 * attempt])
-        ratio = math.exp(low + (high - low) * u[2 * attempt + 1])
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(u[2 * CROP_TRIES] * (width - w + 1)), int(u[2 * CROP_TRIES + 1] * (height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # the closest ratio, centred
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+def crop_view(image: Image.Image, crop: Crop, box: np.ndarray, flip: float) -> np.ndarray:
+    """Bicubic resized crop and flip of one image, (size, size, 3) uint8; for ``box`` and ``flip`` see :func:`crop_boxes`."""
+    pixels = np.asarray(image.resize((crop.size, crop.size), Image.Resampling.BICUBIC, box=tuple(box.tolist())))
+    return pixels[:, ::-1] if flip < crop.flip_p else pixels
+
+
+def crop_batch(images: Tensor, crop: Crop, boxes: Tensor, flips: Tensor) -> Tensor:
+    """:func:`crop_view` of a batch on any device, equal to a grey level: two batched matrix products, along rows and columns.
+
+    Args:
+        images: grey levels, (batch, 3, height, width), float32.
+        crop: the recipe.
+        boxes, flips: one each per image, (batch, 4) and (batch,), on the CPU.
+
+    Returns:
+        (batch, 3, size, size) in 0..1.
+    """
+    height, width = images.shape[2:]
+    left, top, right, bottom = boxes.to(images.device, torch.float32, non_blocking=True).T
+    columns, rows = _resampling(left, right, crop.size, width), _resampling(top, bottom, crop.size, height)
+    flipped = (flips < crop.flip_p).to(images.device, non_blocking=True)[:, None, None]
+    columns = torch.where(flipped, columns.flip(1), columns)
+    x = images @ columns.mT[:, None]  # (batch, 3, height, size)
+    x = rows[:, None] @ x.add(0.5).floor().clamp(0, 255)  # rounded in between, halves up, as Pillow does
+    return x.add(0.5).floor().clamp(0, 255) / 255
+
+
+def _resampling(start: Tensor, stop: Tensor, size: int, pixels: int) -> Tensor:
+    """Weights (batch, size, pixels) of the pixels in ``size`` points between ``start`` and ``stop`` (batch,): Pillow's bicubic
+    filter (Keys 1981, a = -1/2), widened where the image shrinks."""
+    scale = ((stop - start) / size)[:, None, None]
+    point = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    x = ((torch.arange(pixels, device=start.device) + 0.5 - point) / scale.clamp(min=1)).abs()
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def photometric(x: Tensor, crop: Crop, u: Tensor) -> Tensor:

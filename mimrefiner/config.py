@@ -13,6 +13,8 @@ from numbers import Integral
 from mimrefiner.augment import Views, digit_views, paper_views, small_views
 from mimrefiner.errors import InputError
 
+LOSS_SCHEDULES = ("constant", "uniform decay", "staggered decay", "staggered step", "one-hot")
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -76,7 +78,8 @@ class PretrainConfig:
 class RefineConfig:
     """Refinement: stage 2 (heads only) and stage 3 (encoder and heads). Defaults: the paper's ViT-L/16 recipe.
 
-    ``blocks`` None takes the last third of the blocks. ``pairing``: see :func:`mimrefiner.losses.pair_weights`.
+    ``blocks`` None takes the last third of the blocks. ``pairing``: see :func:`mimrefiner.losses.pair_weights`;
+    ``loss_schedule``: of stage 3, see :func:`mimrefiner.losses.head_weights`.
     ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 * steps). ``clip_norm``: limit of
     the norm of all gradients together; None, as in the paper: no limit.
     """
@@ -92,6 +95,7 @@ class RefineConfig:
     heads_top_k: int = 1
     refine_top_k: int = 20
     pairing: str = "intended"
+    loss_schedule: str = "constant"
     swap_negatives: bool = False
     batch_size: int = 1024
     heads_epochs: float = 20
@@ -112,6 +116,7 @@ class RefineConfig:
     def __post_init__(self):
         _one_of("pool", self.pool, ("cls", "mean"))
         _one_of("pairing", self.pairing, ("intended", "published"))
+        _one_of("loss_schedule", self.loss_schedule, LOSS_SCHEDULES)
         _check(0 < self.temperature < math.inf, f"temperature must be > 0 and finite, got {self.temperature}")
         for top_k in (self.heads_top_k, self.refine_top_k):
             _check(1 <= top_k <= self.queue_size, f"top_k must be between 1 and the queue size {self.queue_size}, got {top_k}")

@@ -8,18 +8,16 @@ reported on ``test``. ImageNet's folder ``val`` is therefore ``test`` here, unle
 import hashlib
 import io
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import mimrefiner._torchvision  # noqa: F401  before the first torchvision import
-from mimrefiner.augment import Views, crop_view, photometric, uniforms
 from mimrefiner.errors import InputError
 
 SPLITS = ("train", "val", "test", "trainval")
@@ -43,6 +41,7 @@ class ImageDataset(Dataset):
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.rows = np.arange(len(labels) if length is None else length)
         self._load = load
+        self._pixels = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,10 +66,22 @@ class ImageDataset(Dataset):
 
     def in_memory(self) -> "ImageDataset":
         """The same images, decoded once and kept as uint8: for data sets that fit (3 bytes a pixel)."""
-        pixels = {int(row): np.asarray(self[i][0]) for i, row in enumerate(self.rows)}
-        part = self.subset(range(len(self)))
-        part._load = lambda row: Image.fromarray(pixels[row])
-        return part
+        images = [np.asarray(image) for image, _ in self]
+        place = {int(row): i for i, row in enumerate(self.rows)}
+        if len({image.shape for image in images}) == 1:
+            images = np.stack(images)
+        kept = self.subset(range(len(self)))
+        kept._load = lambda row: Image.fromarray(images[place[row]])
+        kept._pixels = (images, place) if isinstance(images, np.ndarray) else None
+        return kept
+
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """(images, height, width, 3) uint8 of images of one size that are in memory (:meth:`in_memory`), else None."""
+        if self._pixels is None:
+            return None
+        images, place = self._pixels
+        return images[[place[int(row)] for row in self.rows]]
 
     def take(self, n: int | None, seed: int = 0) -> "ImageDataset":
         """At most ``n`` images, the same share of every class, chosen by ``seed``; all of them for None."""
@@ -308,102 +319,6 @@ def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> Image
         return Image.open(io.BytesIO(encoded[row].as_py()))
 
     return ImageDataset(f"parquet:{path}", split, load, labels, None, seed, len(encoded))
-
-
-# ---- views: (views, index, label) batches ---------------------------------------------------------------------------------
-
-
-class _Crops(Dataset):
-    """The uint8 crops of one image and their draws; asked for by (epoch, index), so that workers need no state."""
-
-    def __init__(self, dataset: Dataset, views: Views, seed: int):
-        self.dataset, self.views, self.seed = dataset, views, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        image, label = self.dataset[index]
-        image = to_pil(image)
-        draws = uniforms(self.seed, epoch, index, len(self.views.crops))
-        pixels = [crop_view(image, crop, u) for crop, u in zip(self.views.crops, draws, strict=True)]
-        return pixels, draws, index, int(label)
-
-
-def epoch_order(n: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of ``n`` images in one epoch, (n,)."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def view_batches(
-    dataset: Dataset,
-    views: Views,
-    *,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
-    num_workers: int = 0,
-    first_step: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-    """Batches of normalised views, epoch after epoch, incomplete last batches dropped.
-
-    ``first_step`` starts later in the same sequence; ``part`` (i, n) yields the i-th of n equal shares of every batch.
-
-    Yields:
-        views: one tensor per view in the order of ``views.crops``, (batch, 3, size, size), on ``device``.
-        index: which image each row is, (batch,).
-        label: its class, -1 where there is none, (batch,).
-    """
-    per_epoch = len(dataset) // batch_size
-    if per_epoch == 0:
-        raise InputError(f"a batch of {batch_size} needs at least that many images, the data set has {len(dataset)}")
-    if num_workers < 0:
-        raise InputError(f"loader processes (workers) must be >= 0, got {num_workers}")
-    if batch_size % part[1]:
-        raise InputError(f"a batch of {batch_size} cannot be shared equally by {part[1]} processes")
-    share = batch_size // part[1]
-
-    def keys() -> Iterator[list[tuple[int, int]]]:
-        for step in range(first_step, steps):
-            epoch, batch = divmod(step, per_epoch)
-            if batch == 0 or step == first_step:
-                order = epoch_order(len(dataset), epoch, seed)
-            start = batch * batch_size + part[0] * share
-            yield [(epoch, int(i)) for i in order[start : start + share]]
-
-    device = torch.device(device)
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
-    loader = DataLoader(
-        _Crops(dataset, views, seed),
-        batch_sampler=keys(),
-        num_workers=num_workers,
-        collate_fn=_collate,
-        generator=torch.Generator(),  # a loader's own draw must not move the global state, or a resumed run would differ
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_sigterm,
-    )
-    for pixels, draws, index, label in loader:
-        batch = []
-        for v, crop in enumerate(views.crops):
-            x = pixels[v].to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
-            batch.append((photometric(x, crop, draws[:, v]) - mean) / std)
-        yield batch, index.to(device, non_blocking=True), label.to(device, non_blocking=True)
-
-
-def _outlive_sigterm(worker: int) -> None:
-    """Schedulers and ``torchrun`` send SIGTERM to all processes; the one that trains must still save, and ends its loaders then."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _collate(rows):
-    pixels = [torch.from_numpy(np.stack(view)) for view in zip(*(row[0] for row in rows), strict=True)]
-    draws = torch.from_numpy(np.stack([row[1] for row in rows]))  # (batch, views, draws)
-    return pixels, draws, torch.tensor([row[2] for row in rows]), torch.tensor([row[3] for row in rows])
 
 
 def to_pil(image) -> Image.Image:

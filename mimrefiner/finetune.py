@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimrefiner.augment import Crop, Views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import RefineConfig
-from mimrefiner.data import view_batches
 from mimrefiner.errors import InputError
 from mimrefiner.memory import plain_attention
 from mimrefiner.models import default_device, normalisation
@@ -21,6 +20,7 @@ from mimrefiner.optim import cosine_lr, freeze_first, layer_decay_groups, set_lr
 from mimrefiner.progress import progress
 from mimrefiner.resume import Run, Saving, sigterm_stops
 from mimrefiner.train import autocast
+from mimrefiner.views import view_batches
 
 
 class Classifier(nn.Module):

@@ -8,6 +8,7 @@ Only the positive is swapped with a neighbour from the queue; the negatives are 
 reaches ``p`` alone.
 """
 
+import math
 from numbers import Real
 
 import torch
@@ -133,6 +134,28 @@ def pair_weights(global_views: int, views: int, pairing: str, device: torch.devi
     if pairing == "intended":
         return different.float()
     return (different & (view < global_views)).float() + (view < views - global_views).float()
+
+
+def head_weights(schedule: str, heads: int, progress: float) -> list[float]:
+    """The weight of every head's loss when ``progress`` (0..1) of stage 3 is over; the last head's is always 1.
+
+    The schedules of the released ablations (``src/yamls/stage3/ablations``), whose times are here shares of training:
+    ``"uniform decay"``: 1 for a fifth of it, then a cosine to 0. ``"staggered decay"``: the same, but every later block begins
+    to decay later. ``"staggered step"``: 0 at once where that begins to decay. ``"one-hot"``: 0.1 before, 1 until the next
+    block's turn, then 0. ``"constant"``: 1, as in the paper.
+    """
+    weights = []
+    for head in range(heads - 1):
+        begin, end = (0.2 + 0.7 * turn / (heads - 1) for turn in (head, head + 1))
+        begin = 0.2 if schedule == "uniform decay" else begin
+        decayed = 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - begin) / (1 - begin))
+        if schedule == "constant":
+            weights.append(1.0)
+        elif schedule == "one-hot":
+            weights.append(0.1 if progress < begin else float(progress < end))
+        else:
+            weights.append(float(progress < begin) if schedule == "staggered step" else decayed)
+    return [*weights, 1.0]
 
 
 def check_temperature(temperature: float | Tensor) -> None:

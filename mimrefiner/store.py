@@ -44,7 +44,7 @@ from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine, ref
 
 TRAINER_FILES = (
     "augment", "config", "data", "distributed", "features", "heads", "losses", "masked", "memory", "models", "nn_queue", "optim",
-    "refiner", "train",
+    "refiner", "train", "views",
 )  # fmt: skip
 
 IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it
@@ -102,7 +102,7 @@ def pretrained(preset: Preset) -> PretrainResult:
     encoder = build_vit(preset.encoder, seed=preset.pretrain.seed)
 
     def train(saving: Saving) -> PretrainResult:
-        return pretrain(encoder, train_set, preset.pretrain, num_workers=loader_workers(), saving=saving)
+        return pretrain(encoder, _at_hand(train_set), preset.pretrain, num_workers=loader_workers(), saving=saving)
 
     return _cached_pretrain("pretrain", settings, train_set, encoder, preset, train)
 
@@ -116,7 +116,7 @@ def refined(preset: Preset) -> RefineResult:
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "refine": preset.refine}
 
     def train(folder: Path, saving: Saving) -> dict:
-        result = refine(pretrained(preset).encoder, train_set, preset.refine, num_workers=loader_workers(), saving=saving)
+        result = refine(pretrained(preset).encoder, _at_hand(train_set), preset.refine, num_workers=loader_workers(), saving=saving)
         save_encoder(result.encoder, folder / "encoder.safetensors")
         save_encoder(result.ema_encoder, folder / "ema_encoder.safetensors")
         result.history.to_csv(folder / "history.csv", index=False)
@@ -160,7 +160,9 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "longer": config}
 
     def train(saving: Saving) -> PretrainResult:
-        return pretrain(first.encoder, train_set, config, start_from=first.model, num_workers=loader_workers(), saving=saving)
+        return pretrain(
+            first.encoder, _at_hand(train_set), config, start_from=first.model, num_workers=loader_workers(), saving=saving
+        )
 
     return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
 
@@ -172,12 +174,19 @@ def finetuned(preset: Preset) -> FinetuneResult:
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "finetune": preset.refine, "flops": flops}
 
     def train(folder: Path, saving: Saving) -> dict:
-        result = finetune(first.encoder, train_set, preset.refine, flops=flops, num_workers=loader_workers(), saving=saving)
+        result = finetune(
+            first.encoder, _at_hand(train_set), preset.refine, flops=flops, num_workers=loader_workers(), saving=saving
+        )
         save_encoder(result.encoder, folder / "encoder.safetensors")
         return {"epochs": result.epochs, "flops": result.flops, "seconds": result.seconds}
 
     folder, facts = _entry("finetune", settings, train_set, train, code=(*TRAINER_FILES, "finetune"))
     return FinetuneResult(load_encoder(folder / "encoder.safetensors"), facts["epochs"], facts["flops"], facts["seconds"])
+
+
+def _at_hand(train_set: ImageDataset) -> ImageDataset:
+    """In memory where a GPU trains, which cuts its own crops then; what presets train on here are small images."""
+    return train_set.in_memory() if torch.cuda.is_available() else train_set
 
 
 MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}

@@ -17,8 +17,9 @@ from mimrefiner import distributed
 from mimrefiner.augment import Crop, Views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import PretrainConfig, RefineConfig
-from mimrefiner.data import ImageDataset, data_hash, view_batches
+from mimrefiner.data import ImageDataset, data_hash
 from mimrefiner.errors import InputError
+from mimrefiner.losses import head_weights
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory, advice_on_memory, plain_attention, recomputed
 from mimrefiner.models import default_device, normalisation
@@ -28,6 +29,7 @@ from mimrefiner.plan import warn_if_too_large
 from mimrefiner.progress import progress
 from mimrefiner.refiner import MIMRefiner, StepResult
 from mimrefiner.resume import Run, Saving, sigterm_stops
+from mimrefiner.views import view_batches
 
 LOG_POINTS = 100  # history rows per stage, so that metrics do not stop the GPU at every step
 
@@ -200,7 +202,7 @@ def train_heads(
     before = [x.to("cpu", copy=True) for x in refiner.encoder.state_dict().values()]
     refiner.encoder.requires_grad_(False).eval()
     groups = param_groups_weight_decay(refiner.heads, config.head_weight_decay)
-    recipe = Recipe(2, config.heads_epochs, config.heads_base_lr, config.heads_top_k)
+    recipe = Recipe(2, config.heads_epochs, config.heads_base_lr, config.heads_top_k, "constant")
     _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor)
     after = refiner.encoder.state_dict().values()
     assert all(torch.equal(a, b.cpu()) for a, b in zip(before, after, strict=True)), "stage 2 changed the encoder"
@@ -239,7 +241,7 @@ def refine_encoder(
         distributed.shard(model, model.blocks, "forward_features")
     groups = layer_decay_groups(refiner.encoder, config.encoder_weight_decay, config.layer_decay)
     groups += param_groups_weight_decay(refiner.heads, config.head_weight_decay)
-    recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k)
+    recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k, config.loss_schedule)
     with recomputed(refiner.encoder) if memory.recompute else nullcontext():
         _contrastive_stage(refiner, dataset, groups, recipe, run, num_workers, memory, monitor, ema, decay)
     if memory.shard:
@@ -256,6 +258,7 @@ class Recipe:
     epochs: float
     base_lr: float
     top_k: int
+    loss_schedule: str
 
 
 def _contrastive_stage(
@@ -285,6 +288,8 @@ def _contrastive_stage(
     )  # fmt: skip
     generator = torch.Generator()
     refiner.heads.train()
+    weights = [head_weights(recipe.loss_schedule, len(refiner.blocks), step / steps) for step in range(steps)]
+    weights = torch.tensor(weights, device=device)  # (steps, heads), there at once: a copy in every step would stop the GPU
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
     meter = Meter(config.batch_size, device)
     with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(refiner.encoder, device):
@@ -293,7 +298,8 @@ def _contrastive_stage(
             generator.manual_seed(_step_seed(config.seed, stage, step))
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
                 optimizer.zero_grad()
-                result = forward_backward(refiner, *batch, top_k=recipe.top_k, generator=generator, micro_batch=memory.micro_batch)
+                how = {"top_k": recipe.top_k, "generator": generator, "micro_batch": memory.micro_batch}
+                result = forward_backward(refiner, *batch, **how, weights=weights[step])
             run.flops += counter.get_total_flops() * steps * distributed.world() if step == 0 else 0
             distributed.average_gradients(refiner.parameters())
             if config.clip_norm is not None:
@@ -326,8 +332,9 @@ def forward_backward(
     top_k: int,
     generator: torch.Generator | None = None,
     micro_batch: int | None = None,
+    weights: Tensor | None = None,
 ) -> StepResult:
-    """One batch forward and back: adds the gradients of the summed head losses to the parameters.
+    """One batch forward and back: adds the gradients of the heads' losses, summed with ``weights`` (heads,), to the parameters.
 
     With ``micro_batch`` the encoder first runs without a graph, that many images at a time; heads and loss see all of them; then
     the encoder runs again, part by part, and the features' gradients go back through it. Arguments: :meth:`MIMRefiner.step`.
@@ -337,7 +344,7 @@ def forward_backward(
     if micro_batch is None or micro_batch >= len(index):
         with autocast(device, encoder):
             result = refiner.step(views, index, label, **rest)
-        result.loss.sum().backward()
+        result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
         return result
     trains = any(x.requires_grad for x in encoder.parameters())
     if trains and any(_drops(module) for module in encoder.modules()):
@@ -348,7 +355,7 @@ def forward_backward(
     features = torch.cat(features, 1).requires_grad_(trains)  # (views, batch, heads, dim)
     with autocast(device, encoder):
         result = refiner.step(views, index, label, features=features, **rest)
-    result.loss.sum().backward()
+    result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
     if trains:
         for i in parts:
             with autocast(device, encoder):

@@ -80,13 +80,12 @@ def test_photometric_leaves_its_input_alone_and_does_not_mix_images(images):
 
 
 def test_crops_follow_scale_and_ratio():
-    shares, ratios = [], []
-    for i in range(2000):
-        left, top, right, bottom = augment._crop_box(100, 100, (0.25, 1.0), augment.uniforms(0, 0, i, 1)[0])
-        assert 0 <= left < right <= 100
-        assert 0 <= top < bottom <= 100
-        shares.append((right - left) * (bottom - top) / 1e4)
-        ratios.append((right - left) / (bottom - top))
+    boxes, flips = augment.crop_boxes(100, 100, np.array([(0.25, 1.0)]), augment.uniforms(0, 0, np.arange(2000), 1))
+    left, top, right, bottom = boxes[:, 0].T
+    assert (left >= 0).all() and (left < right).all() and (right <= 100).all()
+    assert (top >= 0).all() and (top < bottom).all() and (bottom <= 100).all()
+    assert 0.45 < np.mean(flips) < 0.55
+    shares, ratios = (right - left) * (bottom - top) / 1e4, (right - left) / (bottom - top)
     assert 0.24 < min(shares) < 0.27
     reference = [RandomResizedCrop.get_params(torch.zeros(3, 100, 100), (0.25, 1.0), (3 / 4, 4 / 3))[2:] for _ in range(2000)]
     expected = np.prod(reference, axis=1) / 1e4
@@ -98,17 +97,18 @@ def test_crops_follow_scale_and_ratio():
 
 
 def test_a_long_image_falls_back_to_a_centred_crop():
-    box = augment._crop_box(1000, 10, (0.9, 1.0), augment.uniforms(0, 0, 0, 1)[0])
-    assert box == (493, 0, 506, 10)
+    boxes, _ = augment.crop_boxes(1000, 10, np.array([(0.9, 1.0)]), augment.uniforms(0, 0, 0, 1))
+    assert boxes.tolist() == [[493, 0, 506, 10]]
 
 
 def test_flip_is_taken_from_its_draw():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-    u = np.zeros(DRAWS, dtype=np.float32)
-    u[: 2 * CROP_TRIES] = 0.5
-    u[2 * CROP_TRIES + 2] = 0.4
-    flipped = augment.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.5), u)
-    plain = augment.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.0), u)
+    u = np.zeros((1, DRAWS), dtype=np.float32)
+    u[0, : 2 * CROP_TRIES] = 0.5
+    u[0, 2 * CROP_TRIES + 2] = 0.4
+    (box,), (flip,) = augment.crop_boxes(4, 4, np.array([(1.0, 1.0)]), u)
+    flipped = augment.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.5), box, flip)
+    plain = augment.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.0), box, flip)
     assert np.array_equal(flipped, plain[:, ::-1])
     assert np.array_equal(plain, np.asarray(image))
 

@@ -101,6 +101,7 @@ BAD = [
     (["refine", "--model", "nowhere.safetensors"], "does not exist"),
     (["refine", "--model", "simmim_digits", "--blocks", "11,12"], "block 12 is out of range"),
     (["refine", "--model", "simmim_digits", "--blocks", "last"], "--blocks must be whole numbers"),
+    (["refine", "--model", "simmim_digits", "--blocks", ""], "--blocks must be whole numbers"),
     (["refine", "--model", "simmim_digits", "--heads", "13"], "--heads must be between 1 and the number of blocks 12"),
     (["refine", "--model", "simmim_digits", "--local-crops", "-1"], "--local-crops must be >= 0"),
     (["refine", "--model", "simmim_digits", "--tensorboard"], "give --watch too"),

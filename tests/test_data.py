@@ -9,7 +9,6 @@ from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner import data
-from mimrefiner.augment import digit_views, uniforms
 
 
 def content(dataset):
@@ -192,52 +191,12 @@ def test_bad_input_is_named(tmp_path, image_folder):
         mr.load_dataset(f"parquet:{tmp_path}/bad", split="train")
 
 
-def batches(dataset, **settings):
-    options = {"batch_size": 16, "steps": 5, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, **settings}
-    return list(data.view_batches(dataset, digit_views(32, 8, n_local=2), **options))
-
-
-def test_view_batches_have_the_documented_shapes(digits):
-    views, index, label = batches(digits["train"])[0]
-    assert [tuple(v.shape) for v in views] == [(16, 3, 32, 32)] * 2 + [(16, 3, 16, 16)] * 2
-    assert torch.equal(label, torch.from_numpy(digits["train"].labels)[index])
-    assert min(v.min() for v in views) >= -1
-    assert max(v.max() for v in views) <= 1
-
-
-def test_views_depend_on_seed_epoch_and_image_only(digits):
-    some = digits["train"].subset(range(40))  # two batches an epoch
-    whole = batches(some)
-    again = batches(some, num_workers=2)
-    resumed = batches(some, first_step=3)
-    for a, b in [*zip(whole, again, strict=True), *zip(whole[3:], resumed, strict=True)]:
-        assert torch.equal(a[1], b[1])
-        assert all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
-    assert not torch.equal(whole[0][1], batches(some, seed=4)[0][1])
-    assert len(set(whole[0][1].tolist() + whole[1][1].tolist())) == 32  # no image twice in an epoch
-
-
 def test_any_map_style_data_set_works(vit):
     pairs = [(Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)), i % 3) for i in range(12)]
     tensors = [(torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.tensor(label)) for image, label in pairs]
     a, b = mr.extract_features(vit, pairs), mr.extract_features(vit, tensors)
     assert torch.equal(a.x["cls"], b.x["cls"])
     assert torch.equal(a.y, b.y)
-
-
-def test_a_batch_larger_than_the_data_is_named(digits):
-    with pytest.raises(mr.InputError, match="a batch of 16 needs at least that many images, the data set has 9"):
-        batches(digits["train"].subset(range(9)))
-
-
-def test_uniforms_are_uniform_and_keyed():
-    u = np.concatenate([uniforms(0, 0, i, 4, 50).ravel() for i in range(200)])
-    assert abs(u.mean() - 0.5) < 0.01
-    assert abs(np.histogram(u, 10, (0, 1))[0] / len(u) - 0.1).max() < 0.01
-    assert len(np.unique(u)) > 0.99 * len(u)
-    assert np.array_equal(uniforms(1, 2, 3, 4)[:2], uniforms(1, 2, 3, 2))
-    for other in (uniforms(2, 2, 3, 4), uniforms(1, 3, 3, 4), uniforms(1, 2, 4, 4)):
-        assert not np.array_equal(uniforms(1, 2, 3, 4), other)
 
 
 def test_fruit64_comes_with_the_package_and_never_shares_a_photo():
@@ -259,18 +218,3 @@ def test_in_memory_images_are_the_same_and_decoded_once(image_folder):
     for (image, label), (pixels, expected_label) in zip(kept, expected, strict=True):
         assert np.array_equal(np.asarray(image), pixels) and label == expected_label
     assert np.array_equal(np.asarray(kept.subset([3])[0][0]), expected[3][0])
-
-
-def test_later_steps_and_shares_are_parts_of_the_same_sequence(digits):
-    """A resumed run, and every process, sees what one uninterrupted process would."""
-    some = digits["train"].take(40)
-    options = {"batch_size": 8, "steps": 7, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    whole = list(data.view_batches(some, digit_views(32, 8, n_local=2), **options))
-    later = list(data.view_batches(some, digit_views(32, 8, n_local=2), first_step=4, **options))
-    shares = [list(data.view_batches(some, digit_views(32, 8, n_local=2), part=(i, 2), **options)) for i in range(2)]
-    assert len(whole) == 7 and len(later) == 3
-    for step, (views, index, _) in enumerate(whole):
-        assert torch.equal(torch.cat([share[step][1] for share in shares]), index)
-        assert torch.equal(torch.cat([share[step][0][3] for share in shares]), views[3])
-        if step >= 4:
-            assert torch.equal(later[step - 4][0][0], views[0])

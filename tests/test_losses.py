@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import mimrefiner as mr
-from mimrefiner.losses import nna_terms, pair_weights
+from mimrefiner.losses import head_weights, nna_terms, pair_weights
 
 
 def relative_error(measured, expected):
@@ -117,3 +117,30 @@ def test_shapes_that_do_not_fit_are_named():
         mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 1, 3).unbind())
     with pytest.raises(mr.InputError, match=r"got \(1, 4, 1, 5\)"):
         mr.multi_view_nna_loss(torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [[1, 1, 1]] * 3),
+        ("uniform decay", [[1, 1, 1], [0.5, 0.5, 1], [0, 0, 1]]),
+        ("staggered step", [[1, 1, 1], [0, 0, 1], [0, 0, 1]]),
+        ("one-hot", [[0.1, 0.1, 1], [0, 1, 1], [0, 0, 1]]),
+    ],
+)
+def test_head_weights_at_the_beginning_after_three_fifths_and_at_the_end(schedule, expected):
+    for progress, weights in zip((0.0, 0.6, 1.0), expected, strict=True):
+        assert head_weights(schedule, 3, progress) == pytest.approx(weights, abs=1e-6)
+
+
+def test_head_weights_at_the_epochs_of_the_released_schedules():
+    """24 blocks, 8 heads, 20 epochs: block 16 (0-based) begins to fade at epoch 4, each later one 2 epochs after it."""
+    for head in range(7):
+        begin = (4 + 2 * head) / 20
+        for name, before, after in (("staggered step", 1.0, 0.0), ("one-hot", 0.1, 1.0)):
+            assert head_weights(name, 8, begin - 1e-6)[head] == before
+            assert head_weights(name, 8, begin + 1e-6)[head] == after
+        assert head_weights("staggered decay", 8, begin)[head] == 1
+        assert head_weights("staggered decay", 8, (begin + 1) / 2)[head] == pytest.approx(0.5)
+        assert head_weights("one-hot", 8, begin + 0.1 + 1e-6)[head] == 0
+    assert head_weights("one-hot", 1, 0.5) == [1]

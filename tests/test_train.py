@@ -327,3 +327,19 @@ def test_too_little_memory_comes_with_advice(smoke, some, monkeypatch):
     monkeypatch.setattr(train.MIMRefiner, "step", full)
     with pytest.raises(mr.InputError, match=r"Tried to allocate 2 GiB\): freeze the first blocks"):
         mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine)
+
+
+def test_a_head_of_weight_zero_teaches_nothing(smoke):
+    refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
+    views = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)]
+    train.forward_backward(refiner, views, torch.arange(16), top_k=1, weights=torch.tensor([0.0, 1.0]))
+    gradient = refiner.heads.predictor[0].weight.grad  # (heads, in, out)
+    assert gradient[0].abs().max() == 0 and gradient[1].abs().max() > 0
+
+
+def test_loss_schedules_change_stage_3_only(smoke, some):
+    encoder = mr.build_vit(smoke.encoder)
+    constant, step = (mr.refine(encoder, some, replace(smoke.refine, loss_schedule=how)) for how in ("constant", "staggered step"))
+    first, second = (result.history.query("stage == 2") for result in (constant, step))
+    pd.testing.assert_frame_equal(first, second)
+    assert sha256_of(constant.encoder) != sha256_of(step.encoder)

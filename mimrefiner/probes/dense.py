@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.config import check_blocks
-from mimrefiner.data import epoch_order
 from mimrefiner.errors import InputError
 from mimrefiner.features import block_modules, check_pools
 from mimrefiner.models import frozen
@@ -22,6 +21,7 @@ from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.masks import IGNORE, DenseConfig, Prepared
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
+from mimrefiner.views import epoch_order
 
 
 def ade20k() -> DenseConfig:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mimrefiner.augment import Crop, Views
-from mimrefiner.data import stratified_split, view_batches
+from mimrefiner.data import stratified_split
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features, check_pools, parse_pool, pooled_blocks
 from mimrefiner.models import normalisation
 from mimrefiner.probes.checks import check_alike, check_count, check_finite, check_labels, check_test_labels, tidy
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
+from mimrefiner.views import view_batches
 
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # times batch_size / 256
 

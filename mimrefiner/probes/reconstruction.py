@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.augment import Crop, Views
-from mimrefiner.data import view_batches
 from mimrefiner.features import Transformed
 from mimrefiner.masked import Decoder, masked_pixel_loss, random_mask, visible_tokens
 from mimrefiner.models import eval_transform, frozen, normalisation
 from mimrefiner.probes.checks import tidy
 from mimrefiner.progress import progress
 from mimrefiner.train import cosine_lr
+from mimrefiner.views import view_batches
 
 
 class DecoderPerBlock(nn.Module):

@@ -23,8 +23,7 @@ from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner import plan
-from mimrefiner.augment import DRAWS, paper_views, photometric
-from mimrefiner.data import view_batches
+from mimrefiner.augment import DRAWS, paper_views, photometric, small_views
 from mimrefiner.heads import Heads
 from mimrefiner.layouts import ViTShape
 from mimrefiner.losses import multi_view_nna_loss
@@ -34,6 +33,7 @@ from mimrefiner.monitor import Meter
 from mimrefiner.nn_queue import NNQueue
 from mimrefiner.optim import layer_decay_groups
 from mimrefiner.train import forward_backward
+from mimrefiner.views import loaded_crops, resident_crops, view_batches
 
 LIGHTLY = "lightly's NNCLR parts"
 VITS = {"s16": ViTShape(224, 16, 384, 12, 6, 1536), "l16": ViTShape(224, 16, 1024, 24, 16, 4096)}  # those of "refine"
@@ -359,7 +359,8 @@ def compiled(device: str, small: bool, repeats: int) -> None:
 
 
 def augment(device: str, small: bool, repeats: int) -> None:
-    """(d) Views per second of the batched photometric part; against torchvision's transforms, image by image."""
+    """(d) Views per second of the batched photometric part, against torchvision's transforms image by image; and of whole views of
+    images in memory, whose crops are cut for the batch on the device or image by image by Pillow."""
     from torchvision.transforms import v2
 
     batch, crop = (32 if small else 256), paper_views().global_crops[0]
@@ -379,6 +380,26 @@ def augment(device: str, small: bool, repeats: int) -> None:
     seconds = compare(ways, device, repeats)
     table(f"(d) photometric part of {batch} global views of {crop.size} px", seconds)
     print("\n" + "; ".join(f"{name}: {batch / value:.0f} views per second" for name, value in seconds.items()))
+
+    views, batch = small_views(64, 8), 128
+    photos = mr.load_dataset("fruit64", split="train").in_memory()
+    keys = [[(0, i) for i in range(batch)]]
+
+    def finish(batches) -> None:
+        for crops, draws, *_ in batches:
+            for v, crop in enumerate(views.crops):
+                photometric(crops[v], crop, draws[:, v])
+
+    where = torch.device(device)
+    ways = {
+        f"crops for the whole batch, {device}": lambda: finish(
+            resident_crops(photos.pixels, photos.labels, views, iter(keys), 0, where)
+        ),
+        "crops by Pillow, cpu": lambda: finish(loaded_crops(photos, views, iter(keys), 0, where, 0)),
+    }
+    seconds = compare(ways, device, repeats)
+    table(f"(d) {len(views.crops)} views of {batch} images of 64 px in memory, photometric part on {device}", seconds)
+    print("\n" + "; ".join(f"{name}: {batch * len(views.crops) / value:.0f} views per second" for name, value in seconds.items()))
 
 
 def memory(device: str, small: bool, repeats: int) -> None:
