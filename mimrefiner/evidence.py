@@ -8,8 +8,9 @@ One command trains (going on where it was cut off), measures and writes ``assets
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,7 @@ from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import Preset, load_preset
 from mimrefiner.data import short_name
 from mimrefiner.intervals import image_difference, seed_difference
-from mimrefiner.measure import TRANSFER, Measured, Model, kept
+from mimrefiner.measure import KINDS, TRANSFER, WITHIN, Measured, Model, kept
 from mimrefiner.models import build_vit
 from mimrefiner.results import Run, count, mean_sd, write_csv
 
@@ -37,12 +38,11 @@ class Recipe:
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
-    """What is trained; the first is the main one, which gets the controls. A CPU affords no refinement of SimMIM, whose epochs are
-    slow; a GPU affords that, decoder depths and a deeper model."""
+    """What is trained; the first is the main one, which gets the controls. A GPU affords decoder depths and a deeper model too."""
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
         simmim = replace(load_preset("natural-simmim"), dataset=data)
-        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, ())]
+        return [Recipe("MAE", main, tuple(seeds)), Recipe("SimMIM", simmim, tuple(seeds))]
 
     def variant(name: str, **pretrain) -> Recipe:
         return Recipe(name, replace(main, pretrain=replace(main.pretrain, **pretrain)), tuple(seeds))
@@ -70,10 +70,11 @@ def models(recipes: Sequence[Recipe]) -> Iterator[Model]:
     yield Model("random weights", 0, main.preset, build_vit(main.preset.encoder))
 
 
-def committed(preset_name: str = "natural") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows and claims that were measured beforehand; empty where there are none."""
-    files = [ASSETS / f"evidence_{preset_name}{part}.csv" for part in ("", "_claims")]
-    return tuple(pd.read_csv(file) if file.is_file() else pd.DataFrame() for file in files)
+def committed() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows and claims that were measured beforehand: with a GPU where that was done, else with a CPU."""
+    name = next(name for name in ("natural-gpu", "natural") if (ASSETS / f"evidence_{name}.csv").is_file())
+    rows, claims = (pd.read_csv(ASSETS / f"evidence_{name}{part}.csv") for part in ("", "_claims"))
+    return rows, claims
 
 
 def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
@@ -100,12 +101,34 @@ def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
     return pd.DataFrame(facts)
 
 
-def claims(found: dict[tuple[str, int], Measured], recipes: Sequence[Recipe], run: Run) -> None:
+def histories(recipes: Sequence[Recipe]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How every training went, one row per logged step (and head), and with which settings, one row each."""
+    histories, settings = [], []
+    for recipe in recipes:
+        preset = recipe.preset
+        trained = [(0, store.pretrained(preset), preset.pretrain)]
+        trained += [(seed, store.refined(_refined_with(preset, seed)), replace(preset.refine, seed=seed)) for seed in recipe.seeds]
+        for seed, result, config in trained:
+            stage = "pre-training" if config is preset.pretrain else "refinement"
+            histories.append(result.history.assign(model=recipe.name, seed=seed))
+            chosen = asdict(config) | {f"encoder {name}": value for name, value in asdict(preset.encoder).items()}
+            settings += [
+                {"model": recipe.name, "stage": stage, "seed": seed, "setting": name, "value": json.dumps(value)}
+                for name, value in chosen.items()
+            ]
+    history = pd.concat(histories)
+    history = history[["model", "seed", *(name for name in history if name not in ("model", "seed"))]]
+    return history.round(5), pd.DataFrame(settings)
+
+
+def claims(found: dict[tuple[str, int], Measured], recipes: Sequence[Recipe], run: Run, transfer: Sequence[str] = TRANSFER) -> None:
     """Add to ``run`` what the measurements say about the paper's claims."""
-    for data in (short_name(recipes[0].preset.dataset), *TRANSFER):
+    for data in (short_name(recipes[0].preset.dataset), *(short_name(name) for name in transfer)):
         for recipe in recipes:
             for pool in ("cls", "mean"):
                 _claims_of_blocks(found, recipe, data, pool, run)
+                if data in KINDS:
+                    _claims_of_fine_classes(found, recipe, data, pool, run)
             _claims_of_probes(found, recipe, data, run)
     depths = {recipe.preset.pretrain.decoder_depth: found[recipe.name, 0] for recipe in recipes if "decoder" in recipe.name}
     if depths:
@@ -138,6 +161,23 @@ def _claims_of_blocks(found: dict[tuple[str, int], Measured], recipe: Recipe, da
     if refined and longer:
         claim = "refinement beats as much computation spent on masked pre-training"
         compare(claim, refined, longer.hits[key][-1])
+
+
+def _claims_of_fine_classes(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Run) -> None:
+    """Whether refinement tells classes of one kind apart, by k-NN of the last block among images of that kind."""
+    name, key = recipe.name, f"{data} {pool} {WITHIN}"
+    refined = [found[f"{name} refined", seed].hits[key][-1] for seed in recipe.seeds]
+    others = {
+        "after refinement classes of one kind are told apart better than before": found[name, 0],
+        "... better than after as much masked pre-training": found.get((f"{name} trained longer", 0)),
+        "... better than by random weights": found["random weights", 0],
+    }
+    for claim, other in others.items():
+        if refined and other:
+            theirs = other.hits[key][-1]
+            text = f"{100 * theirs.float().mean():.1f} against {mean_sd([x.float().mean().item() for x in refined])} %: "
+            difference = image_difference(refined, [theirs] * len(refined))
+            run.judge(f"{claim} ({name}, {data}, {pool})", difference, n_test=len(theirs), text=text)
 
 
 def _claims_of_probes(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Run) -> None:
@@ -193,15 +233,19 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="Tiny-ImageNet as parquet:PATH (or another set of natural images at 64 px)")
     parser.add_argument("--preset", default="natural", choices=("natural", "natural-gpu"))
     parser.add_argument("--seeds", default="0,1,2", help="of refinement (default: 0,1,2)")
+    parser.add_argument("--transfer", default=",".join(TRANSFER), help="data sets no model was trained on (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="what has been measured is kept here")
     args = parser.parse_args()
     chosen = recipes(args.preset, args.data, tuple(int(seed) for seed in args.seeds.split(",")))
-    found = {(model.name, model.seed): kept(args.out, model, args.data) for model in models(chosen)}
+    transfer = args.transfer.split(",")
+    found = {(model.name, model.seed): kept(args.out, model, args.data, transfer) for model in models(chosen)}
     run = Run("evidence", chosen[0].preset, (0,), args.out)
-    claims(found, chosen, run)
+    claims(found, chosen, run, transfer)
     write_csv(pd.DataFrame([row for m in found.values() for row in m.rows]), ASSETS / f"evidence_{args.preset}.csv")
     write_csv(pd.DataFrame(run.claims), ASSETS / f"evidence_{args.preset}_claims.csv")
     write_csv(training_facts(chosen), ASSETS / f"evidence_{args.preset}_training.csv")
+    for part, table in zip(("history", "settings"), histories(chosen), strict=True):
+        write_csv(table, ASSETS / f"evidence_{args.preset}_{part}.csv")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mimrefiner.data import data_hash, load_dataset, short_name
 from mimrefiner.features import Features, extract_features, pixel_features
 from mimrefiner.models import default_device
 from mimrefiner.probes.clustering import cluster
-from mimrefiner.probes.knn import knn_hits
+from mimrefiner.probes.knn import knn_hits, knn_hits_within
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import low_shot
 from mimrefiner.results import KNN_PROTOCOL, Run
@@ -26,6 +27,16 @@ BANK, VAL = 20_000, 5_000  # training images that vote, and validation images on
 RATES, EPOCHS, STEPS, BATCH = (1e-3, 5e-3, 0.02, 0.1, 0.5), 10, 500, 256  # of linear probes; STEPS: at least, on small data sets
 DRAWS = 3  # of labelled images in low-shot classification
 TRANSFER = ("fruit64",)  # data sets that no model was trained on
+KINDS = {  # data set -> classes of one kind, which look alike
+    "fruit64": (
+        ("Anjou", "Conference", "Kaiser"),
+        ("Cantaloupe", "Galia-Melon", "Honeydew-Melon", "Watermelon"),
+        ("Golden-Delicious", "Granny-Smith", "Pink-Lady", "Red-Delicious", "Royal-Gala"),
+        ("Orange", "Satsumas"),
+    )
+}
+WITHIN_PROTOCOL = f"within_kinds_{KNN_PROTOCOL}"
+WITHIN = "within kinds"  # what is known of images whose kind is known: which class of that kind
 PIXELS = 32  # side of the images of the raw-pixel baseline
 CODE = ("measure", "features", "data", "probes/clustering", "probes/knn", "probes/linear", "probes/logistic")
 
@@ -49,15 +60,15 @@ class Measured:
     best: dict[str, int]  # "DATA POOL" -> block of the highest k-NN accuracy on the data set's validation images
 
 
-def measure(model: Model, data: str) -> Measured:
-    """All probes of one model on the data set it was trained on, ``data``, and on those it was not.
+def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Measured:
+    """All probes of one model on the data set it was trained on, ``data``, and on those it was not, ``transfer``.
 
     All models meet the same draws, starts and orders: the probes' seed is 0 for all.
     """
     run = Run("evidence", model.preset, (model.seed,), Path())  # for its rows; nothing is written
     sha = "" if model.encoder is None else sha256_of(model.encoder)
     measured = Measured([], {}, {})
-    for name in (data, *TRANSFER):
+    for name in (data, *transfer):
         sets = {split: load_dataset(name, split=split) for split in ("train", "val", "test")}
         sizes = {"train": BANK, "val": VAL, "test": None}
         train, val, test = (_features(model.encoder, part.take(sizes[split])) for split, part in sets.items())
@@ -65,6 +76,12 @@ def measure(model: Model, data: str) -> Measured:
         measured.hits |= {f"{short} {pool}": right for pool, right in hits.items()}
         measured.best |= {f"{short} {pool}": int(right.float().mean(1).argmax()) for pool, right in knn_hits(train, val).items()}
         knn = [_knn_rows(right, pool, len(train.y), len(test.y)) for pool, right in hits.items()]
+        if name in KINDS:
+            kind = {of: i for i, kinds in enumerate(KINDS[name]) for of in kinds}
+            hits = knn_hits_within(train, test, torch.tensor([kind[of] for of in sets["train"].classes]))
+            measured.hits |= {f"{short} {pool} {WITHIN}": right for pool, right in hits.items()}
+            within = (_knn_rows(right, pool, len(train.y), len(test.y)) for pool, right in hits.items())
+            knn += [rows.assign(protocol=WITHIN_PROTOCOL) for rows in within]
         epochs = max(EPOCHS, math.ceil(STEPS * BATCH / len(train.y)))
         device = default_device()
         linear = linear_probe(train, test, val=val, learning_rates=RATES, epochs=epochs, batch_size=BATCH, device=device)
@@ -98,9 +115,9 @@ def _knn_rows(hits: torch.Tensor, pool: str, n_train: int, n_test: int) -> pd.Da
     return pd.DataFrame([{**common, "block": block, "value": right.float().mean().item()} for block, right in enumerate(hits)])
 
 
-def kept(folder: Path, model: Model, data: str) -> Measured:
+def kept(folder: Path, model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Measured:
     """Measured now, or read from ``folder`` where that was done before: the same weights, data, settings and code."""
-    settings = (BANK, VAL, RATES, EPOCHS, STEPS, BATCH, DRAWS, TRANSFER, PIXELS)
+    settings = (BANK, VAL, RATES, EPOCHS, STEPS, BATCH, DRAWS, list(transfer), PIXELS)
     known = json.dumps([
         model.name, model.seed, model.preset.name, "" if model.encoder is None else sha256_of(model.encoder), settings,
         data_hash(load_dataset(data, split="test")), store.code_hash(CODE),
@@ -108,7 +125,7 @@ def kept(folder: Path, model: Model, data: str) -> Measured:
     key = hashlib.sha256(known.encode()).hexdigest()[:16]
     file = folder / f"{model.name.replace(' ', '_').replace(',', '')}-{model.seed}-{key}.pt"
     if not file.is_file():
-        measured = measure(model, data)
+        measured = measure(model, data, transfer)
         with atomic_file(file) as temporary:
             torch.save(vars(measured), temporary)
     print(f"{model.name}, seed {model.seed}: measured", flush=True)

@@ -21,7 +21,7 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     evidence.main()
     rows, claims = (pd.read_csv(tmp_path / f"evidence_natural{part}.csv") for part in ("", "_claims"))
     controls = {"MAE trained longer", "MAE fine-tuned with labels", "random weights", "raw pixels"}
-    assert set(rows["model"]) == {"MAE", "MAE refined", "SimMIM"} | controls
+    assert set(rows["model"]) == {"MAE", "MAE refined", "SimMIM", "SimMIM refined"} | controls
     assert rows[rows["model"] == "SimMIM"]["preset"].unique().tolist() == ["natural-simmim"]
     key = ["model", "dataset", "block", "pool", "protocol", "metric", "seed"]
     assert not rows.duplicated(key).any()
@@ -32,10 +32,20 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     assert set(rows["dataset"]) == {"digits", "fruit64"}
     lifts = claims[claims["claim"] == "refinement lifts the last block (MAE, digits, mean)"]
     assert lifts["n_seeds"].item() == 2 and lifts["n_test"].item() == 140
-    trained = pd.read_csv(tmp_path / "evidence_natural_training.csv")
+    within = rows[rows["protocol"] == measure.WITHIN_PROTOCOL]
+    assert set(within["dataset"]) == {"fruit64"} and set(within["pool"]) == {"cls", "mean", "pixels"}
+    assert "after refinement classes of one kind are told apart better than before (MAE, fruit64, cls)" in set(claims["claim"])
+    trained, history, settings = (
+        pd.read_csv(tmp_path / f"evidence_natural_{part}.csv") for part in ("training", "history", "settings")
+    )
+    assert set(history.groupby("model")["stage"].unique().map(tuple)) == {(1, 2, 3)}
+    assert history.query("model == 'SimMIM' and stage > 1").groupby("seed")["block"].unique().map(list).to_list() == [[2, 3]] * 2
+    told = settings.set_index(["model", "stage", "seed", "setting"])["value"]
+    assert told["SimMIM", "pre-training", 0, "method"] == '"simmim"' and told["MAE", "refinement", 1, "seed"] == "1"
     assert set(trained["stage"]) == {"pre-training", "refinement", "longer pre-training", "fine-tuning with labels"}
     assert set(trained["weights_sha256"]) <= set(rows["weights_sha256"])
 
+    assert evidence.committed()[0].equals(rows)
     monkeypatch.setattr(measure, "measure", None)  # all is kept: nothing is measured again
     before = rows.drop(columns="seconds")
     evidence.main()
@@ -55,6 +65,7 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
 
     def measured(cls, linear, best):
         hits = {f"{data} {pool}": right(*cls) for data in ("photos", "fruit64") for pool in ("cls", "mean")}
+        hits |= {f"fruit64 {pool} within kinds": right(*cls) for pool in ("cls", "mean")}
         rows = [
             {"dataset": data, "protocol": protocol, "metric": metric, "pool": "cls", "block": len(cls) - 1, "value": linear}
             for data in ("photos", "fruit64")
@@ -81,6 +92,8 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
         assert verdicts[f"the refined last block beats the best block before (MAE, photos, {pool})"] == "seen"
         longer = f"refinement beats as much computation spent on masked pre-training (MAE, photos, {pool})"
         assert verdicts[longer] == "opposite"
+        assert verdicts[f"after refinement classes of one kind are told apart better than before (MAE, fruit64, {pool})"] == "seen"
+        assert verdicts[f"... better than after as much masked pre-training (MAE, fruit64, {pool})"] == "opposite"
     assert verdicts["refinement raises: linear accuracy of the last block (MAE, photos, cls)"] == "seen"
     more = "refinement raises more than as much masked pre-training: linear accuracy of the last block (MAE, photos, cls)"
     assert verdicts[more] == "opposite"

@@ -170,3 +170,15 @@ def test_the_features_given_stay_as_they_are(knn_file):
         mr.knn_predict(bank, train_y, queries, standardize=standardize)
         assert torch.equal(bank, train_x)
         assert torch.equal(queries, test_x)
+
+
+def test_within_groups_only_images_of_the_group_vote():
+    """Classes 0 and 1 form one group, 2 and 3 another; each group by itself is what the whole gives."""
+    train, test = (Features({"cls": torch.randn(2, n, 8)}, torch.arange(n) % 4, (0, 1), 2) for n in (60, 40))
+    groups = torch.tensor([0, 0, 1, 1])
+    hits = knn.knn_hits_within(train, test, groups)["cls"]
+    for group in (0, 1):
+        bank, asked = groups[train.y] == group, groups[test.y] == group
+        for block in range(2):
+            expected = mr.knn_accuracy(train.x["cls"][block][bank], train.y[bank], test.x["cls"][block][asked], test.y[asked])
+            assert hits[block, asked].float().mean().item() == pytest.approx(expected)

@@ -159,6 +159,21 @@ def knn_hits(
     }
 
 
+def knn_hits_within(train: Features, test: Features, groups: Tensor) -> dict[str, Tensor]:
+    """:func:`knn_hits` where the group of every test image is known: only training images of that group vote, so that what counts
+    is the fine structure of classes that look alike.
+
+    Args:
+        groups: the group of every class, (classes,); a group must hold two or more classes.
+    """
+    hits = {pool: torch.zeros(len(x), len(test.y), dtype=torch.bool) for pool, x in test.x.items()}
+    for group in groups.unique():
+        few, asked = (features.subset((groups[features.y] == group).nonzero()[:, 0]) for features in (train, test))
+        for pool, right in knn_hits(few, asked).items():
+            hits[pool][:, groups[test.y] == group] = right
+    return hits
+
+
 def knn_accuracy(
     train_x: Tensor,
     train_y: Tensor,
