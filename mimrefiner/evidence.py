@@ -3,6 +3,7 @@
 One command trains (going on where it was cut off), measures and writes ``assets/evidence_PRESET.csv`` and, for the claims,
 ``evidence_PRESET_claims.csv``, which notebook 04 and the page of results show::
 
+    python -m mimrefiner.evidence --data parquet:TINY_IMAGENET --choose               # the learning rate, on validation images
     python -m mimrefiner.evidence --data parquet:TINY_IMAGENET                        # hours on 2 CPU cores
     python -m mimrefiner.evidence --data parquet:TINY_IMAGENET --preset natural-gpu   # the same with a GPU's epochs and more models
 """
@@ -16,16 +17,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mimrefiner import store
+from mimrefiner import measure, store
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import Preset, load_preset
-from mimrefiner.data import short_name
+from mimrefiner.data import load_dataset, short_name
+from mimrefiner.features import extract_features
 from mimrefiner.intervals import image_difference, seed_difference
 from mimrefiner.measure import KINDS, TRANSFER, WITHIN, Measured, Model, kept
 from mimrefiner.models import build_vit
+from mimrefiner.probes.knn import knn_hits
 from mimrefiner.results import Run, count, mean_sd, write_csv
 
 ASSETS = Path(__file__).parent / "assets"
+FACTORS = (0.5, 1.0, 2.0)  # of stage 3's learning rate, among which --choose chooses
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,24 @@ def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
         variant("SimMIM", method="simmim", mask_ratio=0.6),
         Recipe(f"MAE, {deeper.encoder.depth} blocks", deeper, tuple(seeds)),
     ]
+
+
+def choice(preset: Preset) -> pd.DataFrame:
+    """How the recipe is chosen: validation images' k-NN by the refined last block, for several learning rates of stage 3.
+
+    cls token, one seed, one row per candidate, the best first; no test image is looked at.
+    """
+    bank, val = (load_dataset(preset.dataset, split=part).take(n) for part, n in (("train", measure.BANK), ("val", measure.VAL)))
+    rows = []
+    for factor in FACTORS:
+        refine = replace(preset.refine, refine_base_lr=factor * preset.refine.refine_base_lr)
+        encoder = store.refined(replace(preset, refine=refine)).ema_encoder
+        options = {"pools": ["cls"], "autocast": torch.bfloat16, "num_workers": store.loader_workers()}
+        train_x, val_x = (extract_features(encoder, part, **options) for part in (bank, val))
+        accuracy = knn_hits(train_x, val_x)["cls"][-1].float().mean().item()
+        found = {"refine_base_lr": refine.refine_base_lr, "n_train": len(bank), "n_val": len(val), "value": accuracy}
+        rows.append({"preset": preset.name, **found, "weights_sha256": sha256_of(encoder)})
+    return pd.DataFrame(rows).sort_values("value", ascending=False, kind="stable")
 
 
 def models(recipes: Sequence[Recipe]) -> Iterator[Model]:
@@ -168,9 +190,11 @@ def _claims_of_fine_classes(found: dict[tuple[str, int], Measured], recipe: Reci
     name, key = recipe.name, f"{data} {pool} {WITHIN}"
     refined = [found[f"{name} refined", seed].hits[key][-1] for seed in recipe.seeds]
     others = {
-        "after refinement classes of one kind are told apart better than before": found[name, 0],
-        "... better than after as much masked pre-training": found.get((f"{name} trained longer", 0)),
-        "... better than by random weights": found["random weights", 0],
+        "refinement tells classes of one kind apart better": found[name, 0],
+        "refinement tells classes of one kind apart better than as much masked pre-training": found.get(
+            (f"{name} trained longer", 0)
+        ),
+        "the refined model tells classes of one kind apart better than random weights": found["random weights", 0],
     }
     for claim, other in others.items():
         if refined and other:
@@ -232,10 +256,15 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m mimrefiner.evidence", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="Tiny-ImageNet as parquet:PATH (or another set of natural images at 64 px)")
     parser.add_argument("--preset", default="natural", choices=("natural", "natural-gpu"))
+    parser.add_argument("--choose", action="store_true", help="compare learning rates on validation images, and nothing else")
     parser.add_argument("--seeds", default="0,1,2", help="of refinement (default: 0,1,2)")
     parser.add_argument("--transfer", default=",".join(TRANSFER), help="data sets no model was trained on (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="what has been measured is kept here")
     args = parser.parse_args()
+    if args.choose:
+        main_preset = replace(load_preset(args.preset), dataset=args.data)
+        write_csv(choice(main_preset), ASSETS / f"evidence_{args.preset}_choice.csv")
+        return
     chosen = recipes(args.preset, args.data, tuple(int(seed) for seed in args.seeds.split(",")))
     transfer = args.transfer.split(",")
     found = {(model.name, model.seed): kept(args.out, model, args.data, transfer) for model in models(chosen)}

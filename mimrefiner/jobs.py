@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,30 @@ def run_logged(command: list[str], log: Path) -> None:
     """What a cluster's node runs; CalledProcessError where it fails."""
     with Path(log).open("wb") as stream:
         subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, check=True)
+
+
+def torchrun(arguments: Sequence[str], processes: int) -> None:
+    """Run ``mimrefiner ARGUMENTS`` by several processes of this machine and print what they say: a launcher for notebooks.
+
+    Interrupting it sends SIGTERM, at which training saves a checkpoint.
+
+    Raises:
+        InputError: it ended with an error, or there is no process to start.
+    """
+    if processes < 1:
+        raise InputError(f"expected one or more processes, got {processes}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    variables = {**os.environ, "MIMREFINER_PROGRESS": "log"}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([*command, "-m", "mimrefiner", *arguments], env=variables, **streams) as job:
+        try:
+            for line in job.stdout:
+                print(line, end="", flush=True)
+        except KeyboardInterrupt:
+            job.terminate()
+            raise
+    if job.returncode:
+        raise InputError(f"mimrefiner {' '.join(arguments)} ended with status {job.returncode}: its last lines above say why")
 
 
 def check_slurm() -> None:

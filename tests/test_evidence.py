@@ -34,7 +34,7 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     assert lifts["n_seeds"].item() == 2 and lifts["n_test"].item() == 140
     within = rows[rows["protocol"] == measure.WITHIN_PROTOCOL]
     assert set(within["dataset"]) == {"fruit64"} and set(within["pool"]) == {"cls", "mean", "pixels"}
-    assert "after refinement classes of one kind are told apart better than before (MAE, fruit64, cls)" in set(claims["claim"])
+    assert "refinement tells classes of one kind apart better (MAE, fruit64, cls)" in set(claims["claim"])
     trained, history, settings = (
         pd.read_csv(tmp_path / f"evidence_natural_{part}.csv") for part in ("training", "history", "settings")
     )
@@ -92,8 +92,9 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
         assert verdicts[f"the refined last block beats the best block before (MAE, photos, {pool})"] == "seen"
         longer = f"refinement beats as much computation spent on masked pre-training (MAE, photos, {pool})"
         assert verdicts[longer] == "opposite"
-        assert verdicts[f"after refinement classes of one kind are told apart better than before (MAE, fruit64, {pool})"] == "seen"
-        assert verdicts[f"... better than after as much masked pre-training (MAE, fruit64, {pool})"] == "opposite"
+        kinds = "refinement tells classes of one kind apart better"
+        assert verdicts[f"{kinds} (MAE, fruit64, {pool})"] == "seen"
+        assert verdicts[f"{kinds} than as much masked pre-training (MAE, fruit64, {pool})"] == "opposite"
     assert verdicts["refinement raises: linear accuracy of the last block (MAE, photos, cls)"] == "seen"
     more = "refinement raises more than as much masked pre-training: linear accuracy of the last block (MAE, photos, cls)"
     assert verdicts[more] == "opposite"
@@ -113,3 +114,18 @@ def test_a_gpu_affords_decoder_depths_and_a_deeper_model():
     assert [r.pretrain.decoder_depth for r in recipes.values() if r.pretrain.method == "mae"] == [1, 2, 4, 8, 1]
     assert recipes["MAE, 24 blocks"].encoder.depth == 24
     assert data.short_name("parquet:some/where/tiny-imagenet") == "tiny-imagenet"
+
+
+def test_the_learning_rate_is_chosen_on_validation_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(evidence, "ASSETS", tmp_path)
+    monkeypatch.setattr(evidence, "load_preset", lambda name: replace(mr.load_preset("smoke"), name=name))
+    splits, load = [], evidence.load_dataset
+    monkeypatch.setattr(evidence, "load_dataset", lambda name, split: splits.append(split) or load(name, split=split))
+    monkeypatch.setattr(sys, "argv", ["evidence", "--data", "digits", "--choose", "--out", str(tmp_path / "out")])
+    evidence.main()
+    rows = pd.read_csv(tmp_path / "evidence_natural_choice.csv")
+    assert splits == ["train", "val"]
+    assert sorted(rows["refine_base_lr"]) == [0.001, 0.002, 0.004] and rows["weights_sha256"].nunique() == 3
+    assert rows["value"].is_monotonic_decreasing
+    assert not (tmp_path / "evidence_natural.csv").exists()

@@ -84,3 +84,11 @@ def test_without_slurm_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"pip install 'mimrefiner\[slurm\]'"):
         jobs.check_slurm()
+
+
+def test_a_launcher_shows_what_the_processes_say_and_names_a_failure(capsys):
+    with pytest.raises(InputError, match="mimrefiner refine --preset tyni ended with status 1"):
+        jobs.torchrun(["refine", "--preset", "tyni"], 1)
+    assert "unknown preset 'tyni'" in capsys.readouterr().out
+    with pytest.raises(InputError, match="expected one or more processes, got 0"):
+        jobs.torchrun(["models"], 0)

@@ -46,12 +46,21 @@ def test_notebook_runs_at_smoke(notebook, tmp_path):
 
 
 def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
+    """Of all notebooks, each run with models that it trained itself."""
     tables = []
     for name in ("a", "b"):
         monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / name / "cache"))
-        runner.run_notebooks(["01"], preset="smoke", seeds="0", out=tmp_path / name)
+        runner.run_notebooks([], preset="smoke", seeds="0", out=tmp_path / name)
         tables.append(pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(results.NOT_A_RESULT)))
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_a_cell_starts_several_processes_and_shows_what_they_say(tmp_path):
+    runner.run_notebooks(["04"], preset="smoke", seeds="0", out=tmp_path, parameters={"processes": 2})
+    executed = nbformat.read(tmp_path / "notebooks" / "04_refinement.ipynb", as_version=4)
+    (said,) = (cell.outputs for cell in executed.cells if "jobs.torchrun" in cell.source)
+    said = "".join(output.get("text", "") for output in said)
+    assert "ema_encoder.safetensors" in said and re.search(r"last block: [\d.]+ % by 2 processes", said)
 
 
 def test_plain_papermill_runs_and_refuses_a_misspelt_parameter(tmp_path):
