@@ -46,11 +46,11 @@ def test_notebook_runs_at_smoke(notebook, tmp_path):
 
 
 def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
-    """Of all notebooks, each run with models that it trained itself."""
+    """Of the notebooks in which more is drawn at random than in the shared models; each run trains its own models."""
     tables = []
     for name in ("a", "b"):
         monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / name / "cache"))
-        runner.run_notebooks([], preset="smoke", seeds="0", out=tmp_path / name)
+        runner.run_notebooks(["01", "02", "03", "05", "07"], preset="smoke", seeds="0", out=tmp_path / name)
         tables.append(pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(results.NOT_A_RESULT)))
     pd.testing.assert_frame_equal(*tables)
 
