@@ -133,6 +133,34 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
         assert all(torch.equal(outputs[0][name], other[name]) for other in outputs[1:]), name
 
 
+def test_processes_equal_one_in_bfloat16(tmp_path, monkeypatch):
+    """Loss and gradients of an encoder wide enough for autocast, to the precision of bfloat16."""
+    config = mr.RefineConfig(
+        views=digit_views(32, 8, n_local=2), hidden_dim=24, out_dim=12, predictor_dim=20, queue_size=64, batch_size=16
+    )  # fmt: skip
+    wide = mr.MIMRefiner(mr.build_vit(mr.ViTConfig(dim=192, depth=3, num_heads=3)), config)
+    monkeypatch.setattr(mr.NNQueue, "lookup_slots", lambda self, z, *_, **__: torch.zeros(z.shape[:3], dtype=torch.long))
+    torch.manual_seed(2)
+    views = [torch.randn(16, 3, c.size, c.size) for c in config.views.crops]
+    kinds = []
+    wide.encoder.blocks[0].register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    wide.encoder.blocks[0].attn.qkv.register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+
+    def run(rank, world):
+        rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
+        result = forward_backward(wide, [x[rows] for x in views], torch.arange(16)[rows], top_k=1)
+        distributed.average_gradients(wide.parameters())
+        grads = torch.cat([x.grad.flatten() for x in wide.encoder.parameters() if x.grad is not None])
+        return {"loss": distributed.mean(result.loss.detach()), "grads": grads}
+
+    outputs, _ = on_several(lambda rank: run(rank, 2), tmp_path)
+    whole = run(0, 1)
+    assert torch.bfloat16 in kinds
+    assert torch.equal(outputs[0]["grads"], outputs[1]["grads"])
+    for name, x in whole.items():
+        assert (outputs[0][name] - x).norm() < 0.02 * x.norm(), name
+
+
 def test_neighbours_are_counted_over_all_processes(refiner, tmp_path, monkeypatch):
     """One process knows labels of 8 images, 3 of them right; the other knows none, of which it cannot make a share."""
     monkeypatch.setattr(mr.NNQueue, "lookup_slots", lambda self, z, index, **_: torch.zeros(z.shape[:3], dtype=torch.long))

@@ -87,7 +87,7 @@ def test_without_slurm_it_is_said(monkeypatch):
 
 
 def test_a_launcher_shows_what_the_processes_say_and_names_a_failure(capsys, tmp_path):
-    with pytest.raises(InputError, match="mimrefiner refine --preset tyni .* ended with status 1"):
+    with pytest.raises(InputError, match=r"mimrefiner refine --preset tyni .* ended with status 1"):
         jobs.torchrun(["refine", "--preset", "tyni", "--out", str(tmp_path)], 1)
     assert "unknown preset 'tyni'" in capsys.readouterr().out
     with pytest.raises(InputError, match="expected one or more processes, got 0"):

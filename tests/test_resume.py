@@ -61,6 +61,42 @@ def test_killed_and_resumed_runs_equal_those_left_alone():
     assert sum(kill_and_resume.main(2, seed=1).values()) >= 2
 
 
+def die_on_the_third(call, before=lambda *_: None):
+    """``call``, but behind the third one, and behind ``before`` of its arguments, comes SIGKILL."""
+    calls = []
+
+    def deadly(*args):
+        result = call(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            before(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return deadly
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("moment", ["half written", "written and not yet named", "named and the oldest not yet removed"])
+def test_a_kill_inside_of_the_writing_of_a_checkpoint(moment, tmp_path):
+    train_model = kill_and_resume.jobs()["refine"]
+
+    def killed(saving):  # in a process of its own
+        if moment == "half written":
+            torch.save = die_on_the_third(torch.save, lambda _, file: os.truncate(file, file.stat().st_size // 2))
+        elif moment == "written and not yet named":
+            resume._digest = die_on_the_third(resume._digest)
+        else:
+            Checkpoints.files = die_on_the_third(Checkpoints.files)
+        return train_model(saving)
+
+    assert kill_and_resume.in_child(killed, tmp_path, None) is None
+    left = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+    assert any("writing" in name for name in left) == (moment != "named and the oldest not yet removed"), left
+    torch.set_num_threads(1)
+    assert kill_and_resume.in_child(train_model, tmp_path, None) == train_model(None)
+
+
 @pytest.mark.parametrize(("stage", "step"), [(2, 0), (2, 1), (3, 0), (3, 2)])
 def test_sigterm_saves_and_the_resumed_run_is_the_same(smoke, some, tmp_path, monkeypatch, stage, step):
     encoder, config = mr.build_vit(smoke.encoder), replace(smoke.refine, heads_epochs=1, refine_epochs=2)

@@ -118,6 +118,34 @@ def test_layer_decay_scales_follow_the_official_formula(smoke):
         assert decay == (0.0 if x.ndim == 1 or name in ("cls_token", "pos_embed") else 0.05), name
 
 
+def test_each_stage_gives_its_optimizer_the_recipes_groups(smoke, some, monkeypatch):
+    config = replace(smoke.refine, layer_decay=0.5, frozen_blocks=1, encoder_weight_decay=0.05, head_weight_decay=1e-5)
+    refiner, made = mr.MIMRefiner(mr.build_vit(smoke.encoder), config), []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, groups, **settings):
+            super().__init__(groups, **settings)
+            made.append((self, settings))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    train.train_heads(refiner, some)
+    train.refine_encoder(refiner, some)
+    names = {id(x): name for name, x in refiner.named_parameters()}
+    for (optimizer, settings), encoder_too in zip(made, (False, True), strict=True):
+        assert settings == {"lr": 0.0, "betas": config.betas, "fused": True}
+        found = {names[id(x)]: group for group in optimizer.param_groups for x in group["params"]}
+        frozen = {
+            n for n in names.values() if n.startswith(("encoder.patch_embed", "encoder.cls", "encoder.pos", "encoder.blocks.0."))
+        }
+        assert set(found) == {n for n in names.values() if n.startswith("heads") or (encoder_too and n not in frozen)}
+        last = max(group["lr"] for group in optimizer.param_groups)
+        for name, group in found.items():
+            matrix = group["params"][0].ndim > 1
+            block = int(name.split(".")[2]) if name.startswith("encoder.blocks") else len(refiner.encoder.blocks)
+            assert group["lr"] == pytest.approx(last * 0.5 ** (len(refiner.encoder.blocks) - block)), name
+            assert group["weight_decay"] == (matrix and (1e-5 if name.startswith("heads") else 0.05)), name
+
+
 def test_learning_rate_warms_up_and_falls_to_its_floor():
     rates = [train.cosine_lr(step, 100, 10, 1.0, 1e-6) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
