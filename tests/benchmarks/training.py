@@ -13,8 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +172,9 @@ def step(device: str, small: bool, repeats: int) -> None:
 def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str | None = None) -> None:
     """(c) Whole stage-3 steps of a ViT, optimiser included, in bfloat16, each peak memory in a process of its own."""
     batch, size = (4, 8192) if small else (64, 65536)
-    shape = VITS[vit]
+    shape, names = VITS[vit], ["mimrefiner", "plain loop", *([LIGHTLY] if find_spec("lightly") else [])]
+    # peaks first: what this process will hold would be missing there
+    held = {name: peak_of(name, device, vit, small) for name in names} if only is None else {}
     sizes = {"dim": shape.dim, "depth": shape.depth, "num_heads": shape.num_heads}
     encoder = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, **sizes))
     config = mr.RefineConfig(
@@ -180,13 +183,13 @@ def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str |
     refiner = mr.MIMRefiner(encoder, config).to(device).train()
     views = [torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops]
     index = torch.arange(batch, device=device)
-    ways = {"mimrefiner": ours_stage_3(refiner, index), "plain loop": plain_stage_3(refiner, index, device)}
-    with suppress(ImportError):
-        ways[LIGHTLY] = lightly_stage_3(refiner, device)
+    make = {"mimrefiner": partial(ours_stage_3, refiner, index), "plain loop": partial(plain_stage_3, refiner, index, device)}
+    make[LIGHTLY] = partial(lightly_stage_3, refiner, device)
     if only is not None:
-        ways[only](views)
+        make[only]()(views)
         print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else own_peak())
         return
+    ways = {name: make[name]() for name in names}
     with plain_attention(refiner, torch.device(device)):
         seconds = compare({name: lambda way=way: way(views) for name, way in ways.items()}, device, repeats)
     table(
@@ -198,16 +201,18 @@ def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str |
     photos = [(Image.effect_noise((256, 256), 80).convert("RGB"), 0) for _ in range(batch)]
     print("| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|")
     for name, value in seconds.items():
-        if device == "cuda":
-            torch.cuda.empty_cache()  # what this process keeps for later the child could not have
-        call = [sys.executable, __file__, "refine", "--device", device, "--vit", vit, "--only", name, *["--small"] * small]
-        held = float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
         with plain_attention(refiner, torch.device(device)):
             waited = data_wait_share(ways[name], photos, config.views, device, steps=1 if small else 5)
-        print(f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held:,.0f} | {waited:.0%} |")
+        print(f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held[name]:,.0f} | {waited:.0%} |")
     if LIGHTLY not in ways:
         print(f"| {LIGHTLY} | not measured: the package lightly is not installed | | | |")
     print("\nwaiting for data: images of 256 px in memory, the same loader for all ways, no loader process")
+
+
+def peak_of(name: str, device: str, vit: str, small: bool) -> float:
+    """Peak memory in MiB of one step of one way, in a process of its own."""
+    call = [sys.executable, __file__, "refine", "--device", device, "--vit", vit, "--only", name, *["--small"] * small]
+    return float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def data_wait_share(way, photos: list, views, device: str, steps: int) -> float:
