@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mimrefiner.ablations import committed_rows
 from mimrefiner.config import load_preset
 from mimrefiner.data import load_dataset
 from mimrefiner.measure import WITHIN_PROTOCOL
@@ -44,6 +45,14 @@ for orientation; the claims use a block chosen on validation images of the same 
 that vote. Compare a model with random weights before reading its claims: where the two are alike, it has not learnt enough to
 say anything. Device:
 {device}.
+"""
+ABLATIONS = """k-NN accuracy (%) of the last block's cls token. The variants of one seed are exploratory: they say which would be
+worth more seeds, and nothing else. What they change is in `mimrefiner/ablations.py`.
+
+"""
+CHOICE = """One seed; k-NN of the last block's cls token, share of images. The measurements above are those of the preset's rate,
+{rate:g}.
+
 """
 WEAK = "Epochs are what a few hours of two CPU cores allow: they are weak models. "
 
@@ -94,6 +103,13 @@ def natural_section(name: str) -> str:
     for dataset in rows["dataset"].unique():
         parts.append(f"\n### {dataset}\n\n{markdown_table(models_table(rows, dataset))}")
     note = "Wall time is that of a machine that did other work too; the computation is counted.\n\n"
+    if (ASSETS / f"evidence_{name}_choice.csv").is_file():
+        table = pd.read_csv(ASSETS / f"evidence_{name}_choice.csv").drop(columns=["preset", "weights_sha256"])
+        parts.append(
+            "\n### The learning rate of stage 3, on validation images\n\n"
+            + CHOICE.format(rate=preset.refine.refine_base_lr)
+            + markdown_table(table)
+        )
     parts.append(
         "\n### What was trained\n\n" + note + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
     )
@@ -103,11 +119,30 @@ def natural_section(name: str) -> str:
     return "".join(parts)
 
 
+def ablations_table(preset: str) -> pd.DataFrame:
+    """Every variant's last block, cls token, and what it has more than the recipe of the same seed, in points."""
+    rows = committed_rows(preset)
+    rows = rows[(rows["pool"] == "cls") & (rows["block"] == rows["block"].max())]
+    values = rows.pivot(index="seed", columns="model", values="value")[list(dict.fromkeys(rows["model"]))]
+    recipe = next(name for name in values if name.startswith("recipe"))
+    gains = 100 * values.sub(values[recipe], axis=0)
+    return pd.DataFrame([
+        {
+            "variant": name, "seeds": values[name].count(), "last block": mean_sd(values[name].dropna()),
+            "minus the recipe, by seed": "" if name == recipe else ", ".join(f"{x:+.1f}" for x in gains[name].dropna()),
+        }
+        for name in values
+    ])  # fmt: skip
+
+
 def page() -> str:
     """The page as Markdown."""
     toy = "\n## The toy: digits\n\nA ViT of 0.6 M parameters, preset `tiny`, as drawn in `figures/`.\n\n"
     claims = (ROOT / "figures" / "claims.md").read_text()
-    return "".join([HEAD, *(natural_section(name) for name in ("natural", "natural-gpu")), toy, claims])
+    parts = [HEAD, *(natural_section(name) for name in ("natural", "natural-gpu")), toy, claims]
+    for preset, data in (("tiny", "digits"), ("fashion", "Fashion-MNIST")):
+        parts += [f"\n## Ablations: {data}\n\n", ABLATIONS if preset == "tiny" else "", markdown_table(ablations_table(preset))]
+    return "".join(parts)
 
 
 if __name__ == "__main__":
