@@ -12,7 +12,7 @@ from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.nn_queue import NNQueue
 from mimrefiner.parameters import start_run
 from mimrefiner.probes.clustering import cluster
-from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_predict
+from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_hits_within, knn_predict
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import low_shot
 from mimrefiner.refiner import MIMRefiner
@@ -34,6 +34,7 @@ __all__ = [
     "extract_features",
     "knn_accuracy",
     "knn_hits",
+    "knn_hits_within",
     "knn_predict",
     "linear_probe",
     "load_dataset",
