@@ -487,7 +487,7 @@ def test_a_full_disk_is_said_by_all_processes(tmp_path, cached, monkeypatch):
 
 
 def test_a_batch_that_cannot_be_shared_is_named(digits):
-    from mimrefiner.data import view_batches
+    from mimrefiner.views import view_batches
 
     options = {"steps": 1, "seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(mr.InputError, match="a batch of 9 cannot be shared equally by 2 processes"):
