@@ -140,7 +140,9 @@ def histories(recipes: Sequence[Recipe]) -> tuple[pd.DataFrame, pd.DataFrame]:
             ]
     history = pd.concat(histories)
     history = history[["model", "seed", *(name for name in history if name not in ("model", "seed"))]]
-    return history.round(5), pd.DataFrame(settings)
+    numbers = history.select_dtypes("float").columns
+    history[numbers] = history[numbers].map(lambda x: float(f"{x:.5g}"))  # five digits, also of a learning rate of 1e-6
+    return history, pd.DataFrame(settings)
 
 
 def claims(found: dict[tuple[str, int], Measured], recipes: Sequence[Recipe], run: Run, transfer: Sequence[str] = TRANSFER) -> None:

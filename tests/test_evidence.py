@@ -40,6 +40,7 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     )
     assert set(history.groupby("model")["stage"].unique().map(tuple)) == {(1, 2, 3)}
     assert history.query("model == 'SimMIM' and stage > 1").groupby("seed")["block"].unique().map(list).to_list() == [[2, 3]] * 2
+    assert (history["lr"] > 0).all()
     told = settings.set_index(["model", "stage", "seed", "setting"])["value"]
     assert told["SimMIM", "pre-training", 0, "method"] == '"simmim"' and told["MAE", "refinement", 1, "seed"] == "1"
     assert set(trained["stage"]) == {"pre-training", "refinement", "longer pre-training", "fine-tuning with labels"}
