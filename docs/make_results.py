@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from mimrefiner.ablations import committed_rows
-from mimrefiner.config import load_preset
 from mimrefiner.data import load_dataset
 from mimrefiner.measure import WITHIN_PROTOCOL
+from mimrefiner.presets import load_preset
 from mimrefiner.results import KNN_PROTOCOL, claims_table, count, markdown_table, mean_sd
 
 ROOT = Path(__file__).parent.parent

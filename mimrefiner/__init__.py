@@ -3,7 +3,7 @@
 import mimrefiner._torchvision  # noqa: F401  before anything imports torchvision or timm
 
 # isort: split
-from mimrefiner.config import PretrainConfig, RefineConfig, ViTConfig, load_preset
+from mimrefiner.config import PretrainConfig, RefineConfig, ViTConfig
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.features import Features, extract_features, pixel_features
@@ -11,6 +11,7 @@ from mimrefiner.losses import multi_view_nna_loss, nna_loss
 from mimrefiner.models import build_vit, load_encoder
 from mimrefiner.nn_queue import NNQueue
 from mimrefiner.parameters import start_run
+from mimrefiner.presets import load_preset
 from mimrefiner.probes.clustering import cluster
 from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_hits_within, knn_predict
 from mimrefiner.probes.linear import linear_probe

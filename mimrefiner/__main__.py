@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from mimrefiner.errors import InputError, Stopped
 
 PRESETS = "smoke, tiny, fashion, natural, natural-simmim, natural-gpu, gpu, or paper-MODEL as listed in REPRODUCING.md"
-SETTINGS = "settings.json"  # what a finished run was
 MONITORED = 10_000  # images on either side of the k-NN that --watch does
 
 
@@ -81,11 +79,13 @@ def add_pretrain(commands) -> None:
 
 def do_pretrain(args) -> None:
     from mimrefiner import build_vit, pretrain
+    from mimrefiner.training_run import train_into
 
     preset, dataset = _preset_and_data(args)
     encoder = build_vit(preset.encoder, seed=args.seed)
     config = preset.pretrain if args.clip_norm is None else replace(preset.pretrain, clip_norm=args.clip_norm)
-    _train(args, partial(pretrain, encoder, dataset, config, shard=args.shard), ("encoder",))
+    train = partial(pretrain, encoder, dataset, config, num_workers=args.workers, shard=args.shard)
+    train_into(args.out, train, ("encoder",), save_every=args.save_every, resume=args.resume)
 
 
 def add_refine(commands) -> None:
@@ -115,6 +115,7 @@ def do_refine(args) -> None:
     from mimrefiner.memory import Memory
     from mimrefiner.monitor import Monitor
     from mimrefiner.store import load_split, pretrained
+    from mimrefiner.training_run import train_into
 
     if args.tensorboard and not args.watch:
         raise InputError("--tensorboard writes what --watch measures: give --watch too")
@@ -149,7 +150,8 @@ def do_refine(args) -> None:
     if args.clip_norm is not None:
         config = replace(config, clip_norm=args.clip_norm)
     memory = Memory(args.micro_batch, args.recompute, args.shard)
-    _train(args, partial(refine, encoder, dataset, config, memory=memory, monitor=monitor), ("encoder", "ema_encoder"))
+    train = partial(refine, encoder, dataset, config, num_workers=args.workers, memory=memory, monitor=monitor)
+    train_into(args.out, train, ("encoder", "ema_encoder"), save_every=args.save_every, resume=args.resume)
 
 
 def add_probe(commands) -> None:
@@ -323,50 +325,6 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and history")
 
 
-def _train(args, train: partial, names: tuple[str, ...]) -> None:
-    """Run ``train`` (of encoder, data and config) with checkpoints below ``--out``; write settings, history and the encoders
-    ``names``, then drop the checkpoints."""
-    from mimrefiner import distributed
-    from mimrefiner.checkpoint import atomic_file, save_encoder
-    from mimrefiner.resume import Saving
-    from mimrefiner.train import run_settings
-
-    folder, last = args.out / "checkpoints", args.out / f"{names[-1]}.safetensors"
-    encoder, dataset, config = train.args
-    settings = json.loads(json.dumps(run_settings(config, dataset, encoder)))  # as a file gives them back
-    if args.resume and distributed.from_first(lambda: last.exists() and _is_finished(args.out, folder, settings)):
-        if distributed.rank() == 0:
-            print(f"{args.out} is finished: nothing to do")
-        return
-    result = train(num_workers=args.workers, saving=Saving(folder, args.save_every, args.resume))
-    if distributed.rank() == 0:
-        _write_history(result.history, args.out)
-        with atomic_file(args.out / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2))
-        for name in names:
-            save_encoder(getattr(result, name), args.out / f"{name}.safetensors")
-        shutil.rmtree(folder)
-        files = ", ".join(f"{name}.safetensors" for name in names)
-        print(f"{result.seconds:.0f} s; {files} and history.csv are in {args.out}")
-
-
-def _is_finished(out: Path, folder: Path, settings: dict) -> bool:
-    """Whether the finished run in ``out`` is that of ``settings``. Checkpoints beside it are of the same run, killed before it
-    had removed them, which is done now, or of a later one, which goes on.
-
-    Raises:
-        InputError: the finished run had other settings.
-    """
-    from mimrefiner.resume import Checkpoints, different_settings
-
-    different = different_settings(json.loads((out / SETTINGS).read_text()), settings)
-    if not different:
-        shutil.rmtree(folder, ignore_errors=True)
-    elif not Checkpoints(folder).files():
-        raise InputError(f"{out} holds a finished run with other settings ({', '.join(different)}): use an empty folder")
-    return not different
-
-
 def _preset_and_data(args):
     from mimrefiner import load_preset
     from mimrefiner.parameters import check_writable
@@ -409,12 +367,6 @@ def _numbers(option: str, text: str) -> tuple[int | float, ...]:
         return tuple(int(part) if part.strip().isdigit() else float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"{option} must be numbers with commas between, got {text!r}") from None
-
-
-def _write_history(history, out: Path) -> None:
-    from mimrefiner.results import write_csv
-
-    write_csv(history, out / "history.csv")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import pandas as pd
 
 from mimrefiner import store
 from mimrefiner.augment import Views
-from mimrefiner.config import LOSS_SCHEDULES, Preset, load_preset
+from mimrefiner.config import LOSS_SCHEDULES, Preset
 from mimrefiner.data import short_name
 from mimrefiner.features import extract_features
+from mimrefiner.presets import load_preset
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.results import Run, write_csv
 

@@ -19,12 +19,13 @@ import torch
 
 from mimrefiner import measure, store
 from mimrefiner.checkpoint import sha256_of
-from mimrefiner.config import Preset, load_preset
+from mimrefiner.config import Preset
 from mimrefiner.data import load_dataset, short_name
 from mimrefiner.features import extract_features
 from mimrefiner.intervals import image_difference, seed_difference
 from mimrefiner.measure import KINDS, TRANSFER, WITHIN, Measured, Model, kept
 from mimrefiner.models import build_vit
+from mimrefiner.presets import load_preset
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.results import Run, count, mean_sd, write_csv
 

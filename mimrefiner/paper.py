@@ -3,7 +3,7 @@
 import pandas as pd
 
 from mimrefiner.catalogue import BY_NAME
-from mimrefiner.config import PAPER_MODELS, load_preset
+from mimrefiner.presets import PAPER_MODELS, load_preset
 from mimrefiner.results import KNN_PROTOCOL, compare
 from mimrefiner.store import IMAGENET
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.config import describe, load_preset
 from mimrefiner.errors import InputError
+from mimrefiner.presets import describe, load_preset
 from mimrefiner.results import Run, device_name
 
 INJECTED = "# Parameters"  # papermill's first line of the cell it adds

@@ -15,7 +15,7 @@ import torch
 from mimrefiner import distributed
 from mimrefiner.augment import paper_views
 from mimrefiner.catalogue import BY_NAME
-from mimrefiner.config import PretrainConfig, RefineConfig, load_preset
+from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import ViTShape
@@ -23,6 +23,7 @@ from mimrefiner.masked import random_mask
 from mimrefiner.memory import ADVICE, PLENTY, Memory
 from mimrefiner.nn_queue import LOOKUP_BYTES
 from mimrefiner.optim import stage_steps
+from mimrefiner.presets import load_preset
 from mimrefiner.refiner import MIMRefiner
 
 SPARE = 1.1

@@ -16,12 +16,13 @@ import torch
 
 from mimrefiner import execute, store
 from mimrefiner.checkpoint import atomic_file
-from mimrefiner.config import Preset, load_preset
+from mimrefiner.config import Preset
 from mimrefiner.data import data_hash
 from mimrefiner.errors import InputError
 from mimrefiner.execute import end_with_parent, record_file, sha256
 from mimrefiner.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
 from mimrefiner.parameters import check_writable, compare_parameters, declared_parameters, parse_seeds, project_folder
+from mimrefiner.presets import load_preset
 from mimrefiner.results import (
     CLAIM_COLUMNS,
     ROW_COLUMNS,

@@ -33,12 +33,13 @@ from torch import nn
 from mimrefiner import distributed
 from mimrefiner.catalogue import BY_NAME
 from mimrefiner.checkpoint import save_encoder
-from mimrefiner.config import PAPER_MODELS, Preset
+from mimrefiner.config import Preset
 from mimrefiner.data import ImageDataset, data_hash, load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.finetune import FinetuneResult, finetune
 from mimrefiner.masked import build_masked_model
 from mimrefiner.models import build_vit, load_encoder
+from mimrefiner.presets import PAPER_MODELS
 from mimrefiner.resume import Saving
 from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine, refinement_flops
 

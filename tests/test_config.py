@@ -29,8 +29,3 @@ SMOKE = mr.load_preset("smoke")
 def test_values_that_mean_nothing_are_named(settings, change, message):
     with pytest.raises(mr.InputError, match=message):
         replace(settings, **change)
-
-
-@pytest.mark.parametrize("preset", mr.config.PRESETS)
-def test_every_preset_is_fine(preset):
-    mr.load_preset(preset)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from mimrefiner import parameters, results, runner, store
-from mimrefiner.config import load_preset
+from mimrefiner.presets import load_preset
 
 NOTEBOOKS = runner.find_notebooks([])
 NAMES = [path.stem for path in NOTEBOOKS]

@@ -1,10 +1,10 @@
-"""Every column of the paper's recipe table, written out again (``src/yamls/stage2`` and ``stage3`` of the released code)."""
+"""The presets, and every column of the paper's recipe table written out again (``stage2`` and ``stage3`` of its ``src/yamls``)."""
 
 import pytest
 
 import mimrefiner as mr
 from mimrefiner.__main__ import main
-from mimrefiner.config import PAPER_MODELS
+from mimrefiner.presets import PAPER_MODELS, PRESETS
 
 COLUMNS = {
     #                T     blocks              pool    batch stage-3 epochs  local px  frozen
@@ -18,6 +18,11 @@ COLUMNS = {
     "mae-2b14":     (0.35, tuple(range(16, 24)), "cls",  512,  20, 98, 6),
 }  # fmt: skip
 SIZES = {"l16": (1024, 24, 16, 16), "h14": (1280, 32, 16, 14), "2b14": (2560, 24, 32, 14)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_fine(preset):
+    assert mr.load_preset(preset, seed=3).refine.seed == 3
 
 
 def test_there_is_a_preset_for_every_column():

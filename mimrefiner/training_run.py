@@ -1,0 +1,60 @@
+"""A training by command: its folder with weights, history and settings; finished once, gone on with after a kill."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+from mimrefiner import distributed
+from mimrefiner.checkpoint import atomic_file, save_encoder
+from mimrefiner.errors import InputError
+from mimrefiner.results import write_csv
+from mimrefiner.resume import Checkpoints, Saving, different_settings
+from mimrefiner.train import run_settings
+
+SETTINGS = "settings.json"  # what a finished run was
+
+
+def train_into(out: Path, train: partial, encoders: tuple[str, ...], *, save_every: int, resume: bool) -> None:
+    """Run ``train`` and write its results to the folder ``out``: nothing is trained that ``resume`` finds finished there.
+
+    Args:
+        train: ``pretrain`` or ``refine`` of (encoder, data set, config), to be called with ``saving``.
+        encoders: attributes of its result, each written as ``NAME.safetensors``; the last one says that the run is finished.
+        save_every: steps between two checkpoints, which lie in ``out`` until the run is finished.
+
+    Raises:
+        InputError: the run in ``out`` had other settings.
+    """
+    folder, last = out / "checkpoints", out / f"{encoders[-1]}.safetensors"
+    encoder, dataset, config = train.args
+    settings = json.loads(json.dumps(run_settings(config, dataset, encoder)))  # as a file gives them back
+    if resume and distributed.from_first(lambda: last.exists() and _is_finished(out, folder, settings)):
+        if distributed.rank() == 0:
+            print(f"{out} is finished: nothing to do")
+        return
+    result = train(saving=Saving(folder, save_every, resume))
+    if distributed.rank() == 0:
+        write_csv(result.history, out / "history.csv")
+        with atomic_file(out / SETTINGS) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2))
+        for name in encoders:
+            save_encoder(getattr(result, name), out / f"{name}.safetensors")
+        shutil.rmtree(folder)
+        files = ", ".join(f"{name}.safetensors" for name in encoders)
+        print(f"{result.seconds:.0f} s; {files} and history.csv are in {out}")
+
+
+def _is_finished(out: Path, folder: Path, settings: dict) -> bool:
+    """Whether the finished run in ``out`` is that of ``settings``. Checkpoints beside it are of the same run, killed before it
+    had removed them, which is done now, or of a later one, which goes on.
+
+    Raises:
+        InputError: the finished run had other settings.
+    """
+    different = different_settings(json.loads((out / SETTINGS).read_text()), settings)
+    if not different:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif not Checkpoints(folder).files():
+        raise InputError(f"{out} holds a finished run with other settings ({', '.join(different)}): use an empty folder")
+    return not different
