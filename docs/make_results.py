@@ -90,7 +90,7 @@ def natural_section(name: str) -> str:
         return ""
     rows, claims, facts = (pd.read_csv(ASSETS / f"evidence_{name}{part}.csv") for part in ("", "_claims", "_training"))
     preset = load_preset(name)
-    first, trained = rows[rows["protocol"] == KNN_PROTOCOL].iloc[0], facts[facts["stage"] == "pre-training"]
+    first, trained = rows[rows["protocol"] == KNN_PROTOCOL].iloc[0], facts[facts["training"] == "pre-training"]
     vit = preset.encoder
     text = NATURAL.format(
         preset=name, blocks=vit.depth, dim=vit.dim, patch=vit.patch_size, size=vit.image_size,

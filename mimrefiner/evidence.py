@@ -19,15 +19,17 @@ import torch
 
 from mimrefiner import measure, store
 from mimrefiner.checkpoint import sha256_of
-from mimrefiner.config import Preset
+from mimrefiner.config import Preset, PretrainConfig, RefineConfig
 from mimrefiner.data import load_dataset, short_name
 from mimrefiner.features import extract_features
+from mimrefiner.finetune import FinetuneResult
 from mimrefiner.intervals import image_difference, seed_difference
 from mimrefiner.measure import KINDS, TRANSFER, WITHIN, Measured, Model, kept
 from mimrefiner.models import build_vit
 from mimrefiner.presets import load_preset
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.results import Run, count, mean_sd, write_csv
+from mimrefiner.train import PretrainResult, RefineResult
 
 ASSETS = Path(__file__).parent / "assets"
 FACTORS = (0.5, 1.0, 2.0)  # of stage 3's learning rate, among which --choose chooses
@@ -100,50 +102,65 @@ def committed() -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows, claims
 
 
-def training_facts(recipes: Sequence[Recipe]) -> pd.DataFrame:
-    """What each training was: epochs of the training images, computation and wall time (of a machine that did other work too)."""
-    facts = []
+@dataclass(frozen=True)
+class Training:
+    """One training behind the models, with its settings and what came out."""
 
-    def add(model: str, stage: str, seed: int, epochs: float, result) -> None:
-        encoder = getattr(result, "ema_encoder", result.encoder)
-        numbers = {"epochs": round(epochs, 2), "TFLOP": round(result.flops / 1e12, 1), "minutes": round(result.seconds / 60)}
-        facts.append({"model": model, "stage": stage, "seed": seed, **numbers, "weights_sha256": sha256_of(encoder)})
+    model: str
+    training: str
+    seed: int
+    epochs: float
+    settings: PretrainConfig | RefineConfig
+    result: PretrainResult | RefineResult | FinetuneResult
 
+
+def trainings(recipes: Sequence[Recipe]) -> list[Training]:
+    """All of them, the controls last; trained now unless the store has them."""
+    found = []
     for recipe in recipes:
         preset, refine = recipe.preset, recipe.preset.refine
-        add(recipe.name, "pre-training", 0, preset.pretrain.epochs, store.pretrained(preset))
+        first = store.pretrained(preset)
+        found.append(Training(recipe.name, "pre-training", 0, preset.pretrain.epochs, preset.pretrain, first))
         for seed in recipe.seeds:
-            epochs = refine.heads_epochs + refine.refine_epochs
-            add(recipe.name, "refinement", seed, epochs, store.refined(_refined_with(preset, seed)))
+            config, result = replace(refine, seed=seed), store.refined(_refined_with(preset, seed))
+            found.append(Training(recipe.name, "refinement", seed, refine.heads_epochs + refine.refine_epochs, config, result))
     main = recipes[0]
-    longer = store.pretrained_longer(main.preset)
-    epochs = main.preset.pretrain.epochs * longer.flops / store.pretrained(main.preset).flops
-    add(main.name, "longer pre-training", 0, epochs, longer)
-    labels = store.finetuned(main.preset)
-    add(main.name, "fine-tuning with labels", 0, labels.epochs, labels)
-    return pd.DataFrame(facts)
+    again, labels = store.pretrained_longer(main.preset), store.finetuned(main.preset)
+    config = store.longer(main.preset.pretrain, again.flops / found[0].result.flops)
+    found.append(Training(main.name, "longer pre-training", 0, config.epochs, config, again))
+    found.append(Training(main.name, "fine-tuning with labels", 0, labels.epochs, main.preset.refine, labels))
+    return found
 
 
-def histories(recipes: Sequence[Recipe]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How every training went, one row per logged step (and head), and with which settings, one row each."""
-    histories, settings = [], []
-    for recipe in recipes:
-        preset = recipe.preset
-        trained = [(0, store.pretrained(preset), preset.pretrain)]
-        trained += [(seed, store.refined(_refined_with(preset, seed)), replace(preset.refine, seed=seed)) for seed in recipe.seeds]
-        for seed, result, config in trained:
-            stage = "pre-training" if config is preset.pretrain else "refinement"
-            histories.append(result.history.assign(model=recipe.name, seed=seed))
-            chosen = asdict(config) | {f"encoder {name}": value for name, value in asdict(preset.encoder).items()}
-            settings += [
-                {"model": recipe.name, "stage": stage, "seed": seed, "setting": name, "value": json.dumps(value)}
-                for name, value in chosen.items()
-            ]
-    history = pd.concat(histories)
-    history = history[["model", "seed", *(name for name in history if name not in ("model", "seed"))]]
+def training_facts(trainings: Sequence[Training]) -> pd.DataFrame:
+    """What each training was: epochs of the training images, computation and wall time (of a machine that did other work too)."""
+    rows = []
+    for t in trainings:
+        numbers = {
+            "epochs": round(t.epochs, 2), "TFLOP": round(t.result.flops / 1e12, 1), "minutes": round(t.result.seconds / 60),
+            "weights_sha256": sha256_of(getattr(t.result, "ema_encoder", t.result.encoder)),
+        }  # fmt: skip
+        rows.append({"model": t.model, "training": t.training, "seed": t.seed, **numbers})
+    return pd.DataFrame(rows)
+
+
+def histories(trainings: Sequence[Training]) -> pd.DataFrame:
+    """How every training went, one row per logged step (and head)."""
+    history = pd.concat([t.result.history.assign(model=t.model, training=t.training, seed=t.seed) for t in trainings])
     numbers = history.select_dtypes("float").columns
     history[numbers] = history[numbers].map(lambda x: float(f"{x:.5g}"))  # five digits, also of a learning rate of 1e-6
-    return history, pd.DataFrame(settings)
+    first = ["model", "training", "seed"]
+    return history[[*first, *(name for name in history if name not in first)]]
+
+
+def settings(trainings: Sequence[Training], recipes: Sequence[Recipe]) -> pd.DataFrame:
+    """With which settings each was trained, one row each."""
+    encoders = {recipe.name: recipe.preset.encoder for recipe in recipes}
+    return pd.DataFrame([
+        {"model": t.model, "training": t.training, "seed": t.seed, "setting": name, "value": json.dumps(value)}
+        for t in trainings
+        for name, value in (asdict(t.settings) | {f"encoder {n}": v for n, v in asdict(encoders[t.model]).items()}).items()
+    ])  # fmt: skip
 
 
 def claims(found: dict[tuple[str, int], Measured], recipes: Sequence[Recipe], run: Run, transfer: Sequence[str] = TRANSFER) -> None:
@@ -275,8 +292,8 @@ def main() -> None:
     claims(found, chosen, run, transfer)
     write_csv(pd.DataFrame([row for m in found.values() for row in m.rows]), ASSETS / f"evidence_{args.preset}.csv")
     write_csv(pd.DataFrame(run.claims), ASSETS / f"evidence_{args.preset}_claims.csv")
-    write_csv(training_facts(chosen), ASSETS / f"evidence_{args.preset}_training.csv")
-    for part, table in zip(("history", "settings"), histories(chosen), strict=True):
+    done = trainings(chosen)
+    for part, table in (("training", training_facts(done)), ("history", histories(done)), ("settings", settings(done, chosen))):
         write_csv(table, ASSETS / f"evidence_{args.preset}_{part}.csv")
 
 

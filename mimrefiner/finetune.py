@@ -4,6 +4,7 @@ import copy
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +20,7 @@ from mimrefiner.models import default_device, normalisation
 from mimrefiner.optim import cosine_lr, freeze_first, layer_decay_groups, set_lr
 from mimrefiner.progress import progress
 from mimrefiner.resume import Run, Saving, sigterm_stops
-from mimrefiner.train import autocast
+from mimrefiner.train import autocast, is_logged
 from mimrefiner.views import view_batches
 
 
@@ -40,9 +41,11 @@ class Classifier(nn.Module):
 
 @dataclass
 class FinetuneResult:
-    """``encoder``: in eval mode on the CPU; ``epochs``: of the images; ``flops`` and wall ``seconds`` of all steps."""
+    """``encoder``: in eval mode on the CPU; ``history``: one row per logged step; ``epochs``: of the images; ``flops`` and wall
+    ``seconds`` of all steps."""
 
     encoder: nn.Module
+    history: pd.DataFrame
     epochs: float
     flops: float
     seconds: float
@@ -96,16 +99,20 @@ def finetune(
     known = torch.from_numpy(classes).to(device)
     with sigterm_stops(), plain_attention(model, device):
         for step, (views, _, label) in enumerate(progress(batches, "fine-tune", steps - first), first):
-            set_lr(optimizer, cosine_lr(step, steps, warmup, peak, config.min_lr))
+            lr = set_lr(optimizer, cosine_lr(step, steps, warmup, peak, config.min_lr))
             with autocast(device, model.encoder):
                 loss = F.cross_entropy(model(views[0]), torch.searchsorted(known, label))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             run.watch(step, loss[None])
+            if is_logged(step, steps):
+                run.check_finite([""])
+                epoch = step * config.batch_size / len(dataset)
+                run.rows.append({"step": step, "epoch": epoch, "lr": lr, "loss": loss.item()})
             run.end_step(step, [""])
     tuned, epochs = model.encoder.eval().requires_grad_(True).cpu(), steps * config.batch_size / len(dataset)
-    return FinetuneResult(tuned, epochs, flops_per_step * steps, run.seconds)
+    return FinetuneResult(tuned, run.history, epochs, flops_per_step * steps, run.seconds)
 
 
 def _flops_per_step(model: Classifier, batch: int, size: int, device: torch.device) -> int:

@@ -33,7 +33,7 @@ from torch import nn
 from mimrefiner import distributed
 from mimrefiner.catalogue import BY_NAME
 from mimrefiner.checkpoint import save_encoder
-from mimrefiner.config import Preset
+from mimrefiner.config import Preset, PretrainConfig
 from mimrefiner.data import ImageDataset, data_hash, load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.finetune import FinetuneResult, finetune
@@ -153,11 +153,7 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
     first, train_set = pretrained(preset), load_split(preset, "train")
     known = is_stored("refined", preset)  # else counted, so that both can be trained side by side
     flops = refined(preset).flops if known else refinement_flops(first.encoder, train_set, preset.refine)
-    config = replace(
-        preset.pretrain,
-        epochs=preset.pretrain.epochs * flops / first.flops,
-        seed=preset.pretrain.seed + 1000,  # other views and masks than in the first cycle
-    )
+    config = longer(preset.pretrain, flops / first.flops)
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "longer": config}
 
     def train(saving: Saving) -> PretrainResult:
@@ -166,6 +162,11 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
         )
 
     return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
+
+
+def longer(config: PretrainConfig, share: float) -> PretrainConfig:
+    """``share`` of a pre-training again, with other views and masks."""
+    return replace(config, epochs=share * config.epochs, seed=config.seed + 1000)
 
 
 def finetuned(preset: Preset) -> FinetuneResult:
@@ -179,10 +180,12 @@ def finetuned(preset: Preset) -> FinetuneResult:
             first.encoder, _at_hand(train_set), preset.refine, flops=flops, num_workers=loader_workers(), saving=saving
         )
         save_encoder(result.encoder, folder / "encoder.safetensors")
+        result.history.to_csv(folder / "history.csv", index=False)
         return {"epochs": result.epochs, "flops": result.flops, "seconds": result.seconds}
 
     folder, facts = _entry("finetune", settings, train_set, train, code=(*TRAINER_FILES, "finetune"))
-    return FinetuneResult(load_encoder(folder / "encoder.safetensors"), facts["epochs"], facts["flops"], facts["seconds"])
+    numbers = (facts[name] for name in ("epochs", "flops", "seconds"))
+    return FinetuneResult(load_encoder(folder / "encoder.safetensors"), _read_history(folder), *numbers)
 
 
 def _at_hand(train_set: ImageDataset) -> ImageDataset:

@@ -132,7 +132,7 @@ def pretrain(
             optimizer.step()
             loss = distributed.mean(loss)
             run.watch(step, loss[None])
-            if _is_logged(step, steps):
+            if is_logged(step, steps):
                 run.check_finite([""])
                 run.rows.append({"stage": 1, "step": step, "epoch": step / per_epoch, "lr": lr, "loss": loss.item()})
             run.end_step(step, [""])
@@ -309,7 +309,7 @@ def _contrastive_stage(
                 distributed.update_average(ema, refiner.encoder, decay if step > 0 else 0.0)  # starts behind the first step
             loss = distributed.mean(result.loss.detach())
             run.watch(step, loss)
-            if _is_logged(step, steps):
+            if is_logged(step, steps):
                 run.check_finite(names)
                 columns = {"loss": loss, **{name: distributed.mean(x) for name, x in result.metrics.items()}}
                 columns = {name: x.tolist() for name, x in columns.items()}
@@ -392,5 +392,5 @@ def _step_seed(seed: int, stage: int, step: int) -> int:
     return (8 * seed + stage << 32) + step
 
 
-def _is_logged(step: int, steps: int) -> bool:
+def is_logged(step: int, steps: int) -> bool:
     return step % max(1, steps // LOG_POINTS) == 0 or step == steps - 1

@@ -38,12 +38,16 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     trained, history, settings = (
         pd.read_csv(tmp_path / f"evidence_natural_{part}.csv") for part in ("training", "history", "settings")
     )
-    assert set(history.groupby("model")["stage"].unique().map(tuple)) == {(1, 2, 3)}
+    key = ["model", "training", "seed"]
+    assert set(map(tuple, history[key].values)) == set(map(tuple, trained[key].values)) == set(map(tuple, settings[key].values))
+    assert set(history.dropna(subset="stage").groupby("model")["stage"].unique().map(tuple)) == {(1, 2, 3)}
     assert history.query("model == 'SimMIM' and stage > 1").groupby("seed")["block"].unique().map(list).to_list() == [[2, 3]] * 2
     assert (history["lr"] > 0).all()
-    told = settings.set_index(["model", "stage", "seed", "setting"])["value"]
+    told = settings.set_index([*key, "setting"])["value"]
     assert told["SimMIM", "pre-training", 0, "method"] == '"simmim"' and told["MAE", "refinement", 1, "seed"] == "1"
-    assert set(trained["stage"]) == {"pre-training", "refinement", "longer pre-training", "fine-tuning with labels"}
+    pretrained, longer = (told["MAE", name, 0, "seed"] for name in ("pre-training", "longer pre-training"))
+    assert (pretrained, longer) == ("0", "1000")
+    assert set(trained["training"]) == {"pre-training", "refinement", "longer pre-training", "fine-tuning with labels"}
     assert set(trained["weights_sha256"]) <= set(rows["weights_sha256"])
 
     assert evidence.committed()[0].equals(rows)

@@ -30,6 +30,7 @@ def test_labels_are_learnt_with_what_computation_there_is(monkeypatch):
     before = sha256_of(encoder)
     result = finetune(encoder, data, config, flops=4e9)
     tuned, steps = result.encoder, len(losses)
+    assert result.history["step"].iloc[-1] == steps - 1 and result.history["loss"].iloc[0] == pytest.approx(losses[0].item())
     assert result.epochs == steps * 32 / 64 and result.flops == pytest.approx(4e9, rel=0.5 / steps) and result.seconds > 0
     assert losses[0].item() == pytest.approx(np.log(3), rel=1e-3) and losses[-1] < 0.5 * losses[0]  # from nothing
     assert sha256_of(encoder) == before != sha256_of(tuned)
@@ -47,4 +48,5 @@ def test_a_fine_tuned_encoder_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "finetune", None)
     again = store.finetuned(mr.load_preset("smoke"))
     assert sha256_of(again.encoder) == sha256_of(tuned.encoder)
+    assert len(again.history) == len(tuned.history) > 0
     assert (again.epochs, again.flops, again.seconds) == (tuned.epochs, tuned.flops, tuned.seconds)
