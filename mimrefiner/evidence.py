@@ -20,7 +20,7 @@ import torch
 from mimrefiner import measure, store
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import Preset, PretrainConfig, RefineConfig
-from mimrefiner.data import load_dataset, short_name
+from mimrefiner.data import data_hash, load_dataset, short_name
 from mimrefiner.features import extract_features
 from mimrefiner.finetune import FinetuneResult
 from mimrefiner.intervals import image_difference, seed_difference
@@ -154,12 +154,16 @@ def histories(trainings: Sequence[Training]) -> pd.DataFrame:
 
 
 def settings(trainings: Sequence[Training], recipes: Sequence[Recipe]) -> pd.DataFrame:
-    """With which settings each was trained, one row each."""
-    encoders = {recipe.name: recipe.preset.encoder for recipe in recipes}
+    """With which settings each was trained, on what, one row each."""
+    common = {}
+    for recipe in recipes:
+        encoder = {f"encoder {name}": value for name, value in asdict(recipe.preset.encoder).items()}
+        data = {"data": short_name(recipe.preset.dataset), "data_sha256": data_hash(store.load_split(recipe.preset, "train"))}
+        common[recipe.name] = encoder | data
     return pd.DataFrame([
         {"model": t.model, "training": t.training, "seed": t.seed, "setting": name, "value": json.dumps(value)}
         for t in trainings
-        for name, value in (asdict(t.settings) | {f"encoder {n}": v for n, v in asdict(encoders[t.model]).items()}).items()
+        for name, value in (asdict(t.settings) | common[t.model]).items()
     ])  # fmt: skip
 
 
@@ -189,15 +193,17 @@ def _claims_of_blocks(found: dict[tuple[str, int], Measured], recipe: Recipe, da
     def compare(claim: str, ours: list, theirs: torch.Tensor, text: str = "") -> None:
         run.judge(f"{claim} ({name}, {key.replace(' ', ', ')})", image_difference(ours, [theirs] * len(ours)), n_test=n, text=text)
 
+    inside = before.best[key] < depth - 1
     where = f"block {before.best[key] + 1} of {depth}, chosen on validation: "
-    if before.best[key] == depth - 1:
+    if not inside:
         where = f"the block chosen on validation is the last one, {depth}: "
     compare("the best block for k-NN beats the last one", [best], last, where)
     compare("the best pre-trained block beats raw pixels", [best], pixels)
     compare("the best pre-trained block beats the best of random weights", [best], random.hits[key][random.best[key]])
     if refined:
         compare("refinement lifts the last block", refined, last)
-        compare("the refined last block beats the best block before", refined, best)
+        if inside:  # else the same again
+            compare("the refined last block beats the best block before", refined, best)
         compare("the refined last block beats raw pixels", refined, pixels)
         compare("the refined last block beats the best of random weights", refined, random.hits[key][random.best[key]])
     if refined and longer:
@@ -225,26 +231,43 @@ def _claims_of_fine_classes(found: dict[tuple[str, int], Measured], recipe: Reci
 
 
 def _claims_of_probes(found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Run) -> None:
-    """What linear probes, few-shot and clusters say of the last block's cls token: before, after, and of the control."""
+    """What linear probes, few-shot and clusters say of the last block: before, after, and of the control."""
     refined = [found[f"{recipe.name} refined", seed] for seed in recipe.seeds]
-    n = found[recipe.name, 0].hits[f"{data} cls"].shape[1]
     others = {
         "refinement raises": found[recipe.name, 0],
         "refinement raises more than as much masked pre-training": found.get((f"{recipe.name} trained longer", 0)),
     }
-    for what, protocol, metric in (
-        ("linear accuracy", "linear", "accuracy"),
-        ("1-shot accuracy", "logistic_1shot", "accuracy"),
-        ("5-shot accuracy", "logistic_5shot", "accuracy"),
-        ("cluster accuracy", "kmeans", "ACC"),
-    ):
-        values = [_value(m, data, protocol, metric) for m in refined]
+    others = {claim: other for claim, other in others.items() if refined and other}
+    probes = [("linear", "linear accuracy", pool) for pool in ("cls", "mean")]
+    probes += [(f"logistic_{n}shot", f"{n}-shot accuracy", "cls") for n in (1, 2, 5)]
+    for protocol, what, pool in probes:
+        ours = [_last_block(m, f"{data} {pool} {protocol}") for m in refined]
         for claim, other in others.items():
-            if values and other:
-                theirs = _value(other, data, protocol, metric)
-                text = f"{100 * theirs:.1f} against {mean_sd(values)} %: "
-                difference = seed_difference(values, [theirs] * len(values), images=n)
-                run.judge(f"{claim}: {what} of the last block ({recipe.name}, {data}, cls)", difference, n_test=n, text=text)
+            theirs = _last_block(other, f"{data} {pool} {protocol}")
+            text = f"{100 * theirs.mean():.1f} against {mean_sd([x.mean().item() for x in ours])} %: "
+            run.judge(
+                f"{claim}: {what} of the last block ({recipe.name}, {data}, {pool})",
+                image_difference(ours, [theirs] * len(ours)), n_test=len(theirs), text=text,
+            )  # fmt: skip
+    values = [_cluster_accuracy(m, data) for m in refined]
+    for claim, other in others.items():
+        theirs = _cluster_accuracy(other, data)
+        text = f"{100 * theirs:.1f} against {mean_sd(values)} %: "
+        n = found[recipe.name, 0].hits[f"{data} cls"].shape[1]
+        difference = seed_difference(values, [theirs] * len(values), images=n)
+        run.judge(f"{claim}: cluster accuracy of the last block ({recipe.name}, {data}, cls)", difference, n_test=n, text=text)
+
+
+def _last_block(measured: Measured, probe: str) -> torch.Tensor:
+    """Which test images are right, (images,); ``probe``: the key of the hits, or its beginning."""
+    (key,) = (key for key in measured.hits if key == probe or key.startswith(f"{probe}_"))
+    return measured.hits[key][-1].float()
+
+
+def _cluster_accuracy(measured: Measured, data: str) -> float:
+    """Of k-means on the last block's cls token."""
+    rows = pd.DataFrame(measured.rows).query("dataset == @data and metric == 'ACC' and pool == 'cls'")
+    return float(rows.loc[rows["block"] == rows["block"].max(), "value"].item())
 
 
 def _claim_of_decoders(by_depth: dict[int, Measured], run: Run, main: Recipe) -> None:
@@ -258,14 +281,6 @@ def _claim_of_decoders(by_depth: dict[int, Measured], run: Run, main: Recipe) ->
             f"a lighter decoder makes the last blocks fall further ({key.replace(' ', ', ')})",
             image_difference([lightest], [heaviest]), n_test=len(lightest), text=f"best block minus last: {text}; ",
         )  # fmt: skip
-
-
-def _value(measured: Measured, data: str, protocol: str, metric: str) -> float:
-    """One probe of the last block's cls token."""
-    rows = pd.DataFrame(measured.rows)
-    rows = rows[(rows["dataset"] == data) & rows["protocol"].str.startswith(protocol) & (rows["metric"] == metric)]
-    rows = rows[rows["pool"] == "cls"]
-    return float(rows.loc[rows["block"] == rows["block"].max(), "value"].item())
 
 
 def _refined_with(preset: Preset, seed: int) -> Preset:

@@ -56,14 +56,17 @@ class Measured:
     """What is known of one model: rows, and for every data set and pooling which test images are right after every block."""
 
     rows: list[dict]
-    hits: dict[str, torch.Tensor]  # "DATA POOL" -> (blocks, images) bool
-    best: dict[str, int]  # "DATA POOL" -> block of the highest k-NN accuracy on the data set's validation images
+    hits: dict[
+        str, torch.Tensor
+    ]  # "DATA POOL" by k-NN and "DATA POOL PROBE" -> (blocks, images); of few shots, shares of the draws
+    best: dict[str, int]  # "DATA POOL" -> block of the highest k-NN accuracy on validation images of the data trained on
 
 
 def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Measured:
     """All probes of one model on the data set it was trained on, ``data``, and on those it was not, ``transfer``.
 
-    All models meet the same draws, starts and orders: the probes' seed is 0 for all.
+    All models meet the same draws, starts and orders: the probes' seed is 0 for all. Blocks are chosen on ``data`` alone:
+    validation images of a transfer set may show what its training images show, as those of fruit64 do.
     """
     run = Run("evidence", model.preset, (model.seed,), Path())  # for its rows; nothing is written
     sha = "" if model.encoder is None else sha256_of(model.encoder)
@@ -74,7 +77,9 @@ def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Meas
         train, val, test = (_features(model.encoder, part.take(sizes[split])) for split, part in sets.items())
         short, hits = short_name(name), knn_hits(train, test)
         measured.hits |= {f"{short} {pool}": right for pool, right in hits.items()}
-        measured.best |= {f"{short} {pool}": int(right.float().mean(1).argmax()) for pool, right in knn_hits(train, val).items()}
+        if name == data:
+            best = {pool: int(right.float().mean(1).argmax()) for pool, right in knn_hits(train, val).items()}
+        measured.best |= {f"{short} {pool}": block for pool, block in best.items()}
         knn = [_knn_rows(right, pool, len(train.y), len(test.y)) for pool, right in hits.items()]
         if name in KINDS:
             kind = {of: i for i, kinds in enumerate(KINDS[name]) for of in kinds}
@@ -84,11 +89,16 @@ def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Meas
             knn += [rows.assign(protocol=WITHIN_PROTOCOL) for rows in within]
         epochs = max(EPOCHS, math.ceil(STEPS * BATCH / len(train.y)))
         device = default_device()
-        linear = linear_probe(train, test, val=val, learning_rates=RATES, epochs=epochs, batch_size=BATCH, device=device)
-        tables = [*knn, linear.assign(protocol=f"linear_{epochs}epochs")]
-        few_train, few_test = (_some(part, measured.best, short) for part in (train, test))
-        draws = low_shot(few_train, few_test, splits=DRAWS, device=device)
-        tables.append(draws.groupby([c for c in draws if c not in ("seed", "value")], as_index=False, sort=False)["value"].mean())
+        options = {"learning_rates": RATES, "epochs": epochs, "batch_size": BATCH, "device": device, "hits": True}
+        linear = linear_probe(train, test, val=val, **options).assign(protocol=f"linear_{epochs}epochs")
+        few_train, few_test = (_some(part, best) for part in (train, test))
+        draws = low_shot(few_train, few_test, splits=DRAWS, device=device, hits=True)
+        alike = [column for column in draws if column not in ("seed", "value", "hits")]
+        few = draws.groupby(alike, as_index=False, sort=False)["value"].mean()
+        tables = [*knn, linear.drop(columns="hits"), few]
+        for (pool, protocol), rows in pd.concat([linear, draws]).groupby(["pool", "protocol"]):
+            right = [torch.stack(list(draws)).float().mean(0) for _, draws in rows.groupby("block")["hits"]]
+            measured.hits[f"{short} {pool} {protocol}"] = torch.stack(right)
         shares = pd.concat(tables).assign(model=model.name, weights_sha256=sha, seed=model.seed)
         run.add_table(shares, dataset=short)
         clusters = cluster(few_test).assign(model=model.name, weights_sha256=sha, seed=model.seed)
@@ -103,10 +113,10 @@ def _features(encoder: nn.Module | None, data) -> Features:
     return extract_features(encoder, data, autocast=torch.bfloat16, num_workers=store.loader_workers())
 
 
-def _some(features: Features, best: dict[str, int], data: str) -> Features:
+def _some(features: Features, best: dict[str, int]) -> Features:
     """The cls token (or the pixels) of the best block and the last one."""
     pool = next(iter(features.x))
-    rows = sorted({best[f"{data} {pool}"], len(features.blocks) - 1})
+    rows = sorted({best[pool], len(features.blocks) - 1})
     return replace(features, x={pool: features.x[pool][rows]}, blocks=tuple(features.blocks[i] for i in rows))
 
 

@@ -44,6 +44,7 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     assert history.query("model == 'SimMIM' and stage > 1").groupby("seed")["block"].unique().map(list).to_list() == [[2, 3]] * 2
     assert (history["lr"] > 0).all()
     told = settings.set_index([*key, "setting"])["value"]
+    assert told["SimMIM", "refinement", 1, "data"] == '"digits"'
     assert told["SimMIM", "pre-training", 0, "method"] == '"simmim"' and told["MAE", "refinement", 1, "seed"] == "1"
     pretrained, longer = (told["MAE", name, 0, "seed"] for name in ("pre-training", "longer pre-training"))
     assert (pretrained, longer) == ("0", "1000")
@@ -70,16 +71,12 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
 
     def measured(cls, linear, best):
         hits = {f"{data} {pool}": right(*cls) for data in ("photos", "fruit64") for pool in ("cls", "mean")}
+        probes = [f"{pool} linear_10epochs" for pool in ("cls", "mean")] + [f"cls logistic_{n}shot" for n in (1, 2, 5)]
+        hits |= {f"{data} {probe}": right(0.1, linear) for data in ("photos", "fruit64") for probe in probes}
         hits |= {f"fruit64 {pool} within kinds": right(*cls) for pool in ("cls", "mean")}
         rows = [
-            {"dataset": data, "protocol": protocol, "metric": metric, "pool": "cls", "block": len(cls) - 1, "value": linear}
+            {"dataset": data, "protocol": "kmeans", "metric": "ACC", "pool": "cls", "block": len(cls) - 1, "value": linear}
             for data in ("photos", "fruit64")
-            for protocol, metric in (
-                ("linear_10epochs", "accuracy"),
-                ("logistic_1shot", "accuracy"),
-                ("logistic_5shot", "accuracy"),
-                ("kmeans", "ACC"),
-            )
         ]
         return measure.Measured(rows, hits, dict.fromkeys(hits, best))
 
@@ -100,9 +97,11 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
         kinds = "refinement tells classes of one kind apart better"
         assert verdicts[f"{kinds} (MAE, fruit64, {pool})"] == "seen"
         assert verdicts[f"{kinds} than as much masked pre-training (MAE, fruit64, {pool})"] == "opposite"
-    assert verdicts["refinement raises: linear accuracy of the last block (MAE, photos, cls)"] == "seen"
-    more = "refinement raises more than as much masked pre-training: linear accuracy of the last block (MAE, photos, cls)"
-    assert verdicts[more] == "opposite"
+    for what in ("linear accuracy", "1-shot accuracy", "2-shot accuracy", "5-shot accuracy", "cluster accuracy"):
+        assert verdicts[f"refinement raises: {what} of the last block (MAE, photos, cls)"] == "seen"
+        more = f"refinement raises more than as much masked pre-training: {what} of the last block (MAE, photos, cls)"
+        assert verdicts[more] == "opposite"
+    assert "refinement raises: linear accuracy of the last block (MAE, photos, mean)" in verdicts
 
     depths = [evidence.Recipe(f"MAE, decoder of {d} blocks", replace(preset, pretrain=replace(preset.pretrain, decoder_depth=d)))
               for d in (2, 8)]  # fmt: skip

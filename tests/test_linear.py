@@ -143,3 +143,11 @@ def test_augmented_probe_needs_labels(vit, digits):
     test = mr.extract_features(vit, digits["test"].take(40))
     with pytest.raises(mr.InputError, match="no attribute labels"):
         linear_probe_augmented(vit, [digits["test"][0]], test, test)
+
+
+def test_hits_are_what_the_accuracies_count(features):
+    test = features.subset(range(30))
+    rows = mr.linear_probe(features, test, epochs=5, batch_size=32, choose=True, hits=True)
+    assert rows["value"].tolist() == [right.float().mean().item() for right in rows["hits"]]
+    assert all(right.shape == (30,) for right in rows["hits"])
+    assert rows.drop(columns="hits").equals(mr.linear_probe(features, test, epochs=5, batch_size=32, choose=True))

@@ -138,3 +138,10 @@ def test_shots_and_features_are_checked(features):
     features.x["cls"][1, 3, 2] = float("nan")
     with pytest.raises(mr.InputError, match=r"cls features of block 1 \(0-based\) hold NaN"):
         mr.low_shot(features, features)
+
+
+def test_hits_are_what_the_accuracies_count(features):
+    test = features.subset(range(40))
+    rows = mr.low_shot(features, test, shots=(1, 5), hits=True)
+    assert rows["value"].tolist() == [right.float().mean().item() for right in rows["hits"]]
+    assert rows.drop(columns="hits").equals(mr.low_shot(features, test, shots=(1, 5)))

@@ -69,5 +69,7 @@ def each_block(features: Features):
 
 
 def tidy(rows: list[dict]) -> pd.DataFrame:
-    """Rows of a probe in one form; ``setting`` says what was selected on validation data, "" where nothing was."""
-    return pd.DataFrame([{"setting": "", **row} for row in rows], columns=COLUMNS)
+    """Rows of a probe in one form; ``setting`` says what was selected on validation data, "" where nothing was. Rows may hold
+    ``hits``: which test images are right, (n_test,) bool."""
+    hits = ("hits",) if rows and "hits" in rows[0] else ()
+    return pd.DataFrame([{"setting": "", **row} for row in rows], columns=[*COLUMNS, *hits])

@@ -84,6 +84,7 @@ def linear_probe(
     choose: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    hits: bool = False,
 ) -> pd.DataFrame:
     """Linear-probe accuracy of every block and pooling on cached features.
 
@@ -97,6 +98,7 @@ def linear_probe(
         epochs, batch_size: of the training; a batch is at most the training set.
         choose: also a row per block, with the pooling "chosen", for the pooling and learning rate that ``val`` prefers.
         seed: of initial weights, order and hold-out.
+        hits: also a column of which test images are right, (n_test,) bool in every row.
 
     Returns:
         One row per block and pooling, columns as :data:`mimrefiner.probes.checks.COLUMNS`.
@@ -121,7 +123,7 @@ def linear_probe(
             permutation = torch.from_numpy(order.permutation(len(y)))
         part = permutation[step % (len(y) // batch_size) * batch_size :][:batch_size]
         grid.step(train, part, y[part], schedule(step, steps))
-    return grid.rows(val, test, choose, {"seed": seed, "n_train": len(y), "n_test": len(test.y)})
+    return grid.rows(val, test, choose, {"seed": seed, "n_train": len(y), "n_test": len(test.y)}, hits)
 
 
 def linear_probe_augmented(
@@ -201,31 +203,32 @@ class _Grid:
         for width, keys in self.keys.items():
             self.probes[width].step(self._batch(features, keys, rows), y.to(self.device), share)
 
-    def accuracy(self, features: Features, keys: list[tuple[str, int]], probes: JointProbes) -> Tensor:
-        """(kinds, rates)."""
+    def right(self, features: Features, keys: list[tuple[str, int]], probes: JointProbes) -> Tensor:
+        """(kinds, rates, images) bool."""
         y = torch.where(torch.isin(features.y, self.classes), torch.searchsorted(self.classes, features.y), -1)
         parts = torch.arange(len(y)).split(4096)
-        right = [probes.right(self._batch(features, keys, part), y[part].to(self.device)).cpu() for part in parts]
-        return torch.cat(right, -1).float().mean(-1)
+        return torch.cat([probes.right(self._batch(features, keys, rows), y[rows].to(self.device)).cpu() for rows in parts], -1)
 
-    def rows(self, val: Features, test: Features, choose: bool, common: dict) -> pd.DataFrame:
+    def rows(self, val: Features, test: Features, choose: bool, common: dict, hits: bool = False) -> pd.DataFrame:
         """The rate that does best on ``val`` for every block and pooling, and what it does on ``test``."""
-        found = {}
+        found, on_val = {}, {}
         for width, keys in self.keys.items():
-            on_val, on_test = (self.accuracy(part, keys, self.probes[width]) for part in (val, test))
+            shares, right = self.right(val, keys, self.probes[width]).float().mean(-1), self.right(test, keys, self.probes[width])
             for i, key in enumerate(keys):
-                best = on_val[i].argmax().item()
-                found[key] = on_val[i, best].item(), on_test[i, best].item(), f"lr={self.learning_rates[best]:g}"
+                best = shares[i].argmax().item()
+                on_val[key] = shares[i, best].item()
+                found[key] = {"value": right[i, best].float().mean().item(), "setting": f"lr={self.learning_rates[best]:g}"}
+                found[key] |= {"hits": right[i, best]} if hits else {}
         common = {"protocol": "linear", "metric": "accuracy", **common}
         rows = [
-            {**common, "block": block, "pool": pool, "value": found[pool, position][1], "setting": found[pool, position][2]}
+            {**common, "block": block, "pool": pool, **found[pool, position]}
             for pool in val.x
             for position, block in enumerate(val.blocks)
         ]
         for position, block in enumerate(val.blocks) if choose else ():
-            pool = max(val.x, key=lambda pool: found[pool, position][0])
-            _, value, rate = found[pool, position]
-            rows.append({**common, "block": block, "pool": "chosen", "value": value, "setting": f"{pool} {rate}"})
+            pool = max(val.x, key=lambda pool: on_val[pool, position])
+            chosen = found[pool, position]
+            rows.append({**common, "block": block, "pool": "chosen", **chosen, "setting": f"{pool} {chosen['setting']}"})
         return tidy(rows)
 
 

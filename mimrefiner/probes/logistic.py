@@ -37,6 +37,7 @@ def low_shot(
     val: Features | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    hits: bool = False,
 ) -> pd.DataFrame:
     """Accuracy of logistic regression on a few labelled images, for every block, pooling and split.
 
@@ -48,6 +49,7 @@ def low_shot(
         strengths: scikit-learn's C; with several, ``val`` chooses per block and split.
         val: needed for that choice only.
         seed: of the first draw.
+        hits: also a column of which test images are right, (n_test,) bool in every row.
 
     Returns:
         One row per block, pooling, shots and split, columns as :data:`mimrefiner.probes.checks.COLUMNS`; ``seed`` is the draw's.
@@ -80,13 +82,15 @@ def low_shot(
                 right = {}
                 for name, part in parts.items():
                     queries = part.x[pool][part.blocks.index(block)].float().to(device)
-                    right[name] = _accuracy(per_problem, queries, part.y, classes)
-                best = right["val"].argmax(0) if len(strengths) > 1 else torch.zeros(splits, dtype=torch.long)
+                    right[name] = _right(per_problem, queries, part.y, classes)
+                shares = {name: x.float().mean(-1) for name, x in right.items()}  # (strengths, splits)
+                best = shares["val"].argmax(0) if len(strengths) > 1 else torch.zeros(splits, dtype=torch.long)
                 for s in range(splits):
                     rows.append({
                         "block": block, "pool": pool, "protocol": f"logistic_{shot}{'' if shot < 1 else 'shot'}",
-                        "metric": "accuracy", "seed": seed + s, "value": right["test"][best[s], s].item(),
+                        "metric": "accuracy", "seed": seed + s, "value": shares["test"][best[s], s].item(),
                         "n_train": draws.shape[1], "n_test": len(test.y), "setting": f"C={strengths[best[s]]:g}",
+                        **({"hits": right["test"][best[s], s]} if hits else {}),
                     })  # fmt: skip
     return tidy(rows)
 
@@ -267,8 +271,8 @@ def _rows_normalised(x: Tensor) -> Tensor:
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
 
 
-def _accuracy(weights: Tensor, x: Tensor, y: Tensor, classes: Tensor) -> Tensor:
-    """(strengths, splits); ``weights``: (strengths, splits, dim, classes)."""
+def _right(weights: Tensor, x: Tensor, y: Tensor, classes: Tensor) -> Tensor:
+    """(strengths, splits, images) bool; ``weights``: (strengths, splits, dim, classes)."""
     x = _rows_normalised(x)
-    right = [(classes[(x @ w).argmax(-1).cpu()] == y).float().mean() for w in weights.flatten(0, 1)]  # one by one: less memory
+    right = [classes[(x @ w).argmax(-1).cpu()] == y for w in weights.flatten(0, 1)]  # one by one: less memory
     return torch.stack(right).unflatten(0, weights.shape[:2])
