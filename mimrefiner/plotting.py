@@ -133,10 +133,10 @@ def plot_history(history: pd.DataFrame, metrics: dict[str, str], *, title: str, 
 
 def plot_ablations(rows: pd.DataFrame, *, title: str, metric: str = "k-NN accuracy of the last block") -> Figure:
     """One small panel per group of variants: what a variant has more than the recipe, a dot per seed; a bar with a tick is the mean
-    with its 95 % interval over seeds.
+    with its 95 % interval over seeds and test images.
 
     Args:
-        rows: columns group, variant, seed, value (a share); the group "recipe" is the reference.
+        rows: columns group, variant, seed, value (a share), n_test; the group "recipe" is the reference.
         title, metric: of the figure and the measured quantity.
     """
     recipe = rows[rows["group"] == "recipe"].set_index("seed")["value"]
@@ -151,7 +151,7 @@ def plot_ablations(rows: pd.DataFrame, *, title: str, metric: str = "k-NN accura
         names = []
         for y, (variant, seeds) in enumerate(part.groupby("variant", sort=False)):
             values = seeds.set_index("seed")["value"]
-            change = seed_difference(values, recipe[values.index])
+            change = seed_difference(values, recipe[values.index], images=int(seeds["n_test"].iloc[0]))
             many = len(values) > 1
             face = PALETTE[0] if many else "white"
             axes.plot(100 * np.array(change.by_seed), [y] * len(values), "o", color=PALETTE[0], markerfacecolor=face, zorder=3)
@@ -162,7 +162,7 @@ def plot_ablations(rows: pd.DataFrame, *, title: str, metric: str = "k-NN accura
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_title(group, fontsize=8, loc="left", pad=2)
-    all_axes[-1, 0].set_xlabel(f"{metric}, variant minus recipe (points); grey: 95 % interval of the mean over seeds")
+    all_axes[-1, 0].set_xlabel(f"{metric}, variant minus recipe (points); grey: 95 % interval over seeds and images")
     spread = f" ± {100 * recipe.std():.1f}" if len(recipe) > 1 else ""
     figure.suptitle(f"{title}\nrecipe: {100 * recipe.mean():.1f}{spread} % ({count(len(recipe), 'seed')})", fontsize=9)
     return figure

@@ -1,6 +1,8 @@
 import json
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -48,9 +50,27 @@ def test_refine_trains_the_presets_own_model_first(tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["views"]["n_local"] == 1
 
 
-def test_two_processes_under_torchrun(tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimrefiner"]
+@pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
+def test_two_processes_under(launcher, tmp_path):
+    folder = Path(sys.executable).parent
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimrefiner"],
+        "fabric": [
+            folder / "fabric",
+            "run",
+            "--accelerator",
+            "cpu",
+            "--devices",
+            "2",
+            f"--main-port={port}",
+            folder / "mimrefiner",
+        ],
+    }[launcher]
     run += ["refine", "--model", "simmim_digits", "--preset", "smoke", "--heads", "1", "--local-crops", "1"]
+    run += ["--shard"]  # which one process alone refuses
     done = subprocess.run([*run, "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("history.csv are in") == 1  # the first process alone says so

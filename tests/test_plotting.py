@@ -89,7 +89,7 @@ def test_two_curves_have_units():
 def test_ablations_show_every_seed_and_the_recipe():
     rows = pd.DataFrame({
         "group": ["recipe"] * 2 + ["heads"] * 3, "variant": ["4"] * 2 + ["1", "1", "2"], "seed": [0, 1, 0, 1, 0],
-        "value": [0.5, 0.6, 0.4, 0.45, 0.45],
+        "value": [0.5, 0.6, 0.4, 0.45, 0.45], "n_test": 100,
     })  # fmt: skip
     figure = plotting.plot_ablations(rows, title="t")
     axes = figure.axes[0]
