@@ -114,7 +114,8 @@ def nna_terms(
 def average_pairs(terms: Tensor, pairing: str) -> Tensor:
     """Average (heads, global_views, views, batch) terms over the pairs of views that ``pairing`` counts: (heads,)."""
     weights = pair_weights(terms.shape[1], terms.shape[2], pairing, terms.device)
-    return torch.einsum("hab,ab->h", terms.mean(-1), weights / weights.sum())
+    with torch.autocast(terms.device.type, enabled=False):  # which would round the losses to bfloat16
+        return torch.einsum("hab,ab->h", terms.float().mean(-1), weights / weights.sum())
 
 
 def pair_weights(global_views: int, views: int, pairing: str, device: torch.device | None = None) -> Tensor:

@@ -110,7 +110,7 @@ def natural() -> Preset:
         refine_epochs=0.36,
         warmup_epochs=0.03,
         heads_base_lr=4e-3,
-        refine_base_lr=2e-3,
+        refine_base_lr=4e-3,  # python -m mimrefiner.evidence --choose
         layer_decay=0.75,
         frozen_blocks=6,
     )
@@ -121,7 +121,8 @@ def natural_simmim() -> Preset:
     """``natural`` with SimMIM pre-training: mask tokens pass the encoder, which makes an epoch three times as long (25 minutes)."""
     preset = natural()
     pretrain = replace(preset.pretrain, method="simmim", mask_ratio=0.6, epochs=2)
-    return replace(preset, name="natural-simmim", pretrain=pretrain)
+    refine = replace(preset.refine, refine_base_lr=2e-3)  # set beforehand: the MAE's rate alone was chosen
+    return replace(preset, name="natural-simmim", pretrain=pretrain, refine=refine)
 
 
 def natural_gpu() -> Preset:
