@@ -30,6 +30,8 @@ class Refine:
         status = main(["refine", *self.arguments, "--resume"])
         if status == 143 and os.environ["RANK"] == "0":  # stopped by SIGTERM, state saved
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        if status not in (0, 143):
+            raise RuntimeError(f"mimrefiner refine ended with status {status}: the lines above say why")  # else it counts as done
         return status
 
 
@@ -53,6 +55,7 @@ def main() -> None:
         timeout_min=60 * args.hours,
         slurm_partition=args.partition,
         slurm_additional_parameters={"signal": "TERM@300"},
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # one task's failure ends the others
     )
     print(executor.submit(Refine(refine)).job_id)
 

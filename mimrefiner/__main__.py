@@ -123,7 +123,7 @@ def do_refine(args) -> None:
     monitor = None
     if args.watch:  # what it lacks is said before anything is trained
         held_out = load_split(preset, "val")
-        monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard)
+        monitor = Monitor(dataset.take(MONITORED), held_out.take(MONITORED), args.out, args.tensorboard, num_workers=args.workers)
     if args.preset.startswith("paper-") and not args.model:
         raise InputError(f"{args.preset} refines published weights: give them by --model")
     encoder = load_encoder(args.model, pretrained=not args.no_pretrained) if args.model else pretrained(preset).encoder

@@ -63,6 +63,7 @@ class PretrainConfig:
         _check(0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}")
         _check(self.epochs > 0 and self.batch_size > 1, f"need epochs > 0 and batch_size > 1, got {self.epochs}, {self.batch_size}")
         _whole(0, decoder_depth=self.decoder_depth, seed=self.seed)
+        _check_seed(self.seed)
         _whole(1, decoder_dim=self.decoder_dim, decoder_heads=self.decoder_heads, batch_size=self.batch_size)
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, f"crop_scale must be two shares of the area, such as (0.2, 1), got {self.crop_scale}")
@@ -122,6 +123,7 @@ class RefineConfig:
         _check(self.batch_size > 1, f"batch_size must be at least 2 (batch norm, negatives), got {self.batch_size}")
         _check(self.refine_epochs > 0, f"refine_epochs must be > 0, got {self.refine_epochs}")
         _whole(0, frozen_blocks=self.frozen_blocks, seed=self.seed)
+        _check_seed(self.seed)
         _whole(1, hidden_dim=self.hidden_dim, out_dim=self.out_dim, predictor_dim=self.predictor_dim)
         _whole(1, queue_size=self.queue_size, batch_size=self.batch_size)
         numbers = ("heads_epochs", "heads_base_lr", "refine_epochs", "refine_base_lr", "min_lr", "warmup_epochs")
@@ -163,6 +165,10 @@ def check_blocks(blocks, depth: int) -> tuple[int, ...]:
     for block in blocks:
         _check(0 <= block < depth, f"block {block} is out of range: the model has blocks 0 to {depth - 1} (0-based)")
     return blocks
+
+
+def _check_seed(seed: int) -> None:
+    _check(seed < 2**28, f"seed must be below 2^28, since steps draw from seeds made of it, got {seed}")
 
 
 def _check_limit(clip_norm: float | None) -> None:

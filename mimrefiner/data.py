@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class ImageDataset(Dataset):
         if len({image.shape for image in images}) == 1:
             images = np.stack(images)
         kept = self.subset(range(len(self)))
-        kept._load = lambda row: Image.fromarray(images[place[row]])
+        kept._load = partial(_kept, images, place)
         kept._pixels = (images, place) if isinstance(images, np.ndarray) else None
         return kept
 
@@ -174,11 +175,9 @@ def _digits(split: str, seed: int) -> ImageDataset:
 
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-
-    def load(row: int) -> Image.Image:
-        return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
-
-    return _select(ImageDataset("digits", split, load, bunch.target, [str(i) for i in range(10)], seed), None, split, seed)
+    return _select(
+        ImageDataset("digits", split, partial(_digit, pixels), bunch.target, [str(i) for i in range(10)], seed), None, split, seed
+    )
 
 
 def _fruit64(split: str, seed: int) -> ImageDataset:
@@ -188,7 +187,7 @@ def _fruit64(split: str, seed: int) -> ImageDataset:
     table = pq.read_table(Path(__file__).parent / "assets" / "fruit64.parquet")
     classes = table.schema.metadata[b"classes"].decode().split(",")
     encoded, labels = table["image"].combine_chunks().field("bytes"), table["label"].to_numpy()
-    whole = ImageDataset("fruit64", split, lambda row: Image.open(io.BytesIO(encoded[row].as_py())), labels, classes, seed)
+    whole = ImageDataset("fruit64", split, partial(_encoded, encoded), labels, classes, seed)
     held = table["split"].to_numpy(zero_copy_only=False) == "test"
     return _select(whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held)), split, seed)
 
@@ -203,7 +202,7 @@ def _torchvision_dataset(name: str, split: str, seed: int) -> ImageDataset:
         part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
         source = builder(str(root), download=True, **part)
         labels = source.labels if name == "stl10" else source.targets
-        return ImageDataset(name, split, lambda row: source[row][0], labels, getattr(source, "classes", None), seed)
+        return ImageDataset(name, split, partial(_of_source, source), labels, getattr(source, "classes", None), seed)
 
     try:
         return _select(fetch(True), fetch(False), split, seed)
@@ -243,13 +242,9 @@ def _official(train: ImageDataset, parts: dict[str, ImageDataset], split: str) -
     if split == "train":
         return train
     val = parts["val"]
-    n = len(train)
     labels = None if train.labels is None else np.concatenate([train.labels, val.labels])
-
-    def load(row: int) -> Image.Image:
-        return train._load(row) if row < n else val._load(row - n)
-
-    return ImageDataset(train.name, split, load, labels, train.classes, train.seed, n + len(val))
+    load = partial(_of_two, train._load, len(train), val._load)
+    return ImageDataset(train.name, split, load, labels, train.classes, train.seed, len(train) + len(val))
 
 
 def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -> ImageDataset:
@@ -266,7 +261,34 @@ def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -
         labels += [classes.index(name)] * len(found)
     if not files:
         raise InputError(f"{path} holds no images: expected {path}/CLASS/IMAGE.jpg (or .png, .webp, ...)")
-    return ImageDataset(f"imagefolder:{path}", split, lambda row: _open(files[row]), labels, classes, seed)
+    return ImageDataset(f"imagefolder:{path}", split, partial(_file, files), labels, classes, seed)
+
+
+# How image ``row`` of a source is read: functions of the module, so that data sets can be sent to loader processes.
+
+
+def _kept(images: Sequence[np.ndarray], place: dict[int, int], row: int) -> Image.Image:
+    return Image.fromarray(images[place[row]])
+
+
+def _digit(pixels: np.ndarray, row: int) -> Image.Image:
+    return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def _encoded(images: Sequence, row: int) -> Image.Image:
+    return Image.open(io.BytesIO(images[row].as_py()))
+
+
+def _of_source(source: Dataset, row: int) -> Image.Image:
+    return source[row][0]
+
+
+def _of_two(first: Callable, n: int, second: Callable, row: int) -> Image.Image:
+    return first(row) if row < n else second(row - n)
+
+
+def _file(files: list[Path], row: int) -> Image.Image:
+    return _open(files[row])
 
 
 def _open(file: Path) -> Image.Image:
@@ -314,11 +336,7 @@ def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> Image
         labels = None
     if not len(encoded):
         raise InputError(f"{path} holds no images in {', '.join(file.name for file in files)}")
-
-    def load(row: int) -> Image.Image:
-        return Image.open(io.BytesIO(encoded[row].as_py()))
-
-    return ImageDataset(f"parquet:{path}", split, load, labels, None, seed, len(encoded))
+    return ImageDataset(f"parquet:{path}", split, partial(_encoded, encoded), labels, None, seed, len(encoded))
 
 
 def to_pil(image) -> Image.Image:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mimrefiner.errors import InputError
 
 POLL_SECONDS = 0.2
+SHUTDOWN_SECONDS = 300  # that torchrun gives its workers to save
 LOG_SECONDS = 10  # between two plain lines about a job that runs
 
 
@@ -89,7 +90,7 @@ def run_logged(command: list[str], log: Path) -> None:
 def torchrun(arguments: Sequence[str], processes: int) -> None:
     """Run ``mimrefiner ARGUMENTS`` by several processes of this machine and print what they say: a launcher for notebooks.
 
-    Interrupting it sends SIGTERM, at which training saves a checkpoint.
+    Interrupting it sends SIGTERM, at which training saves a checkpoint, and waits until all processes have ended.
 
     Raises:
         InputError: it ended with an error, or there is no process to start.
@@ -97,17 +98,29 @@ def torchrun(arguments: Sequence[str], processes: int) -> None:
     if processes < 1:
         raise InputError(f"expected one or more processes, got {processes}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    variables = {**os.environ, "MIMREFINER_PROGRESS": "log"}
+    variables = {**os.environ, "MIMREFINER_PROGRESS": "log", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*command, "-m", "mimrefiner", *arguments], env=variables, **streams) as job:
-        try:
-            for line in job.stdout:
-                print(line, end="", flush=True)
-        except KeyboardInterrupt:
-            job.terminate()
-            raise
+    # a session of its own: Jupyter interrupts all processes of the kernel's, and torchrun would end the workers unsaved
+    job = subprocess.Popen([*command, "-m", "mimrefiner", *arguments], env=variables, start_new_session=True, **streams)
+    try:
+        _print_lines(job)
+    except KeyboardInterrupt:
+        job.terminate()
+        _print_lines(job)
+        raise
+    finally:
+        job.kill()  # after a second interrupt; nothing where it has ended
+        job.wait()
+        job.stdout.close()
     if job.returncode:
         raise InputError(f"mimrefiner {' '.join(arguments)} ended with status {job.returncode}: its last lines above say why")
+
+
+def _print_lines(job: subprocess.Popen) -> None:
+    """All that ``job`` says until it ends."""
+    for line in job.stdout:
+        print(line, end="", flush=True)
+    job.wait()
 
 
 def check_slurm() -> None:

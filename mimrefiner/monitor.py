@@ -35,6 +35,7 @@ class Monitor:
         folder: ``epochs.csv`` is rewritten there after every epoch; None for no file.
         tensorboard: also write TensorBoard events to ``folder`` (needs the ``tensorboard`` package).
         k: neighbours.
+        num_workers: loader processes.
 
     Raises:
         InputError: images without labels; TensorBoard events without the package or a folder to write them to.
@@ -45,6 +46,7 @@ class Monitor:
     folder: Path | None = None
     tensorboard: bool = False
     k: int = 10
+    num_workers: int = 0
 
     def __post_init__(self):
         for data in (self.reference, self.held_out):
@@ -61,7 +63,7 @@ class Monitor:
             row[f"spread_head{block}"] = spread
             if spread < COLLAPSED and distributed.rank() == 0:  # the queue is the same everywhere
                 print(
-                    f"stage {row['stage']}, epoch {row['epoch']}: the head on block {block} collapses (its projections spread "
+                    f"stage {row['stage']}, epoch {row['epoch']:g}: the head on block {block} collapses (its projections spread "
                     f"{spread:.2f}, 1 for random directions): lower the learning rate or raise the temperature",
                     file=sys.stderr,
                 )
@@ -79,8 +81,9 @@ class Monitor:
         encoder, pool = refiner.encoder, refiner.config.pool
         training, device = encoder.training, next(encoder.parameters()).device
         blocks = sorted({*refiner.blocks, refiner.depth - 1})
+        where = {"device": device, "autocast": torch.bfloat16 if device.type == "cuda" else None}
         parts = [
-            extract_features(encoder.eval(), data, blocks=blocks, pools=(pool,), device=device)
+            extract_features(encoder.eval(), data, blocks=blocks, pools=(pool,), num_workers=self.num_workers, **where)
             for data in (self.reference, self.held_out)
         ]
         encoder.train(training)

@@ -318,7 +318,7 @@ def _digest(file: Path) -> str:
 
 
 def _load(file: Path) -> dict:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # processes of one machine share it
 
 
 def _plain(x):

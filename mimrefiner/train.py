@@ -162,7 +162,7 @@ def refine(
         device, num_workers: where to train (None: a GPU where there is one), and loader processes.
         saving: checkpoints and resuming; None for none.
         memory: what trades time for memory.
-        monitor: what to measure at the end of every epoch; None for nothing.
+        monitor: what to measure at the end of every epoch and stage; None for nothing.
 
     Raises:
         InputError: see :class:`mimrefiner.refiner.MIMRefiner`.
@@ -316,8 +316,8 @@ def _contrastive_stage(
                 for head, block in enumerate(refiner.blocks):
                     values = {name: x[head] for name, x in columns.items()}
                     run.rows.append({"stage": stage, "step": step, "epoch": step / per_epoch, "lr": lr, "block": block, **values})
-            if monitor is not None and (step + 1) % per_epoch == 0:
-                run.epochs.append({"stage": stage, "epoch": (step + 1) // per_epoch, **meter.read()})
+            if monitor is not None and ((step + 1) % per_epoch == 0 or step + 1 == steps):
+                run.epochs.append({"stage": stage, "epoch": (step + 1) / per_epoch, **meter.read()})
                 monitor.measure(refiner, run.epochs)
                 meter.start()
             run.end_step(step, names)

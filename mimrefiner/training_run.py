@@ -24,11 +24,13 @@ def train_into(out: Path, train: partial, encoders: tuple[str, ...], *, save_eve
         save_every: steps between two checkpoints, which lie in ``out`` until the run is finished.
 
     Raises:
-        InputError: the run in ``out`` had other settings.
+        InputError: a finished run is in ``out``, of other settings or, without ``resume``, of any.
     """
     folder, last = out / "checkpoints", out / f"{encoders[-1]}.safetensors"
     encoder, dataset, config = train.args
     settings = json.loads(json.dumps(run_settings(config, dataset, encoder)))  # as a file gives them back
+    if not resume and distributed.from_first(last.exists):
+        raise InputError(f"{out} holds a finished run: use an empty folder, or --resume, which leaves it as it is")
     if resume and distributed.from_first(lambda: last.exists() and _is_finished(out, folder, settings)):
         if distributed.rank() == 0:
             print(f"{out} is finished: nothing to do")

@@ -4,7 +4,10 @@ Crops are cut image by image in the loader's processes, or, where a GPU trains o
 (:meth:`mimrefiner.data.ImageDataset.in_memory`), for the whole batch on the GPU, which then waits for no loader.
 """
 
+import atexit
+import multiprocessing
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +20,7 @@ from mimrefiner.data import to_pil
 from mimrefiner.errors import InputError
 
 Keys = list[tuple[int, int]]  # of a batch: (epoch, image)
+_LOADERS: weakref.WeakSet = weakref.WeakSet()  # processes
 Crops = tuple[list[Tensor], Tensor, Tensor, Tensor]  # (batch, 3, size, size) in 0..1 per view; draws, on the CPU; index; label
 
 
@@ -90,9 +94,21 @@ def loaded_crops(
         pin_memory=device.type == "cuda",
         worker_init_fn=_outlive_sigterm,
     )
-    for pixels, draws, index, label in loader:
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    _LOADERS.update(set(multiprocessing.active_children()) - others)
+    while (batch := _next(batches)) is not None:
+        pixels, draws, index, label = batch
         crops = [x.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255) for x in pixels]
         yield crops, draws, index.to(device, non_blocking=True), label.to(device, non_blocking=True)
+
+
+def _next(batches: Iterator):
+    """The next batch or None; a loader's InputError without the traceback that torch puts into its message."""
+    try:
+        return next(batches, None)
+    except InputError as error:
+        raise InputError(str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
 def resident_crops(
@@ -137,6 +153,17 @@ class _Crops(Dataset):
 def _outlive_sigterm(worker: int) -> None:
     """Schedulers and ``torchrun`` send SIGTERM to all processes; the one that trains must still save, and ends its loaders then."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """After an error loaders may still run. Multiprocessing, whose turn comes next, would end them by SIGTERM, which they outlive,
+    and wait for ever."""
+    running = [process for process in _LOADERS if process.is_alive()]
+    if running and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for process in running:
+        process.kill()
 
 
 def _collate(rows):

@@ -1,3 +1,4 @@
+import collections
 import colorsys
 import math
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from scipy.stats import ks_2samp
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from mimrefiner import augment
@@ -132,3 +134,32 @@ def test_small_recipes_fit_the_patch_size(size, patch):
     for views in (augment.small_views(size, patch), augment.digit_views(size, patch)):
         assert all(crop.size % patch == 0 and crop.size <= size for crop in views.crops)
         assert math.isclose(views.crops[0].size, size)
+
+
+def test_colour_jitter_is_distributed_as_torchvisions():
+    """Brightness, contrast and colour of one image after many draws, by Kolmogorov-Smirnov tests."""
+    torch.manual_seed(0)
+    image, n = 0.2 + 0.6 * torch.rand(3, 6, 6), 1500
+    crop = Crop(6, (1.0, 1.0), jitter_p=1.0, grey_p=0.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    ours = augment.photometric(image.expand(n, -1, -1, -1), crop, draws(n))
+    jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
+    theirs = torch.stack([jitter(image) for _ in range(n)])
+    for what in (
+        lambda x: x.mean((1, 2, 3)),
+        lambda x: x.std((1, 2, 3)),
+        lambda x: (x[:, 0] - x[:, 2]).std((1, 2)),
+        lambda x: x[:, 0, 0, 0],
+    ):
+        assert ks_2samp(what(ours).numpy(), what(theirs).numpy()).pvalue > 0.001
+
+
+def test_the_four_changes_of_colour_come_in_every_order(monkeypatch):
+    orders = collections.Counter()
+    seen = []
+    monkeypatch.setattr(augment, "_JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)])
+    crop, u = Crop(2, (1.0, 1.0), jitter_p=1.0, grey_p=0.0), draws(1200)
+    for i in range(1200):
+        augment.photometric(torch.zeros(1, 3, 2, 2), crop, u[[i]])
+        orders[tuple(seen)] += 1
+        seen.clear()
+    assert len(orders) == math.factorial(4) and min(orders.values()) > 25

@@ -22,6 +22,7 @@ SMOKE = mr.load_preset("smoke")
         (SMOKE.refine, {"layer_decay": -1}, "layer_decay must be > 0 and at most 1, got -1"),
         (SMOKE.refine, {"refine_base_lr": -1}, "refine_base_lr must be >= 0 and finite, got -1"),
         (SMOKE.refine, {"temperature": float("inf")}, "temperature must be > 0 and finite, got inf"),
+        (SMOKE.refine, {"seed": 2**28}, "seed must be below 2\\^28"),
         (SMOKE.refine, {"frozen_blocks": -1}, "frozen_blocks must be a whole number >= 0, got -1"),
         (Crop(8, (0.2, 1)), {"scale": (2, 3)}, r"two shares of the area such as \(0.2, 1\), got 8, \(2, 3\)"),
     ],

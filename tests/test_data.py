@@ -1,4 +1,5 @@
 import io
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -218,3 +219,12 @@ def test_in_memory_images_are_the_same_and_decoded_once(image_folder):
     for (image, label), (pixels, expected_label) in zip(kept, expected, strict=True):
         assert np.array_equal(np.asarray(image), pixels) and label == expected_label
     assert np.array_equal(np.asarray(kept.subset([3])[0][0]), expected[3][0])
+
+
+@pytest.mark.parametrize("name", ["digits", "fruit64", "folder"])
+def test_a_data_set_can_be_sent_to_a_process(name, image_folder):
+    """As loaders ask for where processes are not forked."""
+    data = mr.load_dataset(f"imagefolder:{image_folder}" if name == "folder" else name, split="train").take(4)
+    for kept in (data, data.in_memory()):
+        sent = pickle.loads(pickle.dumps(kept))
+        assert [np.asarray(image).tolist() for image, _ in sent] == [np.asarray(image).tolist() for image, _ in data]

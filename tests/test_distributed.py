@@ -133,6 +133,30 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
         assert all(torch.equal(outputs[0][name], other[name]) for other in outputs[1:]), name
 
 
+def test_messages_of_a_step_are_as_many_for_any_number_of_heads(vit, tmp_path, monkeypatch):
+    """One per batch-norm layer, one for the predictions, and the queue's three, forward; gradients go back through as many."""
+    sent, gather, scatter = [], distributed.ALL_GATHER, distributed.REDUCE_SCATTER
+    monkeypatch.setattr(distributed, "ALL_GATHER", lambda *args: sent.append("gather") or gather(*args))
+    monkeypatch.setattr(distributed, "REDUCE_SCATTER", lambda *args: sent.append("scatter") or scatter(*args))
+
+    def run(rank):
+        counts = []
+        for blocks in ((2,), (0, 1, 2)):
+            config = mr.RefineConfig(
+                views=digit_views(32, 8, n_local=1), blocks=blocks, hidden_dim=8, out_dim=8, predictor_dim=8, queue_size=32,
+                batch_size=8, refine_top_k=1,
+            )  # fmt: skip
+            refiner = mr.MIMRefiner(vit, config)
+            sent.clear()
+            views = [torch.randn(4, 3, c.size, c.size) for c in config.views.crops]
+            forward_backward(refiner, views, torch.arange(4), torch.arange(4), top_k=1)
+            counts.append([sent.count("gather"), sent.count("scatter")])
+        return counts
+
+    for one_head, three_heads in on_several(run, tmp_path)[0]:
+        assert one_head == three_heads == [4 + 1 + 3, 4 + 1]
+
+
 def test_processes_equal_one_in_bfloat16(tmp_path, monkeypatch):
     """Loss and gradients of an encoder wide enough for autocast, to the precision of bfloat16."""
     config = mr.RefineConfig(

@@ -1,3 +1,6 @@
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -92,3 +95,21 @@ def test_a_launcher_shows_what_the_processes_say_and_names_a_failure(capsys, tmp
     assert "unknown preset 'tyni'" in capsys.readouterr().out
     with pytest.raises(InputError, match="expected one or more processes, got 0"):
         jobs.torchrun(["models"], 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_an_interrupted_launcher_lets_training_save(tmp_path):
+    """Interrupted as Jupyter does it: SIGINT to all processes of the kernel's group."""
+    arguments = ["refine", "--preset", "tiny", "--model", "simmim_digits", "--heads", "1", "--out", str(tmp_path / "out")]
+    script = f"from mimrefiner import jobs; jobs.torchrun({arguments!r}, 1)"
+    variables = os.environ | {"MIMREFINER_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        env=variables,
+    ) as kernel:  # fmt: skip
+        said = [next(line for line in kernel.stdout if "stage 2" in line)]
+        os.killpg(kernel.pid, signal.SIGINT)
+        said += kernel.stdout.readlines()
+    assert kernel.returncode != 0
+    assert any("stopped at stage 2" in line for line in said)
+    assert list((tmp_path / "out" / "checkpoints").glob("stage2-step*.pt"))

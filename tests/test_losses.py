@@ -144,3 +144,15 @@ def test_head_weights_at_the_epochs_of_the_released_schedules():
         assert head_weights("staggered decay", 8, (begin + 1) / 2)[head] == pytest.approx(0.5)
         assert head_weights("one-hot", 8, begin + 0.1 + 1e-6)[head] == 0
     assert head_weights("one-hot", 1, 0.5) == [1]
+
+
+def test_under_autocast_the_products_are_rounded_and_the_losses_are_not():
+    torch.manual_seed(0)
+    z, nn_z, p = torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16), torch.randn(2, 8, 4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = nna_terms(z, nn_z, p)
+        loss = mr.multi_view_nna_loss(z, nn_z, p)
+    assert loss.dtype == torch.float32
+    weights = pair_weights(2, 4, "intended")
+    expected = (terms.double().mean(-1) * weights).sum((1, 2)) / weights.sum()
+    assert loss.tolist() == pytest.approx(expected.tolist(), rel=1e-6)

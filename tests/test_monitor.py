@@ -94,3 +94,11 @@ def test_waiting_is_counted(monkeypatch):
     values = meter.read()
     assert values["data_wait_share"] == pytest.approx(0.4)
     assert values["images_per_second"] == pytest.approx(1.6)
+
+
+def test_a_stage_of_less_than_an_epoch_is_measured_at_its_end(preset, digits):
+    config = replace(preset.refine, batch_size=32, heads_epochs=0.5, refine_epochs=1.5)
+    some = digits["train"].take(128)
+    watched = mr.refine(mr.build_vit(preset.encoder), some, config, monitor=Monitor(some, digits["val"].take(50)))
+    assert watched.epochs[["stage", "epoch"]].to_numpy().tolist() == [[2, 0.5], [3, 1], [3, 1.5]]
+    assert watched.epochs["knn_last_block"].between(0, 1).all()

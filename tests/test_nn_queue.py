@@ -55,8 +55,11 @@ def test_top_k_draws_uniformly_among_the_nearest():
 def test_the_same_generator_state_draws_the_same_and_chunking_changes_nothing(monkeypatch):
     queue, z = mr.NNQueue(2, 64, 8), torch.randn(2, 10, 2, 8)
     whole = queue.lookup_slots(z, None, top_k=5, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr("mimrefiner.nn_queue.LOOKUP_BYTES", 1)
+    pieces, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *args, **options: pieces.append(x.numel()) or topk(x, *args, **options))
+    monkeypatch.setattr("mimrefiner.nn_queue.LOOKUP_BYTES", 4 * 3 * 2 * 2 * 64)  # similarities of three images
     assert torch.equal(whole, queue.lookup_slots(z, None, top_k=5, generator=torch.Generator().manual_seed(3)))
+    assert pieces == [3 * 2 * 2 * 64] * 3 + [2 * 2 * 64]
 
 
 def test_heads_have_their_own_entries():

@@ -371,3 +371,17 @@ def test_loss_schedules_change_stage_3_only(smoke, some):
     first, second = (result.history.query("stage == 2") for result in (constant, step))
     pd.testing.assert_frame_equal(first, second)
     assert sha256_of(constant.encoder) != sha256_of(step.encoder)
+
+
+def test_rates_are_scaled_by_the_batch_size_and_warmed_up_over_epochs(smoke, some):
+    """128 images: two steps an epoch of batch 64, four of batch 32."""
+    for batch in (64, 32):
+        config = replace(smoke.refine, batch_size=batch, refine_epochs=4, warmup_epochs=2)
+        history = mr.refine(mr.build_vit(smoke.encoder), some, config).history
+        peak, steps = config.refine_base_lr * batch / 256, 4 * 128 // batch
+        rates = history.query("stage == 3").groupby("step")["lr"].first()
+        assert len(rates) == steps and rates.idxmax() == steps // 2 and rates.max() == pytest.approx(peak)
+        assert rates[0] == pytest.approx(peak / (steps // 2 + 1)) and rates.iloc[-1] == pytest.approx(config.min_lr)
+        config = replace(smoke.pretrain, batch_size=batch, epochs=4, warmup_share=0.5)
+        rates = mr.pretrain(mr.build_vit(smoke.encoder), some, config).history["lr"]
+        assert rates.max() == pytest.approx(config.base_lr * batch / 256) and rates.idxmax() == steps // 2

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +89,19 @@ def test_pixels_are_those_of_images_of_one_size_in_memory(image_folder, digits):
     Image.new("RGB", (50, 60)).save(image_folder / "train" / "ant" / "other_size.png")
     mixed = mr.load_dataset(f"imagefolder:{image_folder}", split="trainval").in_memory()
     assert mixed.pixels is None and len(mixed) == 21
+
+
+def test_loaders_end_with_a_process_that_ends_by_an_error():
+    """They outlive SIGTERM, by which multiprocessing would end them, and wait."""
+    script = """
+import mimrefiner as mr
+from mimrefiner.augment import digit_views
+from mimrefiner.views import view_batches
+digits = mr.load_dataset("digits", split="train")
+options = {"batch_size": 16, "steps": 50, "seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_workers": 2}
+batches = view_batches(digits, digit_views(32, 8, n_local=2), **options)
+next(batches)
+raise RuntimeError("something else")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: something else\n")
