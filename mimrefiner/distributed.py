@@ -137,14 +137,14 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
         methods: other names under which the forward pass is called, such as "forward_features".
 
     Raises:
-        InputError: one process alone, or torch before 2.6.
+        InputError: one process alone, or torch before 2.7.
     """
     if world() == 1:
         raise InputError("sharding shares the encoder among processes, here is one: start with torchrun, or leave out --shard")
-    try:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError:
-        raise InputError(f"sharding needs torch 2.6 or newer, this is {torch.__version__}") from None
+    if torch.__version__ < (2, 7):
+        raise InputError(f"sharding needs torch 2.7 or newer, this is {torch.__version__}")
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -409,9 +409,15 @@ def augment(device: str, small: bool, repeats: int) -> None:
 
 def memory(device: str, small: bool, repeats: int) -> None:
     """(e) Bytes of the queue, and bytes that the graph holds with and without the options that save memory."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue = NNQueue(8, 16384 if small else 65536, 256)
-    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    def resident() -> float:
+        if device == "cuda":
+            return torch.cuda.memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before = resident()
+    queue = NNQueue(8, 16384 if small else 65536, 256).to(device)
+    held = resident() - before
     formula = 2 * queue.z.nbytes / 2**20
     print(f"\n(e) queue {tuple(queue.z.shape)}: resident {held:.0f} MiB; two copies (stored and normalised) {formula:.0f} MiB\n")
     refiner, views, _ = refiner_and_views(device, small)
