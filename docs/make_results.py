@@ -62,7 +62,8 @@ PHOTOGRAPHS = """The packaged `mae_tiny_64` and `mae_tiny_64_refined` on fruit64
 and the best block chosen on fruit64's own validation photos, which show the heaps of its training photos.
 
 """
-CHOSEN = "The learning rate of stage 3 was chosen for the MAE by validation images (below), everything else was set beforehand."
+CHOSEN = """The learning rate of stage 3 was chosen for the MAE by validation images (below); everything else, the rates of SimMIM's
+refinement and of the controls too, was set beforehand."""
 CHOICE = """The MAE, one seed, a tenth of the training images held out for choices; k-NN of the last block's cls token, share of
 images. The measurements above are those of the preset's rate, {rate:g}.
 

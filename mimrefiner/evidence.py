@@ -32,6 +32,7 @@ from mimrefiner.results import Run, count, mean_sd, write_csv
 from mimrefiner.train import PretrainResult, RefineResult
 
 ASSETS = Path(__file__).parent / "assets"
+LABELS_BASE_LR = 2e-3  # of the control with labels; set beforehand, as the rates of pre-training
 FACTORS = (0.5, 1.0, 2.0)  # of stage 3's learning rate, among which --choose chooses
 
 
@@ -91,7 +92,7 @@ def models(recipes: Sequence[Recipe]) -> Iterator[Model]:
             preset = _refined_with(recipe.preset, seed)
             yield Model(f"{recipe.name} refined", seed, preset, store.refined(preset).ema_encoder)
     yield Model(f"{main.name} trained longer", 0, main.preset, store.pretrained_longer(main.preset).encoder)
-    yield Model(f"{main.name} fine-tuned with labels", 0, main.preset, store.finetuned(main.preset).encoder)
+    yield Model(f"{main.name} fine-tuned with labels", 0, main.preset, store.finetuned(main.preset, LABELS_BASE_LR).encoder)
     yield Model("random weights", 0, main.preset, build_vit(main.preset.encoder))
 
 
@@ -125,10 +126,11 @@ def trainings(recipes: Sequence[Recipe]) -> list[Training]:
             config, result = replace(refine, seed=seed), store.refined(_refined_with(preset, seed))
             found.append(Training(recipe.name, "refinement", seed, refine.heads_epochs + refine.refine_epochs, config, result))
     main = recipes[0]
-    again, labels = store.pretrained_longer(main.preset), store.finetuned(main.preset)
+    again, labels = store.pretrained_longer(main.preset), store.finetuned(main.preset, LABELS_BASE_LR)
     config = store.longer(main.preset.pretrain, again.flops / found[0].result.flops)
     found.append(Training(main.name, "longer pre-training", 0, config.epochs, config, again))
-    found.append(Training(main.name, "fine-tuning with labels", 0, labels.epochs, main.preset.refine, labels))
+    config = replace(main.preset.refine, refine_base_lr=LABELS_BASE_LR)
+    found.append(Training(main.name, "fine-tuning with labels", 0, labels.epochs, config, labels))
     return found
 
 

@@ -169,16 +169,15 @@ def longer(config: PretrainConfig, share: float) -> PretrainConfig:
     return replace(config, epochs=share * config.epochs, seed=config.seed + 1000)
 
 
-def finetuned(preset: Preset) -> FinetuneResult:
-    """The control with labels: the FLOPs of refinement spent on fine-tuning the encoder after stage 1 by cross-entropy."""
-    first, flops = pretrained(preset), refined(preset).flops
+def finetuned(preset: Preset, base_lr: float) -> FinetuneResult:
+    """The control with labels: the FLOPs of refinement spent on fine-tuning the encoder after stage 1 by cross-entropy, with the
+    settings of refinement but for the learning rate."""
+    first, flops, config = pretrained(preset), refined(preset).flops, replace(preset.refine, refine_base_lr=base_lr)
     train_set = load_split(preset, "train")
-    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "finetune": preset.refine, "flops": flops}
+    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "finetune": config, "flops": flops}
 
     def train(folder: Path, saving: Saving) -> dict:
-        result = finetune(
-            first.encoder, _at_hand(train_set), preset.refine, flops=flops, num_workers=loader_workers(), saving=saving
-        )
+        result = finetune(first.encoder, _at_hand(train_set), config, flops=flops, num_workers=loader_workers(), saving=saving)
         save_encoder(result.encoder, folder / "encoder.safetensors")
         result.history.to_csv(folder / "history.csv", index=False)
         return {"epochs": result.epochs, "flops": result.flops, "seconds": result.seconds}

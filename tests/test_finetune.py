@@ -44,9 +44,9 @@ def test_labels_are_learnt_with_what_computation_there_is(monkeypatch):
 
 def test_a_fine_tuned_encoder_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path))
-    tuned = store.finetuned(mr.load_preset("smoke"))
+    tuned = store.finetuned(mr.load_preset("smoke"), 2e-3)
     monkeypatch.setattr(store, "finetune", None)
-    again = store.finetuned(mr.load_preset("smoke"))
+    again = store.finetuned(mr.load_preset("smoke"), 2e-3)
     assert sha256_of(again.encoder) == sha256_of(tuned.encoder)
     assert len(again.history) == len(tuned.history) > 0
     assert (again.epochs, again.flops, again.seconds) == (tuned.epochs, tuned.flops, tuned.seconds)
