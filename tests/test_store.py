@@ -36,10 +36,10 @@ def test_what_was_trained_is_loaded_and_equal(preset, monkeypatch):
 
 
 def test_loader_processes_change_no_weight(preset, monkeypatch):
-    alone = sha256_of(store.finetuned(preset).encoder)
+    alone = sha256_of(store.finetuned(preset, 2e-3).encoder)
     monkeypatch.setenv("MIMREFINER_CACHE", os.environ["MIMREFINER_CACHE"] + "-more")
     monkeypatch.setattr(store, "loader_workers", lambda: 1)
-    assert sha256_of(store.finetuned(preset).encoder) == alone  # behind pre-training and refinement
+    assert sha256_of(store.finetuned(preset, 2e-3).encoder) == alone  # behind pre-training and refinement
 
 
 def test_the_control_spends_the_computation_of_refinement(preset):
