@@ -161,7 +161,7 @@ MODELS = (
     ),
     _packaged(
         "mae_tiny_64_refined", "this package, MAE", RESEARCH, (192, 12, 3, 8, 64),
-        "29b49baf3b4431e84c3e0078a1f723f680763dfbad9d71e8eb8141a45aeeea45",
+        "1c80141b73063e29fb86ff944d78f993529847e625c89d730b252fddc0ff04da",
     ),
 )  # fmt: skip
 BY_NAME = {row.name: row for row in MODELS}
