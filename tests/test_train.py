@@ -251,11 +251,15 @@ def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="loaders are forked")
 def test_sigterm_to_all_processes_spares_the_loaders(smoke, some, tmp_path, monkeypatch):
     """Schedulers send it to the loaders too; one that died would stop training with an error before the state is saved."""
-    watch, loaders = resume.Run.watch, []
+    watch, loaders, others = (
+        resume.Run.watch,
+        [],
+        torch.multiprocessing.active_children(),
+    )  # others: of trainings that failed in earlier tests
 
     def spy(self, step, losses):
         if step == 2:
-            loaders.extend(torch.multiprocessing.active_children())
+            loaders.extend(process for process in torch.multiprocessing.active_children() if process not in others)
             subprocess.run(["kill", "-TERM", *(str(loader.pid) for loader in loaders), str(os.getpid())], check=True)
             for loader in loaders:
                 loader.join(0.5)
