@@ -53,12 +53,13 @@ class Model:
 
 @dataclass
 class Measured:
-    """What is known of one model: rows, and for every data set and pooling which test images are right after every block."""
+    """What is known of one model: rows, and for every data set and pooling which test images are right after every block.
+
+    ``hits``: "DATA POOL" by k-NN and "DATA POOL PROBE" by another probe -> (blocks, images); of few shots, shares of the draws.
+    """
 
     rows: list[dict]
-    hits: dict[
-        str, torch.Tensor
-    ]  # "DATA POOL" by k-NN and "DATA POOL PROBE" -> (blocks, images); of few shots, shares of the draws
+    hits: dict[str, torch.Tensor]
     best: dict[str, int]  # "DATA POOL" -> block of the highest k-NN accuracy on validation images of the data trained on
 
 
