@@ -9,7 +9,7 @@ from mimrefiner import distributed
 from mimrefiner.checkpoint import atomic_file, save_encoder
 from mimrefiner.errors import InputError
 from mimrefiner.results import write_csv
-from mimrefiner.resume import Checkpoints, Saving, different_settings
+from mimrefiner.resume import Saving, different_settings
 from mimrefiner.train import run_settings
 
 SETTINGS = "settings.json"  # what a finished run was
@@ -29,11 +29,10 @@ def train_into(out: Path, train: partial, encoders: tuple[str, ...], *, save_eve
     folder, last = out / "checkpoints", out / f"{encoders[-1]}.safetensors"
     encoder, dataset, config = train.args
     settings = json.loads(json.dumps(run_settings(config, dataset, encoder)))  # as a file gives them back
-    if not resume and distributed.from_first(last.exists):
-        raise InputError(f"{out} holds a finished run: use an empty folder, or --resume, which leaves it as it is")
-    if resume and distributed.from_first(lambda: last.exists() and _is_finished(out, folder, settings)):
-        if distributed.rank() == 0:
-            print(f"{out} is finished: nothing to do")
+    if distributed.from_first(last.exists):
+        if not resume:
+            raise InputError(f"{out} holds a finished run: use an empty folder, or --resume, which leaves it as it is")
+        distributed.from_first(lambda: _finish_again(out, folder, settings))
         return
     result = train(saving=Saving(folder, save_every, resume))
     if distributed.rank() == 0:
@@ -47,16 +46,13 @@ def train_into(out: Path, train: partial, encoders: tuple[str, ...], *, save_eve
         print(f"{result.seconds:.0f} s; {files} and history.csv are in {out}")
 
 
-def _is_finished(out: Path, folder: Path, settings: dict) -> bool:
-    """Whether the finished run in ``out`` is that of ``settings``. Checkpoints beside it are of the same run, killed before it
-    had removed them, which is done now, or of a later one, which goes on.
+def _finish_again(out: Path, folder: Path, settings: dict) -> None:
+    """Remove checkpoints that a run killed at its very end has left.
 
     Raises:
         InputError: the finished run had other settings.
     """
-    different = different_settings(json.loads((out / SETTINGS).read_text()), settings)
-    if not different:
-        shutil.rmtree(folder, ignore_errors=True)
-    elif not Checkpoints(folder).files():
+    if different := different_settings(json.loads((out / SETTINGS).read_text()), settings):
         raise InputError(f"{out} holds a finished run with other settings ({', '.join(different)}): use an empty folder")
-    return not different
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"{out} is finished: nothing to do")
