@@ -1,12 +1,15 @@
-"""The few collectives of training on several processes; with one process every function here does nothing.
+"""Training on several processes: Lightning Fabric starts them and averages gradients, the few collectives beside are torch's.
 
-Processes are started by ``torchrun``. Each computes the loss of its own share of the batch against the predictions of all;
-gradients are averaged. Every process then holds the same weights, optimiser and queue.
+Processes are started by ``torchrun`` or ``fabric run``. Each computes the loss of its own share of the batch against the
+predictions of all; gradients are averaged. Every process then holds the same weights, optimiser and queue. With one process every
+function here does nothing, and Fabric is not imported.
 """
 
+import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -17,12 +20,13 @@ from mimrefiner.errors import InputError
 
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-BUCKET_BYTES = 2**26  # gradients are averaged in pieces of about this size
+DDP_PARAMETERS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_PARAMETERS else "broadcast_buffers"  # as well
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that ``torchrun`` started (NCCL with GPUs, else gloo), leave them at the end; alone: nothing.
+    """Join the processes that were started (NCCL with GPUs, else gloo), leave them at the end; alone: nothing.
 
     A process that waits longer than ``$MIMREFINER_TIMEOUT`` seconds (1800) for another ends with an error, and ``torchrun``
     ends the others.
@@ -30,12 +34,34 @@ def processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    from lightning_fabric.strategies import DDPStrategy
+
+    _fabric(DDPStrategy(timeout=timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800")))))
     yield
     dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
+
+
+def _fabric(strategy):
+    """The engine (:class:`lightning_fabric.Fabric`) with ``strategy``, launched: joins the group where that is not done yet."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner from every run
+    size = int(os.environ["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # processes on this machine
+    try:
+        fabric = Fabric(
+            accelerator="auto" if torch.cuda.is_available() else "cpu",
+            devices=here,
+            num_nodes=size // here,
+            strategy=strategy,
+            plugins=[TorchElasticEnvironment()],  # the variables that every launcher sets, SLURM's own or not
+        )
+    except ValueError as error:  # an option of `fabric run` that training chooses itself
+        raise InputError(str(error)) from error
+    if os.environ.get("LT_CLI_USED", "0") == "0":  # where `fabric run` started the processes, it is launched already
+        fabric.launch()
+    return fabric
 
 
 def world() -> int:
@@ -95,23 +121,28 @@ def mean(x: Tensor) -> Tensor:
     return x / world()
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their mean over processes, many small ones in one message.
+def averaged(call: Callable, part: nn.Module) -> Callable:
+    """``call``, a function that uses the parameters of ``part``, such that backward passes average their gradients over the
+    processes (DDP), while they go on.
 
-    Called once after the whole backward pass, so that micro-batches and activation checkpointing need no care. Gradients of
-    sharded parameters are means already.
+    Returns ``call`` itself where there is nothing to do: alone, nothing to train, or sharded, whose gradients are means already.
     """
-    if world() == 1:
-        return
-    bucket: list[Tensor] = []
-    for x in parameters:
-        if x.grad is not None and not is_sharded(x):
-            if bucket and (bucket[0].dtype != x.grad.dtype or sum(g.nbytes for g in bucket) + x.grad.nbytes > BUCKET_BYTES):
-                _average(bucket)
-                bucket = []
-            bucket.append(x.grad)
-    if bucket:
-        _average(bucket)
+    trained = [x for x in part.parameters() if x.requires_grad]
+    if world() == 1 or not trained or is_sharded(trained[0]):
+        return call
+    from lightning_fabric.strategies import DDPStrategy
+
+    # Looking for parameters that the loss does not reach (those behind the last head) also keeps DDP from sorting its messages
+    # anew after the first step, with which a resumed run would add in another order and differ in the last bits.
+    strategy = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+    return _fabric(strategy).setup_module(_Call(call, part), move_to_device=False)
+
+
+def adding(call: Callable) -> AbstractContextManager:
+    """Within it, backward passes through :func:`averaged` add to the gradients of this process, to be averaged by a later one."""
+    modules = call.modules() if isinstance(call, nn.Module) else ()
+    wrapped = [x for x in modules if isinstance(x, nn.parallel.DistributedDataParallel)]
+    return wrapped[0].no_sync() if wrapped else nullcontext()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
@@ -127,7 +158,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
-    """Let every process keep its part of the parameters only (FSDP2: torch's ``fully_shard``).
+    """Let every process keep its part of the parameters only (FSDP2: Fabric's model-parallel
+    strategy with torch's ``fully_shard``).
 
     Each of ``blocks`` is put together while it runs, forward and again backward; what lies outside of them for the whole pass.
     Gradients are averaged and split as soon as a block's are known, in every one of several backward passes.
@@ -143,14 +175,20 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
         raise InputError("sharding shares the encoder among processes, here is one: start with torchrun, or leave out --shard")
     if torch.__version__ < (2, 7):
         raise InputError(f"sharding needs torch 2.7 or newer, this is {torch.__version__}")
+    from lightning_fabric.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used
-    for method in methods:
-        register_fsdp_forward_method(model, method)
+    def split(model: nn.Module, mesh) -> nn.Module:
+        mesh = mesh["data_parallel"]
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used
+        for method in methods:
+            register_fsdp_forward_method(model, method)
+        return model
+
+    strategy = ModelParallelStrategy(split, data_parallel_size=world(), tensor_parallel_size=1)
+    _fabric(strategy).setup_module(model, move_to_device=False)
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -218,6 +256,18 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
     return ((x.float() - average) * scale + norm.bias).to(x.dtype)
 
 
+class _Call(nn.Module):
+    """``call`` as the forward pass of a module with the parameters of ``part``, which is what DDP wraps."""
+
+    def __init__(self, call: Callable, part: nn.Module):
+        super().__init__()
+        self.call, self.part = call, part
+        self.unreached = nn.Parameter(torch.zeros(()))  # DDP warns where it looks for such a parameter and finds none
+
+    def forward(self, *args):
+        return self.call(*args)
+
+
 class _Gather(torch.autograd.Function):
     """All-gather forward, reduce-scatter backward."""
 
@@ -241,11 +291,3 @@ def _split(x, like: Tensor | None):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _average(gradients: list[Tensor]) -> None:
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world()
-    for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(part.view_as(g))

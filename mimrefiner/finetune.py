@@ -16,11 +16,11 @@ from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import RefineConfig
 from mimrefiner.errors import InputError
 from mimrefiner.memory import plain_attention
-from mimrefiner.models import default_device, normalisation
+from mimrefiner.models import autocast, default_device, normalisation
 from mimrefiner.optim import cosine_lr, freeze_first, layer_decay_groups, set_lr
 from mimrefiner.progress import progress
 from mimrefiner.resume import Run, Saving, sigterm_stops
-from mimrefiner.train import autocast, is_logged
+from mimrefiner.train import is_logged
 from mimrefiner.views import view_batches
 
 

@@ -19,8 +19,8 @@ from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.layouts import ViTShape
-from mimrefiner.masked import random_mask
-from mimrefiner.memory import ADVICE, PLENTY, Memory
+from mimrefiner.masked import MAE, SimMIM, random_mask
+from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory
 from mimrefiner.nn_queue import LOOKUP_BYTES
 from mimrefiner.optim import stage_steps
 from mimrefiner.presets import load_preset
@@ -129,12 +129,14 @@ def _encoder_flops(s: ViTShape, size: int, frozen: int, memory: Memory, trained:
     return forward * (2 if memory.micro_batch else 1) + backward
 
 
-def activation_bytes(s: ViTShape, size: int, *, autocast: bool = True) -> int:
-    """Bytes that the blocks keep for the backward pass of one image: inputs of norms, products and attention."""
-    tokens = (size // s.patch_size) ** 2 + s.cls_token
-    if autocast:  # float32 residual stream, bfloat16 products
-        return s.depth * tokens * (2 * 4 * s.dim + 2 * (6 * s.dim + 2 * s.mlp_dim))
-    return s.depth * tokens * 4 * (8 * s.dim + 2 * s.mlp_dim)
+def activation_bytes(s: ViTShape, size: int) -> int:
+    """Bytes that the blocks keep for the backward pass of one image under autocast."""
+    return s.depth * block_bytes(s.dim, s.mlp_dim, (size // s.patch_size) ** 2 + s.cls_token)
+
+
+def block_bytes(dim: int, mlp_dim: int, tokens: int) -> int:
+    """What one block keeps of one image: inputs of norms (float32), of products and of attention (bfloat16)."""
+    return tokens * (2 * 4 * dim + 2 * (6 * dim + 2 * mlp_dim))
 
 
 def passing_bytes(s: ViTShape, size: int) -> int:
@@ -175,6 +177,24 @@ def training_bytes(s: ViTShape, config: RefineConfig, *, train_encoder: bool, gp
     return SPARE * (states + always + kept + max(in_heads, again))
 
 
+def pretrain_bytes(s: ViTShape, config: PretrainConfig, *, gpus: int = 1, shard: bool = False) -> float:
+    """Bytes that masked pre-training needs on each of ``gpus`` that share the batch, and with ``shard`` the model."""
+    c, patches, pixels = config, (s.image_size // s.patch_size) ** 2, 3 * s.patch_size**2
+    tokens, weights, d = patches + s.cls_token, parameters(s), c.decoder_dim
+    if c.method == "simmim":
+        weights += s.dim * (pixels + 1) + pixels
+        kept = s.depth * block_bytes(s.dim, s.mlp_dim, tokens)
+    else:
+        weights += s.dim * d + c.decoder_depth * (12 * d**2 + 13 * d) + d * (pixels + 4) + pixels
+        visible = int((~random_mask(1, patches, c.mask_ratio)).sum()) + s.cls_token
+        kept = s.depth * block_bytes(s.dim, s.mlp_dim, visible) + c.decoder_depth * block_bytes(d, 4 * d, tokens)
+    states = 16 * weights  # weight, gradient and two moments
+    if shard:
+        states = states / gpus + 2 * 8 * weights / s.depth  # two blocks put together, with gradients
+    loss = patches * pixels * (2 + 4 * 4)  # prediction in both precisions, target, its patches' norm, difference
+    return SPARE * (states + 2 * weights + c.batch_size / gpus * (kept + loss + 2 * 4 * patches * pixels))
+
+
 def make_plan(
     s: ViTShape,
     config: RefineConfig,
@@ -212,25 +232,36 @@ def gpu_hours(flops: float, tflops: float = 312) -> float:
     return flops / (tflops * 1e12 * USE) / 3600
 
 
-def warn_if_too_large(refiner: MIMRefiner, memory: Memory) -> None:
+def warn_of_pretraining(model: SimMIM | MAE, config: PretrainConfig, device: torch.device, shard: bool) -> None:
+    """Say, with advice, that pre-training ``model`` will probably not fit the GPU ``device``."""
+    needed = pretrain_bytes(_shape(model.encoder), config, gpus=distributed.world(), shard=shard)
+    _warn_if_too_large({"stage 1 (pre-training)": needed}, device, PRETRAIN_ADVICE)
+
+
+def warn_of_refinement(refiner: MIMRefiner, memory: Memory) -> None:
     """Say, with advice, that training will probably not fit the GPU that ``refiner`` is on."""
-    encoder, device = refiner.encoder, next(refiner.parameters()).device
+    needed = {
+        name: training_bytes(_shape(refiner.encoder), refiner.config, train_encoder=train, gpus=distributed.world(), memory=memory)
+        for name, train in (("stage 2 (heads)", False), ("stage 3 (refinement)", True))
+    }
+    _warn_if_too_large(needed, next(refiner.parameters()).device, ADVICE)
+
+
+def _shape(encoder: torch.nn.Module) -> ViTShape:
+    grid, block, patch = encoder.patch_embed.grid_size, encoder.blocks[0], encoder.patch_embed.patch_size[0]
+    mlp_dim = sum(x.weight.shape[0] for x in block.mlp.modules() if isinstance(x, torch.nn.Linear)) - encoder.embed_dim
+    return ViTShape(grid[0] * patch, patch, encoder.embed_dim, len(encoder.blocks), 1, mlp_dim)
+
+
+def _warn_if_too_large(stages: dict[str, float], device: torch.device, advice: str) -> None:
     card = card_bytes(device)
     if card is None or distributed.rank() != 0:
         return
-    grid, block = encoder.patch_embed.grid_size, encoder.blocks[0]
-    patch = encoder.patch_embed.patch_size[0]
-    mlp_dim = sum(x.weight.shape[0] for x in block.mlp.modules() if isinstance(x, torch.nn.Linear)) - encoder.embed_dim
-    s = ViTShape(grid[0] * patch, patch, encoder.embed_dim, refiner.depth, 1, mlp_dim)
-    stages = {
-        name: training_bytes(s, refiner.config, train_encoder=train, gpus=distributed.world(), memory=memory)
-        for name, train in (("stage 2 (heads)", False), ("stage 3 (refinement)", True))
-    }
     for name, needed in stages.items():
         if needed > card:
             print(
                 f"{name} needs about {needed / 2**30:,.1f} GiB by estimate, this GPU has {card / 2**30:,.1f}: it may run out of "
-                f"memory. To need less: {ADVICE}",
+                f"memory. To need less: {advice}",
                 file=sys.stderr,
             )
 
@@ -286,16 +317,19 @@ def report(model: str, data: str, preset: str = "paper", gpus: int = 1, tflops: 
         f"heads {_short(heads)}, refinement {_short(refinement)}",
         f"{config.heads_epochs:g} + {config.refine_epochs:g} epochs",
     )
+    first_memory = ""
     if not preset.startswith("paper"):  # published weights need no pre-training
         stage1 = load_preset(preset).pretrain
+        first_memory = f"pre-training {pretrain_bytes(s, stage1, gpus=gpus, shard=memory.shard) / gib:,.1f} GiB, "
         first = gpu_hours(pretrain_total(s, stage1, images), tflops)
         hours, epochs = f"pre-training {_short(first)}, {hours}", f"{stage1.epochs:g} + {epochs}"
     rows = [
         ("encoder", f"{p.parameters / 1e6:,.1f} M parameters, {p.forward_flops / 1e9:,.1f} GFLOPs per {s.image_size} px image"),
         ("heads", f"{p.head_parameters / 1e6:,.1f} M parameters on blocks {list(config.resolve_blocks(s.depth))} (0-based)"),
         ("FLOPs/image", f"heads {_short(p.heads_flops / 1e12)} T, refinement {_short(p.refine_flops / 1e12)} T"),
-        ("memory/GPU", f"probing {p.probe_bytes / gib:,.1f} GiB (batch 64), heads {p.heads_bytes / gib:,.1f} GiB, refinement "
-                       f"{p.refine_bytes / gib:,.1f} GiB (batch {config.batch_size} on {gpus} GPU{'s' * (gpus > 1)}, bfloat16)"),
+        ("memory/GPU", f"probing {p.probe_bytes / gib:,.1f} GiB (batch 64), {first_memory}heads {p.heads_bytes / gib:,.1f} GiB, "
+                       f"refinement {p.refine_bytes / gib:,.1f} GiB (batch {config.batch_size} on {gpus} GPU{'s' * (gpus > 1)}, "
+                       "bfloat16)"),
         ("GPU-hours", f"{hours}: {images:,} images, {epochs}, assuming {100 * USE:g} % of {tflops:g} TFLOP/s"),
     ]  # fmt: skip
     return "\n".join(f"{name:12s} {text}" for name, text in rows)

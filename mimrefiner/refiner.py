@@ -1,10 +1,12 @@
-"""MIMRefiner: an encoder with one contrastive head on every chosen block, and the loss of one batch of views."""
+"""MIMRefiner: an encoder with one contrastive head on every chosen block; one batch of views forward and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
 from mimrefiner import distributed
@@ -13,6 +15,7 @@ from mimrefiner.errors import InputError
 from mimrefiner.features import check_pools, pooled_blocks
 from mimrefiner.heads import Heads
 from mimrefiner.losses import average_pairs, nna_terms
+from mimrefiner.models import autocast
 from mimrefiner.nn_queue import NNQueue
 
 
@@ -90,27 +93,25 @@ class MIMRefiner(nn.Module):
 
     def step(
         self,
-        views: Sequence[Tensor],
+        z: Tensor,
+        p: Tensor,
         index: Tensor,
         label: Tensor | None = None,
         *,
         top_k: int,
         generator: torch.Generator | None = None,
-        features: Tensor | None = None,
     ) -> StepResult:
-        """Loss and metrics of one batch of views; look up neighbours first, then enqueue the first view's projections.
+        """Loss and metrics of one batch; look up neighbours first, then enqueue the first view's projections.
 
         With several processes each gives its share of the batch: the loss is that of its own images against the predictions
         of all, and the mean over processes is the loss of the batch.
 
         Args:
-            views: global views first, (batch, 3, size, size) each.
+            z, p: projections and predictions (:meth:`forward`), those of global views first.
             index, label: which image each row is, and its class (-1: none), (batch,); labels serve metrics only.
             top_k, generator: see :meth:`NNQueue.lookup_slots`.
-            features: of the views, where they were computed before (:meth:`features`).
         """
         config, rank, world = self.config, distributed.rank(), distributed.world()
-        z, p = self.project(self.features(views) if features is None else features)
         z = z[:, :, : len(config.views.global_crops)].detach().float()
         slots = self.queue.lookup_slots(z, index, top_k=top_k, generator=generator, part=(rank, world))
         neighbours = self.queue.gather(slots)
@@ -140,3 +141,60 @@ class MIMRefiner(nn.Module):
             right, of = distributed.mean(counts.float())  # of all processes: one alone may know no label at all
             metrics["nn_accuracy"] = right / of
         return metrics
+
+
+def forward_backward(
+    refiner: MIMRefiner,
+    views: Sequence[Tensor],
+    index: Tensor,
+    label: Tensor | None = None,
+    *,
+    top_k: int,
+    generator: torch.Generator | None = None,
+    micro_batch: int | None = None,
+    weights: Tensor | None = None,
+    read: Callable[[Sequence[Tensor]], Tensor] | None = None,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> StepResult:
+    """One batch forward and back: adds the gradients of the heads' losses, summed with ``weights`` (heads,), to the parameters.
+
+    With ``micro_batch`` the encoder first runs without a graph, that many images at a time; heads and loss see all of them; then
+    the encoder runs again, part by part, and the features' gradients go back through it.
+
+    Args:
+        refiner, index, label, top_k, generator: see :meth:`MIMRefiner.step`.
+        views: see :meth:`MIMRefiner.features`.
+        read, project: ``refiner.features`` and ``refiner.project``, as several processes call them (:func:`distributed.averaged`).
+
+    Raises:
+        InputError: ``micro_batch`` with an encoder that leaves something out at random.
+    """
+    encoder, device, read, project = refiner.encoder, views[0].device, read or refiner.features, project or refiner.project
+    how = {"top_k": top_k, "generator": generator}
+    if micro_batch is None or micro_batch >= len(index):
+        with autocast(device, encoder):
+            result = refiner.step(*project(read(views)), index, label, **how)
+        result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
+        return result
+    trains = any(x.requires_grad for x in encoder.parameters())
+    if trains and any(_drops(module) for module in encoder.modules()):
+        raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
+    parts = [[x[i : i + micro_batch] for x in views] for i in range(0, len(index), micro_batch)]
+    with torch.no_grad(), autocast(device, encoder):
+        features = torch.cat([read(part) for part in parts], 1).requires_grad_(trains)  # (views, batch, heads, dim)
+    with autocast(device, encoder):
+        result = refiner.step(*project(features), index, label, **how)
+    result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
+    if trains:
+        for part, grad in zip(parts, features.grad.split(micro_batch, 1), strict=True):
+            with nullcontext() if part is parts[-1] else distributed.adding(read):
+                with autocast(device, encoder):
+                    again = read(part)
+                again.backward(grad)
+    return result
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether ``module`` leaves something out at random."""
+    rates = {nn.Dropout: "p", DropPath: "drop_prob", PatchDropout: "prob"}
+    return any(isinstance(module, kind) and getattr(module, rate) for kind, rate in rates.items())

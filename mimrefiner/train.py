@@ -1,15 +1,13 @@
 """The three training stages as plain loops: pretrain (1), heads only (2), heads and encoder (3)."""
 
 import copy
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
-from timm.layers import DropPath, PatchDropout
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,16 +16,15 @@ from mimrefiner.augment import Crop, Views
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data import ImageDataset, data_hash
-from mimrefiner.errors import InputError
 from mimrefiner.losses import head_weights
 from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory, advice_on_memory, plain_attention, recomputed
-from mimrefiner.models import default_device, normalisation
+from mimrefiner.models import autocast, default_device, normalisation
 from mimrefiner.monitor import Meter, Monitor
 from mimrefiner.optim import cosine_lr, ema_decay, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
-from mimrefiner.plan import warn_if_too_large
+from mimrefiner.plan import warn_of_pretraining, warn_of_refinement
 from mimrefiner.progress import progress
-from mimrefiner.refiner import MIMRefiner, StepResult
+from mimrefiner.refiner import MIMRefiner, forward_backward
 from mimrefiner.resume import Run, Saving, sigterm_stops
 from mimrefiner.views import view_batches
 
@@ -95,9 +92,11 @@ def pretrain(
     model = copy.deepcopy(start_from) if start_from is not None else build_masked_model(copy.deepcopy(encoder), config)
     run = Run(saving, {} if saving is None else run_settings(config, dataset, model))
     plain = copy.deepcopy(model) if shard else None
+    warn_of_pretraining(model, config, device, shard)
     model.train().to(device)
     if shard:
         distributed.shard(model, model.encoder.blocks)
+    forward = distributed.averaged(model, model)
     size = model.encoder.patch_embed.img_size[0]
     crop = Crop(size, config.crop_scale, flip_p=0.5 * config.flip, jitter_p=0.0, grey_p=0.0)
     per_epoch = max(1, len(dataset) // config.batch_size)
@@ -122,11 +121,10 @@ def pretrain(
             mask = mask.chunk(part[1])[part[0]]
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
                 with autocast(device, model.encoder):
-                    loss = model(images, mask)
+                    loss = forward(images, mask)
                 optimizer.zero_grad()
                 loss.backward()
             run.flops += counter.get_total_flops() * steps * part[1] if step == 0 else 0
-            distributed.average_gradients(model.parameters())
             if config.clip_norm is not None:
                 distributed.clip_gradients(model.parameters(), config.clip_norm)
             optimizer.step()
@@ -173,7 +171,7 @@ def refine(
     refiner = MIMRefiner(copy.deepcopy(encoder), config)
     run = Run(saving, {} if saving is None else run_settings(config, dataset, encoder))
     refiner.to(device)
-    warn_if_too_large(refiner, memory)
+    warn_of_refinement(refiner, memory)
     how = {"num_workers": num_workers, "run": run, "memory": memory, "monitor": monitor}
     with sigterm_stops():  # between the stages too
         train_heads(refiner, dataset, **how)
@@ -292,6 +290,8 @@ def _contrastive_stage(
     weights = torch.tensor(weights, device=device)  # (steps, heads), there at once: a copy in every step would stop the GPU
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
     meter = Meter(config.batch_size, device)
+    read = distributed.averaged(refiner.features, refiner.encoder)  # one wrapped pass over all crop sizes
+    project = distributed.averaged(refiner.project, refiner.heads)
     with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
@@ -299,9 +299,8 @@ def _contrastive_stage(
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
                 optimizer.zero_grad()
                 how = {"top_k": recipe.top_k, "generator": generator, "micro_batch": memory.micro_batch}
-                result = forward_backward(refiner, *batch, **how, weights=weights[step])
+                result = forward_backward(refiner, *batch, **how, weights=weights[step], read=read, project=project)
             run.flops += counter.get_total_flops() * steps * distributed.world() if step == 0 else 0
-            distributed.average_gradients(refiner.parameters())
             if config.clip_norm is not None:
                 distributed.clip_gradients(refiner.parameters(), config.clip_norm)
             optimizer.step()
@@ -323,57 +322,10 @@ def _contrastive_stage(
             run.end_step(step, names)
 
 
-def forward_backward(
-    refiner: MIMRefiner,
-    views: Sequence[Tensor],
-    index: Tensor,
-    label: Tensor | None = None,
-    *,
-    top_k: int,
-    generator: torch.Generator | None = None,
-    micro_batch: int | None = None,
-    weights: Tensor | None = None,
-) -> StepResult:
-    """One batch forward and back: adds the gradients of the heads' losses, summed with ``weights`` (heads,), to the parameters.
-
-    With ``micro_batch`` the encoder first runs without a graph, that many images at a time; heads and loss see all of them; then
-    the encoder runs again, part by part, and the features' gradients go back through it. Arguments: :meth:`MIMRefiner.step`.
-    """
-    encoder, rest = refiner.encoder, {"top_k": top_k, "generator": generator}
-    device = views[0].device
-    if micro_batch is None or micro_batch >= len(index):
-        with autocast(device, encoder):
-            result = refiner.step(views, index, label, **rest)
-        result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
-        return result
-    trains = any(x.requires_grad for x in encoder.parameters())
-    if trains and any(_drops(module) for module in encoder.modules()):
-        raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
-    parts = range(0, len(index), micro_batch)
-    with torch.no_grad(), autocast(device, encoder):
-        features = [refiner.features([x[i : i + micro_batch] for x in views]) for i in parts]
-    features = torch.cat(features, 1).requires_grad_(trains)  # (views, batch, heads, dim)
-    with autocast(device, encoder):
-        result = refiner.step(views, index, label, features=features, **rest)
-    result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
-    if trains:
-        for i in parts:
-            with autocast(device, encoder):
-                again = refiner.features([x[i : i + micro_batch] for x in views])
-            again.backward(features.grad[:, i : i + micro_batch])
-    return result
-
-
 def _unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
     """``plain``, a copy of ``model`` from before it was sharded, with the weights that ``model`` has now."""
     plain.load_state_dict(distributed.whole(model.state_dict()))
     return plain
-
-
-def _drops(module: nn.Module) -> bool:
-    """Whether ``module`` leaves something out at random."""
-    rates = {nn.Dropout: "p", DropPath: "drop_prob", PatchDropout: "prob"}
-    return any(isinstance(module, kind) and getattr(module, rate) for kind, rate in rates.items())
 
 
 def run_settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
@@ -381,11 +333,6 @@ def run_settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model:
     folder), those that are no :class:`mimrefiner.data.ImageDataset` by the number of images alone."""
     data = data_hash(dataset) if isinstance(dataset, ImageDataset) else ""
     return {**asdict(config), "data": data, "images": len(dataset), "first weights": sha256_of(model)}
-
-
-def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
-    """bfloat16 where it helps: on GPUs, and on CPUs from width 192 up."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or encoder.embed_dim >= 192)
 
 
 def _step_seed(seed: int, stage: int, step: int) -> int:

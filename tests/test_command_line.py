@@ -50,32 +50,44 @@ def test_refine_trains_the_presets_own_model_first(tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["views"]["n_local"] == 1
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
-def test_two_processes_under(launcher, tmp_path):
-    folder = Path(sys.executable).parent
+def fabric_run(*options):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    run = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimrefiner"],
-        "fabric": [
-            folder / "fabric",
-            "run",
-            "--accelerator",
-            "cpu",
-            "--devices",
-            "2",
-            f"--main-port={port}",
-            folder / "mimrefiner",
-        ],
-    }[launcher]
+    folder = Path(sys.executable).parent
+    return [
+        folder / "fabric",
+        "run",
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        f"--main-port={port}",
+        *options,
+        folder / "mimrefiner",
+    ]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
+def test_two_processes_under(launcher, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimrefiner"]
+    run = torchrun if launcher == "torchrun" else fabric_run()
     run += ["refine", "--model", "simmim_digits", "--preset", "smoke", "--heads", "1", "--local-crops", "1"]
     run += ["--shard"]  # which one process alone refuses
     done = subprocess.run([*run, "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("history.csv are in") == 1  # the first process alone says so
+    assert "Warning" not in done.stderr and "All distributed processes" not in done.stderr
     files = ["ema_encoder.safetensors", "encoder.safetensors", "history.csv", "settings.json"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == files
+
+
+def test_what_training_chooses_itself_is_no_option_of_fabric(tmp_path):
+    run = [*fabric_run("--strategy", "fsdp"), "pretrain", "--preset", "smoke", "--out", str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("mimrefiner: error: ")]
+    assert len(said) == 2 and all("conflicts with the value `--strategy=fsdp`" in line for line in said)
 
 
 def test_a_paper_preset_takes_all_of_imagenet_from_where_it_lies(image_folder, tmp_path, monkeypatch):

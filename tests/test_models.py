@@ -268,7 +268,7 @@ def test_heads_attach_to_any_vit(name):
     )
     refiner = MIMRefiner(encoder, config)
     images = [torch.randn(4, 3, crop.size, crop.size) for crop in views.crops]
-    loss = refiner.step(images, torch.arange(4), top_k=1).loss
+    loss = refiner.step(*refiner(images), torch.arange(4), top_k=1).loss
     loss.sum().backward()
     assert loss.shape == (2,) and loss.isfinite().all()
     assert all(block.attn.qkv.weight.grad.abs().sum() > 0 for block in encoder.blocks)

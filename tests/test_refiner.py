@@ -61,7 +61,7 @@ def test_step_equals_the_public_pieces(vit, config):
         z, p = refiner(views)
         nn_z = refiner.queue.lookup(z[:, :, :2], index)
         expected = mr.multi_view_nna_loss(z[:, :, :2], nn_z, p, temperature=0.2)
-        result = refiner.step(views, index, label, top_k=1)
+        result = refiner.step(*refiner(views), index, label, top_k=1)
     assert torch.allclose(result.loss, expected, rtol=1e-5)
     assert torch.equal(refiner.queue.z[:, :8], z[:, :, 0])
     assert torch.equal(refiner.queue.z[:, 8:], before[:, 8:])
@@ -73,10 +73,10 @@ def test_metrics_read_what_they_say(vit, config):
     refiner = mr.MIMRefiner(vit, config).eval()
     views = make_views(config)
     label = torch.tensor([0, 0, 0, 0, 1, 1, 1, -1])
-    refiner.step(views, torch.arange(8), label, top_k=1)
+    refiner.step(*refiner(views), torch.arange(8), label, top_k=1)
     refiner.queue.z[:, 8:] = -refiner.queue.z[:, :1]  # far away, so that neighbours are among the eight
     refiner.queue._refresh_unit(None)
-    result = refiner.step(views, torch.arange(100, 108), label, top_k=1)  # other indices: every image finds itself
+    result = refiner.step(*refiner(views), torch.arange(100, 108), label, top_k=1)  # other indices: every image finds itself
     first_view = 0.5  # of two global views
     assert (result.metrics["nn_similarity"] > first_view).all()
     assert (result.metrics["nn_accuracy"] >= first_view).all()
@@ -86,7 +86,7 @@ def test_metrics_read_what_they_say(vit, config):
 
 def test_gradient_reaches_encoder_and_heads_but_not_the_queue(vit, config):
     refiner = mr.MIMRefiner(vit, config)
-    refiner.step(make_views(config), torch.arange(8), top_k=1).loss.sum().backward()
+    refiner.step(*refiner(make_views(config)), torch.arange(8), top_k=1).loss.sum().backward()
     assert all(x.grad is not None for x in refiner.heads.parameters())
     assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
     assert not refiner.queue.z.requires_grad

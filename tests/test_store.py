@@ -105,15 +105,15 @@ def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
     whole = store.pretrained(preset)
     monkeypatch.setenv("MIMREFINER_CACHE", str(store.cache_folder().parent / "other"))
     monkeypatch.setattr(store, "Saving", functools.partial(store.Saving, every=2))
-    average, steps = train.distributed.average_gradients, []
+    set_lr, steps = train.set_lr, []
 
-    def cut(parameters):
+    def cut(*args):
         steps.append(len(steps))
         if len(steps) == 6:
             raise KeyboardInterrupt
-        average(parameters)
+        return set_lr(*args)
 
-    monkeypatch.setattr(train.distributed, "average_gradients", cut)
+    monkeypatch.setattr(train, "set_lr", cut)
     with pytest.raises(KeyboardInterrupt):
         store.pretrained(preset)
     resumed = store.pretrained(preset)

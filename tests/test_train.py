@@ -18,6 +18,7 @@ from mimrefiner.augment import DRAWS, paper_views, photometric
 from mimrefiner.checkpoint import sha256_of
 from mimrefiner.errors import Stopped
 from mimrefiner.masked import build_masked_model, random_mask
+from mimrefiner.refiner import forward_backward
 from mimrefiner.resume import Saving
 
 
@@ -240,7 +241,7 @@ def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
     models = [build_masked_model(mr.build_vit(smoke.encoder), recipe).to("meta") for recipe in recipes]
     with Waits() as waits, Copies():
         views = [photometric(torch.empty(16, 3, c.size, c.size, device="meta"), c, draws) for c in config.views.crops]
-        train.forward_backward(refiner, views, index, index, top_k=4, generator=torch.Generator())
+        forward_backward(refiner, views, index, index, top_k=4, generator=torch.Generator())
         distributed.clip_gradients(refiner.parameters(), 1.0)
         distributed.update_average(average, refiner.encoder, 0.9)
         for model in models:
@@ -299,7 +300,7 @@ def test_saving_memory_changes_no_gradient(smoke, memory, frozen):
         refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).train()
         train.freeze_first(refiner.encoder, frozen)
         with train.recomputed(refiner.encoder) if how.recompute else nullcontext():
-            result = train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=how.micro_batch)
+            result = forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=how.micro_batch)
         grads = {name: x.grad for name, x in refiner.named_parameters() if x.grad is not None}
         results.append({"loss": result.loss.detach(), **grads, **dict(refiner.named_buffers())})
     assert results[0].keys() == results[1].keys()
@@ -329,7 +330,7 @@ def test_micro_batches_bound_what_the_encoder_sees(smoke):
     seen, rows = [], []
     refiner.encoder.patch_embed.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
     refiner.heads.projector[1].register_forward_hook(lambda m, i, o: rows.append(len(i[0])))
-    train.forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=4)
+    forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=4)
     assert max(seen) == 4 * 2  # two crops of one size pass together
     assert rows == [16 * 4]
 
@@ -339,7 +340,7 @@ def test_micro_batches_refuse_patches_left_out_at_random(smoke):
     encoder.patch_drop = PatchDropout(0.5)
     refiner = mr.MIMRefiner(encoder, smoke.refine)
     with pytest.raises(mr.InputError, match="without dropout"):
-        train.forward_backward(refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4)
+        forward_backward(refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4)
 
 
 def test_micro_batches_refuse_what_two_passes_would_change(smoke):
@@ -347,7 +348,7 @@ def test_micro_batches_refuse_what_two_passes_would_change(smoke):
     encoder.blocks[0].mlp.drop1.p = 0.1
     refiner = mr.MIMRefiner(encoder, smoke.refine)
     with pytest.raises(mr.InputError, match="without dropout"):
-        train.forward_backward(refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4)
+        forward_backward(refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4)
     with pytest.raises(mr.InputError, match="micro_batch must be at least 1"):
         train.Memory(micro_batch=0)
 
@@ -364,7 +365,7 @@ def test_too_little_memory_comes_with_advice(smoke, some, monkeypatch):
 def test_a_head_of_weight_zero_teaches_nothing(smoke):
     refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
     views = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)]
-    train.forward_backward(refiner, views, torch.arange(16), top_k=1, weights=torch.tensor([0.0, 1.0]))
+    forward_backward(refiner, views, torch.arange(16), top_k=1, weights=torch.tensor([0.0, 1.0]))
     gradient = refiner.heads.predictor[0].weight.grad  # (heads, in, out)
     assert gradient[0].abs().max() == 0 and gradient[1].abs().max() > 0
 

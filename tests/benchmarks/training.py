@@ -33,7 +33,7 @@ from mimrefiner.memory import plain_attention, recomputed
 from mimrefiner.monitor import Meter
 from mimrefiner.nn_queue import NNQueue
 from mimrefiner.optim import layer_decay_groups
-from mimrefiner.train import forward_backward
+from mimrefiner.refiner import forward_backward
 from mimrefiner.views import loaded_crops, resident_crops, view_batches
 
 LIGHTLY = "lightly's NNCLR parts"
