@@ -455,6 +455,20 @@ def test_a_lost_process_ends_the_other(tmp_path, way):
     assert "Error" in (tmp_path / "failed0").read_text()
 
 
+def test_a_process_lost_in_the_backward_pass_ends_the_other(digits, tmp_path):
+    preset = mr.load_preset("smoke")
+    some, encoder = digits["train"].take(128), mr.build_vit(preset.encoder)
+
+    def job(rank):
+        if rank == 1:
+            encoder.blocks[1].register_full_backward_hook(lambda *_: os._exit(9))
+        mr.refine(encoder, some, preset.refine)
+
+    _, codes = on_several(job, tmp_path, timeout=5)
+    assert codes == [1, 9]
+    assert "RuntimeError" in (tmp_path / "failed0").read_text()
+
+
 @pytest.fixture
 def cached(vit, digits, tmp_path, monkeypatch):
     """Fill a cache with the features of 20 images; ``killed``: rank -> the batch of 3 images before which it is killed."""

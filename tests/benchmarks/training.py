@@ -340,27 +340,22 @@ def attention(device: str, small: bool, repeats: int) -> None:
 
 
 def compiled(device: str, small: bool, repeats: int) -> None:
-    """Forward and backward of two blocks of ViT-S/16 over both crop sizes, as they are and through ``torch.compile``."""
-    vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=2, num_heads=6)).to(device).train()
+    """Forward and backward of ViT-S/16 (``small``: two of its blocks) over both crop sizes, as it is and through ``torch.compile``."""
+    depth = 2 if small else 12
+    vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=depth, num_heads=6)).to(device).train()
     views = [torch.randn(n, 3, size, size, device=device) for n, size in ((4, 224), (20, 96))]
-    compiled = [torch.compile(block.forward) for block in vit.blocks]
 
-    def run(forwards=None):
-        for block, forward in zip(vit.blocks, forwards or (), strict=False):
-            block.forward = forward
+    def run(forward):
         with torch.autocast(device, torch.bfloat16):
-            loss = sum(vit.forward_features(x)[:, 0].float().square().mean() for x in views)
+            loss = sum(forward(x)[:, 0].float().square().mean() for x in views)
         loss.backward()
-        for block in vit.blocks if forwards else ():
-            del block.forward
 
     with plain_attention(vit, torch.device(device)):
-        began = time.perf_counter()
-        run(compiled)
+        fast, began = torch.compile(vit.forward_features), time.perf_counter()
+        run(fast)
         print(f"compiling took {time.perf_counter() - began:.0f} s")
-        table(
-            f"two blocks of ViT-S/16, {device}", compare({"as they are": run, "compiled": lambda: run(compiled)}, device, repeats)
-        )
+        ways = {"as it is": lambda: run(vit.forward_features), "compiled": lambda: run(fast)}
+        table(f"{depth} blocks of ViT-S/16, {device}", compare(ways, device, repeats))
 
 
 def augment(device: str, small: bool, repeats: int) -> None:
