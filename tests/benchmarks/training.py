@@ -1,6 +1,7 @@
 """How fast training is, as ratios measured side by side in one run, and what bounds it.
 
     python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small] [--vit l16]
+    torchrun --nproc-per-node 2 tests/benchmarks/training.py processes [--device cuda] [--small]
 
 Each comparison alternates between the ways and prints medians. ``--small`` is for machines with little memory or time; the
 sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed, and says so where it is not.
@@ -16,6 +17,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from harness import own_peak
 from PIL import Image
 
 import mimrefiner as mr
-from mimrefiner import plan
+from mimrefiner import distributed, plan
 from mimrefiner.augment import DRAWS, paper_views, photometric, small_views
 from mimrefiner.heads import Heads
 from mimrefiner.layouts import ViTShape
@@ -167,6 +169,39 @@ def step(device: str, small: bool, repeats: int) -> None:
             f"{len(refiner.blocks)} heads, batch {len(index)}, 12 views, queue {refiner.queue.size}, {device}"
         )
         table(title, compare({"mimrefiner": ours, "one head and pair at a time": looped}, device, repeats))
+
+
+def processes(device: str, small: bool, repeats: int) -> None:
+    """A stage-3 step in every one of the processes that torchrun started, each with a batch of its own: what the group costs."""
+    with distributed.processes():
+        refiner, views, index = refiner_and_views(device, small)
+        read, project = (
+            distributed.averaged(refiner.features, refiner.encoder),
+            distributed.averaged(refiner.project, refiner.heads),
+        )
+
+        def ours():
+            refiner.zero_grad()
+            forward_backward(refiner, views, index, top_k=1, read=read, project=project)
+
+        def behind():
+            refiner.zero_grad()
+            forward_backward(refiner, views, index, top_k=1)
+            grads = [x.grad for x in refiner.parameters() if x.grad is not None]
+            flat = torch.cat([x.flatten() for x in grads])
+            torch.distributed.all_reduce(flat)
+            for x, part in zip(grads, (flat / distributed.world()).split([x.numel() for x in grads]), strict=True):
+                x.copy_(part.view_as(x))
+
+        def alone():
+            refiner.zero_grad()
+            with patch.object(distributed, "world", lambda: 1), patch.object(distributed, "rank", lambda: 0):
+                forward_backward(refiner, views, index, top_k=1)
+
+        ways = {"in the group": ours, "in the group, gradients in one message behind": behind, "alone": alone}
+        seconds, world = compare(ways, device, repeats), distributed.world()
+        if distributed.rank() == 0:
+            table(f"stage-3 step of each of {world} processes, batch {len(index)} each, {device}", seconds)
 
 
 def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str | None = None) -> None:
@@ -340,7 +375,7 @@ def attention(device: str, small: bool, repeats: int) -> None:
 
 
 def compiled(device: str, small: bool, repeats: int) -> None:
-    """Forward and backward of ViT-S/16 (``small``: two of its blocks) over both crop sizes, as it is and through ``torch.compile``."""
+    """Forward and backward of ViT-S/16 (``small``: two blocks) over both crop sizes, as it is and by ``torch.compile``."""
     depth = 2 if small else 12
     vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=depth, num_heads=6)).to(device).train()
     views = [torch.randn(n, 3, size, size, device=device) for n, size in ((4, 224), (20, 96))]
@@ -449,7 +484,7 @@ def memory(device: str, small: bool, repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("loss", "step", "refine", "augment", "memory", "attention", "compiled"))
+    parser.add_argument("what", choices=("loss", "step", "processes", "refine", "augment", "memory", "attention", "compiled"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
