@@ -1,5 +1,10 @@
 """See and repair the representations of masked-image models, block by block (MIM-Refiner, arXiv 2402.10093)."""
 
+import os
+
+if "WORLD_SIZE" in os.environ:  # before torch is imported: DDP warns every process of an option that distributed.py needs
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import mimrefiner._torchvision  # noqa: F401  before anything imports torchvision or timm
 
 # isort: split

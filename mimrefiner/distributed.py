@@ -5,12 +5,14 @@ predictions of all; gradients are averaged. Every process then holds the same we
 function here does nothing, and Fabric is not imported.
 """
 
+import atexit
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -38,29 +40,48 @@ def processes() -> Iterator[None]:
 
     _fabric(DDPStrategy(timeout=timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800")))))
     yield
+    _sharding.cache_clear()
     dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
 
 
 def _fabric(strategy):
-    """The engine (:class:`lightning_fabric.Fabric`) with ``strategy``, launched: joins the group where that is not done yet."""
+    """The engine (:class:`lightning_fabric.Fabric`) with ``strategy``, launched: joins the group where that is not done yet.
+
+    It sees every process as a machine of its own with one device, so that any number of them may be on any machine.
+    """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import TorchElasticEnvironment
+    from lightning_fabric.utilities import distributed as fabric_distributed
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    class Environment(TorchElasticEnvironment):
+        def local_rank(self) -> int:
+            return 0
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner from every run
-    size = int(os.environ["WORLD_SIZE"])
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # processes on this machine
+    joined, local = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", "0"))
+    if joined:  # perhaps by the caller, without the variables of a launcher
+        os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    # What `fabric run` was told about processes and devices is done with; what is left (strategy, precision) contradicts ours.
+    told = {name: os.environ.pop(f"LT_{name}", "") for name in ("ACCELERATOR", "DEVICES", "NUM_NODES")}
+    cuda = dist.get_backend() == "nccl" if joined else torch.cuda.is_available() and told["ACCELERATOR"] != "cpu"
+    listed = told["DEVICES"].split(",")  # GPUs by number, or how many
+    index = int(listed[local]) if len(listed) > 1 else local % max(1, torch.cuda.device_count())
     try:
         fabric = Fabric(
-            accelerator="auto" if torch.cuda.is_available() else "cpu",
-            devices=here,
-            num_nodes=size // here,
+            accelerator="cuda" if cuda else "cpu",
+            devices=[torch.cuda.current_device() if joined else index] if cuda else 1,
+            num_nodes=int(os.environ["WORLD_SIZE"]),
             strategy=strategy,
-            plugins=[TorchElasticEnvironment()],  # the variables that every launcher sets, SLURM's own or not
+            precision="32-true",
+            plugins=[Environment()],
         )
-    except ValueError as error:  # an option of `fabric run` that training chooses itself
+        if os.environ.get("LT_CLI_USED", "0") == "0":  # where `fabric run` started the processes, it is launched already
+            fabric.launch()
+    except (ValueError, MisconfigurationException) as error:
         raise InputError(str(error)) from error
-    if os.environ.get("LT_CLI_USED", "0") == "0":  # where `fabric run` started the processes, it is launched already
-        fabric.launch()
+    # With NCCL, Fabric would leave the group at exit, also after an error, and wait for processes that wait for this one.
+    atexit.unregister(getattr(fabric_distributed, "_destroy_dist_connection", None))
     return fabric
 
 
@@ -121,26 +142,32 @@ def mean(x: Tensor) -> Tensor:
     return x / world()
 
 
-def averaged(call: Callable, part: nn.Module) -> Callable:
-    """``call``, a function that uses the parameters of ``part``, such that backward passes average their gradients over the
-    processes (DDP), while they go on.
+def averaged(part: nn.Module) -> Callable:
+    """A function that calls the one it is given, such that backward passes through the result average the gradients of ``part``
+    over the processes (DDP), while they go on: ``averaged(encoder)(lambda: encoder(images))``.
 
-    Returns ``call`` itself where there is nothing to do: alone, nothing to train, or sharded, whose gradients are means already.
+    It only calls where there is nothing to average: alone, nothing to train, or sharded, whose gradients are means already.
     """
     trained = [x for x in part.parameters() if x.requires_grad]
     if world() == 1 or not trained or is_sharded(trained[0]):
         return call
     from lightning_fabric.strategies import DDPStrategy
 
-    # Looking for parameters that the loss does not reach (those behind the last head) also keeps DDP from sorting its messages
-    # anew after the first step, with which a resumed run would add in another order and differ in the last bits.
+    # Looking for parameters that no loss reaches also keeps DDP from sorting its messages anew after the first step, with which
+    # a resumed run would add in another order and differ in the last bits.
     strategy = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
-    return _fabric(strategy).setup_module(_Call(call, part), move_to_device=False)
+    return _fabric(strategy).setup_module(_Called(part), move_to_device=False)
 
 
-def adding(call: Callable) -> AbstractContextManager:
-    """Within it, backward passes through :func:`averaged` add to the gradients of this process, to be averaged by a later one."""
-    modules = call.modules() if isinstance(call, nn.Module) else ()
+def call(function: Callable):
+    """``function()``."""
+    return function()
+
+
+def adding(through: Callable) -> AbstractContextManager:
+    """Within it, backward passes ``through`` an :func:`averaged` function add to the gradients of this process, to be averaged by
+    a later one."""
+    modules = through.modules() if isinstance(through, nn.Module) else ()
     wrapped = [x for x in modules if isinstance(x, nn.parallel.DistributedDataParallel)]
     return wrapped[0].no_sync() if wrapped else nullcontext()
 
@@ -157,16 +184,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
     torch._foreach_mul_([local(x.grad) for x in parameters], factor)
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
-    """Let every process keep its part of the parameters only (FSDP2: Fabric's model-parallel
-    strategy with torch's ``fully_shard``).
+def shard(model: nn.Module) -> None:
+    """Let every process keep its part of the parameters only (FSDP2: Fabric's model-parallel strategy with torch's
+    ``fully_shard``).
 
-    Each of ``blocks`` is put together while it runs, forward and again backward; what lies outside of them for the whole pass.
+    Each block is put together while it runs, forward and again backward; what lies outside of them for the whole pass.
     Gradients are averaged and split as soon as a block's are known, in every one of several backward passes.
 
     Args:
-        model: on its device, with ``requires_grad`` as it will be trained. Its parameters become new objects.
-        methods: other names under which the forward pass is called, such as "forward_features".
+        model: an encoder, or a model with one, on its device, with ``requires_grad`` as it will be trained. Its parameters become
+            new objects.
 
     Raises:
         InputError: one process alone, or torch before 2.7.
@@ -175,20 +202,30 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], *methods: str) -> None:
         raise InputError("sharding shares the encoder among processes, here is one: start with torchrun, or leave out --shard")
     if torch.__version__ < (2, 7):
         raise InputError(f"sharding needs torch 2.7 or newer, this is {torch.__version__}")
+    _sharding().setup_module(model, move_to_device=False)
+
+
+@cache
+def _sharding():
+    """One engine for all that is sharded: each has messages of its own."""
     from lightning_fabric.strategies import ModelParallelStrategy
+
+    return _fabric(ModelParallelStrategy(_split_blocks, data_parallel_size=world(), tensor_parallel_size=1))
+
+
+def _split_blocks(model: nn.Module, _) -> nn.Module:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    def split(model: nn.Module, mesh) -> nn.Module:
-        mesh = mesh["data_parallel"]
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used
-        for method in methods:
-            register_fsdp_forward_method(model, method)
-        return model
-
-    strategy = ModelParallelStrategy(split, data_parallel_size=world(), tensor_parallel_size=1)
-    _fabric(strategy).setup_module(model, move_to_device=False)
+    encoder = getattr(model, "encoder", model)
+    mesh = dist.init_device_mesh(
+        next(model.parameters()).device.type, (world(),)
+    )  # Fabric's, of two dimensions, has other time limits
+    for block in encoder.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used
+    if encoder is model:
+        register_fsdp_forward_method(model, "forward_features")
+    return model
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -256,16 +293,15 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
     return ((x.float() - average) * scale + norm.bias).to(x.dtype)
 
 
-class _Call(nn.Module):
-    """``call`` as the forward pass of a module with the parameters of ``part``, which is what DDP wraps."""
+class _Called(nn.Module):
+    """What DDP wraps: its forward pass calls a function that uses ``part``. (DDP would copy tensors it is given to the GPU.)"""
 
-    def __init__(self, call: Callable, part: nn.Module):
+    def __init__(self, part: nn.Module):
         super().__init__()
-        self.call, self.part = call, part
-        self.unreached = nn.Parameter(torch.zeros(()))  # DDP warns where it looks for such a parameter and finds none
+        self.part = part
 
-    def forward(self, *args):
-        return self.call(*args)
+    def forward(self, function: Callable):
+        return function()
 
 
 class _Gather(torch.autograd.Function):

@@ -45,6 +45,13 @@ def freeze_first(encoder: nn.Module, blocks: int) -> None:
             x.requires_grad_(False)
 
 
+def freeze_behind(encoder: nn.Module, block: int) -> None:
+    """Freeze what lies behind ``block`` (0-based), the last one with a head: no loss reaches it."""
+    if block < len(encoder.blocks) - 1:
+        for part in (*encoder.blocks[block + 1 :], encoder.norm):
+            part.requires_grad_(False)
+
+
 def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Parameter groups whose rates shrink towards the input (``layerwise_lr_decay_modifier.py`` of the released code).
 

@@ -167,6 +167,8 @@ def training_bytes(s: ViTShape, config: RefineConfig, *, train_encoder: bool, gp
         return SPARE * (4 * weights + always + max(passing, in_heads))
     trained = 1 - c.frozen_blocks / s.depth
     states = weights * (8 + 12 * trained)  # weight and moving average; gradient and two moments
+    if memory.micro_batch and gpus > 1 and not memory.shard:
+        states += 4 * trained * weights  # gradients are added up beside the messages in which they are averaged
     if memory.shard:
         states = states / gpus + 4 * 4 * weights / s.depth  # two blocks put together, with gradients
     states += 2 * trained * weights  # in bfloat16

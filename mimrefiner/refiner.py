@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +154,7 @@ def forward_backward(
     generator: torch.Generator | None = None,
     micro_batch: int | None = None,
     weights: Tensor | None = None,
-    read: Callable[[Sequence[Tensor]], Tensor] | None = None,
-    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    through: tuple[Callable, Callable] = (distributed.call, distributed.call),
 ) -> StepResult:
     """One batch forward and back: adds the gradients of the heads' losses, summed with ``weights`` (heads,), to the parameters.
 
@@ -164,16 +164,17 @@ def forward_backward(
     Args:
         refiner, index, label, top_k, generator: see :meth:`MIMRefiner.step`.
         views: see :meth:`MIMRefiner.features`.
-        read, project: ``refiner.features`` and ``refiner.project``, as several processes call them (:func:`distributed.averaged`).
+        through: what calls the encoder and what calls the heads: with several processes :func:`distributed.averaged` of each.
 
     Raises:
         InputError: ``micro_batch`` with an encoder that leaves something out at random.
     """
-    encoder, device, read, project = refiner.encoder, views[0].device, read or refiner.features, project or refiner.project
+    encoder, device, (read, project) = refiner.encoder, views[0].device, through
     how = {"top_k": top_k, "generator": generator}
     if micro_batch is None or micro_batch >= len(index):
         with autocast(device, encoder):
-            result = refiner.step(*project(read(views)), index, label, **how)
+            features = read(lambda: refiner.features(views))
+            result = refiner.step(*project(lambda: refiner.project(features)), index, label, **how)
         result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
         return result
     trains = any(x.requires_grad for x in encoder.parameters())
@@ -181,15 +182,15 @@ def forward_backward(
         raise InputError("micro_batch runs the encoder twice, which needs one without dropout and drop path")
     parts = [[x[i : i + micro_batch] for x in views] for i in range(0, len(index), micro_batch)]
     with torch.no_grad(), autocast(device, encoder):
-        features = torch.cat([read(part) for part in parts], 1).requires_grad_(trains)  # (views, batch, heads, dim)
+        features = torch.cat([refiner.features(part) for part in parts], 1).requires_grad_(trains)  # (views, batch, heads, dim)
     with autocast(device, encoder):
-        result = refiner.step(*project(features), index, label, **how)
+        result = refiner.step(*project(lambda: refiner.project(features)), index, label, **how)
     result.loss.backward(torch.ones_like(result.loss) if weights is None else weights)
     if trains:
         for part, grad in zip(parts, features.grad.split(micro_batch, 1), strict=True):
             with nullcontext() if part is parts[-1] else distributed.adding(read):
                 with autocast(device, encoder):
-                    again = read(part)
+                    again = read(partial(refiner.features, part))
                 again.backward(grad)
     return result
 

@@ -38,7 +38,7 @@ from mimrefiner.data import ImageDataset, data_hash, load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.finetune import FinetuneResult, finetune
 from mimrefiner.masked import build_masked_model
-from mimrefiner.models import build_vit, load_encoder
+from mimrefiner.models import build_vit, default_device, load_encoder
 from mimrefiner.presets import PAPER_MODELS
 from mimrefiner.resume import Saving
 from mimrefiner.train import PretrainResult, RefineResult, pretrain, refine, refinement_flops
@@ -66,7 +66,7 @@ class _NotStoredError(Exception):
 
 def loader_workers() -> int:
     """Processes that decode and crop: those a GPU would wait for; on a CPU training itself has the cores."""
-    return min(8, (os.cpu_count() or 2) - 1) if torch.cuda.is_available() else 0
+    return min(8, (os.cpu_count() or 2) - 1) if default_device().type == "cuda" else 0
 
 
 def load_split(preset: Preset, split: str) -> ImageDataset:
@@ -189,7 +189,7 @@ def finetuned(preset: Preset, base_lr: float) -> FinetuneResult:
 
 def _at_hand(train_set: ImageDataset) -> ImageDataset:
     """In memory where a GPU trains, which cuts its own crops then; what presets train on here are small images."""
-    return train_set.in_memory() if torch.cuda.is_available() else train_set
+    return train_set.in_memory() if default_device().type == "cuda" else train_set
 
 
 MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
@@ -247,7 +247,7 @@ def _entry(
         "data": data_hash(data),
         "code": code_hash(code),
         "torch": torch.__version__,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": default_device().type,
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{kind}-{key}"

@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from mimrefiner.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory, advice_on_memory, plain_attention, recomputed
 from mimrefiner.models import autocast, default_device, normalisation
 from mimrefiner.monitor import Meter, Monitor
-from mimrefiner.optim import cosine_lr, ema_decay, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
+from mimrefiner.optim import cosine_lr, ema_decay, freeze_behind, freeze_first, layer_decay_groups, set_lr, stage_steps, undecayed
 from mimrefiner.plan import warn_of_pretraining, warn_of_refinement
 from mimrefiner.progress import progress
 from mimrefiner.refiner import MIMRefiner, forward_backward
@@ -95,8 +96,8 @@ def pretrain(
     warn_of_pretraining(model, config, device, shard)
     model.train().to(device)
     if shard:
-        distributed.shard(model, model.encoder.blocks)
-    forward = distributed.averaged(model, model)
+        distributed.shard(model)
+    through = distributed.averaged(model)
     size = model.encoder.patch_embed.img_size[0]
     crop = Crop(size, config.crop_scale, flip_p=0.5 * config.flip, jitter_p=0.0, grey_p=0.0)
     per_epoch = max(1, len(dataset) // config.batch_size)
@@ -121,7 +122,7 @@ def pretrain(
             mask = mask.chunk(part[1])[part[0]]
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
                 with autocast(device, model.encoder):
-                    loss = forward(images, mask)
+                    loss = through(partial(model, images, mask))
                 optimizer.zero_grad()
                 loss.backward()
             run.flops += counter.get_total_flops() * steps * part[1] if step == 0 else 0
@@ -232,11 +233,12 @@ def refine_encoder(
     run = Run(None, {}) if run is None else run
     refiner.encoder.requires_grad_(True).train()
     freeze_first(refiner.encoder, config.frozen_blocks)
+    freeze_behind(refiner.encoder, max(refiner.blocks))
     decay = ema_decay(config, stage_steps(len(dataset), config.batch_size, config.refine_epochs))
     ema = copy.deepcopy(refiner.encoder)
     plain = copy.deepcopy(refiner.encoder).cpu() if memory.shard else None
     for model in (refiner.encoder, ema) if memory.shard else ():
-        distributed.shard(model, model.blocks, "forward_features")
+        distributed.shard(model)
     groups = layer_decay_groups(refiner.encoder, config.encoder_weight_decay, config.layer_decay)
     groups += param_groups_weight_decay(refiner.heads, config.head_weight_decay)
     recipe = Recipe(3, config.refine_epochs, config.refine_base_lr, config.refine_top_k, config.loss_schedule)
@@ -290,8 +292,7 @@ def _contrastive_stage(
     weights = torch.tensor(weights, device=device)  # (steps, heads), there at once: a copy in every step would stop the GPU
     names = [f" in the head on block {block} (0-based)" for block in refiner.blocks]
     meter = Meter(config.batch_size, device)
-    read = distributed.averaged(refiner.features, refiner.encoder)  # one wrapped pass over all crop sizes
-    project = distributed.averaged(refiner.project, refiner.heads)
+    through = distributed.averaged(refiner.encoder), distributed.averaged(refiner.heads)
     with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(refiner.encoder, device):
         for step, batch in enumerate(progress(meter.waiting(batches), f"stage {stage}", steps - first), first):
             lr = set_lr(optimizer, cosine_lr(step, steps, config.warmup_epochs * per_epoch, peak, config.min_lr))
@@ -299,7 +300,7 @@ def _contrastive_stage(
             with FlopCounterMode(display=False) if step == 0 else torch.enable_grad() as counter:
                 optimizer.zero_grad()
                 how = {"top_k": recipe.top_k, "generator": generator, "micro_batch": memory.micro_batch}
-                result = forward_backward(refiner, *batch, **how, weights=weights[step], read=read, project=project)
+                result = forward_backward(refiner, *batch, **how, weights=weights[step], through=through)
             run.flops += counter.get_total_flops() * steps * distributed.world() if step == 0 else 0
             if config.clip_norm is not None:
                 distributed.clip_gradients(refiner.parameters(), config.clip_norm)

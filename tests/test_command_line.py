@@ -82,12 +82,13 @@ def test_two_processes_under(launcher, tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == files
 
 
-def test_what_training_chooses_itself_is_no_option_of_fabric(tmp_path):
-    run = [*fabric_run("--strategy", "fsdp"), "pretrain", "--preset", "smoke", "--out", str(tmp_path)]
+@pytest.mark.parametrize(("option", "value"), [("strategy", "fsdp"), ("precision", "bf16-true")])
+def test_what_training_chooses_itself_is_no_option_of_fabric(tmp_path, option, value):
+    run = [*fabric_run(f"--{option}", value), "pretrain", "--preset", "smoke", "--out", str(tmp_path)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("mimrefiner: error: ")]
-    assert len(said) == 2 and all("conflicts with the value `--strategy=fsdp`" in line for line in said)
+    assert len(said) == 2 and all(f"conflicts with the value `--{option}={value}`" in line for line in said)
 
 
 def test_a_paper_preset_takes_all_of_imagenet_from_where_it_lies(image_folder, tmp_path, monkeypatch):

@@ -69,6 +69,20 @@ def refiner(vit):
     return mr.MIMRefiner(vit, config)
 
 
+def test_a_group_of_the_caller_needs_no_launcher(digits, tmp_path):
+    preset, some = mr.load_preset("smoke"), digits["train"].take(64)
+
+    def job(rank):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        result = mr.refine(mr.build_vit(preset.encoder), some, replace(preset.refine, refine_epochs=1))
+        return {"hash": sha256_of(result.encoder)}
+
+    outputs, codes = on_several(job, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    assert outputs[0] == outputs[1]
+
+
 def test_gathered_rows_are_in_order_and_gradients_summed(tmp_path):
     def job(rank):
         x = torch.arange(3.0).add(10 * rank).requires_grad_()
@@ -118,8 +132,7 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
 
     def run(rank, world):
         rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
-        how = {"read": distributed.averaged(refiner.features, refiner.encoder), "micro_batch": micro_batch}
-        how["project"] = distributed.averaged(refiner.project, refiner.heads)
+        how = {"through": (distributed.averaged(refiner.encoder), distributed.averaged(refiner.heads)), "micro_batch": micro_batch}
         for step, views in enumerate(batches):
             index = torch.arange(16) + 16 * step
             result = forward_backward(refiner, [x[rows] for x in views], index[rows], index[rows] % 3, top_k=1, **how)
@@ -178,8 +191,8 @@ def test_processes_equal_one_in_bfloat16(tmp_path, monkeypatch):
 
     def run(rank, world):
         rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
-        how = {"read": distributed.averaged(wide.features, wide.encoder), "project": distributed.averaged(wide.project, wide.heads)}
-        result = forward_backward(wide, [x[rows] for x in views], torch.arange(16)[rows], top_k=1, **how)
+        through = distributed.averaged(wide.encoder), distributed.averaged(wide.heads)
+        result = forward_backward(wide, [x[rows] for x in views], torch.arange(16)[rows], top_k=1, through=through)
         grads = torch.cat([x.grad.flatten() for x in wide.encoder.parameters() if x.grad is not None])
         return {"loss": distributed.mean(result.loss.detach()), "grads": grads}
 
@@ -384,7 +397,7 @@ def test_a_shard_is_a_share(tmp_path, vit):
     """Every process holds about half of weights, gradients and moments; a checkpoint's tensors are whole."""
 
     def job(rank):
-        distributed.shard(vit, vit.blocks, "forward_features")
+        distributed.shard(vit)
         vit.forward_features(torch.randn(2, 3, 32, 32)).sum().backward()
         optimizer = torch.optim.AdamW(vit.parameters())
         optimizer.step()
@@ -404,7 +417,7 @@ def test_a_shard_is_a_share(tmp_path, vit):
 
 def test_sharding_alone_is_refused(vit):
     with pytest.raises(mr.InputError, match="start with torchrun"):
-        distributed.shard(vit, vit.blocks)
+        distributed.shard(vit)
 
 
 def test_a_preset_alone_is_trained_by_all_processes_together(tmp_path, monkeypatch):
@@ -568,4 +581,5 @@ def test_one_process_needs_none_of_it():
     assert distributed.mean(x) is x
     assert distributed.world() == 1 and distributed.rank() == 0
     part = nn.Linear(2, 2)
-    assert distributed.averaged(part, part) is part
+    assert distributed.averaged(part) is distributed.call
+    assert list(distributed._Called(part).parameters()) == list(part.parameters())  # DDP wants all on one device

@@ -175,14 +175,11 @@ def processes(device: str, small: bool, repeats: int) -> None:
     """A stage-3 step in every one of the processes that torchrun started, each with a batch of its own: what the group costs."""
     with distributed.processes():
         refiner, views, index = refiner_and_views(device, small)
-        read, project = (
-            distributed.averaged(refiner.features, refiner.encoder),
-            distributed.averaged(refiner.project, refiner.heads),
-        )
+        through = distributed.averaged(refiner.encoder), distributed.averaged(refiner.heads)
 
         def ours():
             refiner.zero_grad()
-            forward_backward(refiner, views, index, top_k=1, read=read, project=project)
+            forward_backward(refiner, views, index, top_k=1, through=through)
 
         def behind():
             refiner.zero_grad()
