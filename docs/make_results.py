@@ -69,8 +69,6 @@ images. The measurements above are those of the preset's rate, {rate:g}.
 
 """
 TRAINED = "Wall time is that of a machine that did other work too; the computation is counted."
-BEFORE = """ SimMIM's refinements are by the code before commit 32cc96e, which rounded the averages of the losses to bfloat16;
-a refinement of the MAE that was trained with both classified as many validation images."""
 WEAK = """Epochs are what a few hours of two CPU cores allow: they are weak models. For the same reason views are 2 + 4 instead
 of the paper's 2 + 10, only the MAE has controls, and decoders of other depths, a deeper model, other data sets (CIFAR) and
 training with labels to its end were left out; preset `natural-gpu` has all but the last. """
@@ -123,7 +121,6 @@ def natural_section(name: str) -> str:
     parts = [text]
     for dataset in rows["dataset"].unique():
         parts.append(f"\n### {dataset}\n\n{markdown_table(models_table(rows, dataset))}")
-    note = TRAINED + (BEFORE if name == "natural" else "") + "\n\n"
     if (ASSETS / f"evidence_{name}_choice.csv").is_file():
         table = pd.read_csv(ASSETS / f"evidence_{name}_choice.csv").drop(columns=["preset", "weights_sha256"])
         parts.append(
@@ -132,7 +129,10 @@ def natural_section(name: str) -> str:
             + markdown_table(table)
         )
     parts.append(
-        "\n### What was trained\n\n" + note + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
+        "\n### What was trained\n\n"
+        + TRAINED
+        + "\n\n"
+        + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
     )
     about = claims["claim"].str.extract(r"^(?P<text>.*) \((?P<about>[^()]*)\)$")
     for where, part in claims.assign(claim=about["text"]).groupby(about["about"], sort=False):
