@@ -236,17 +236,20 @@ def gpu_hours(flops: float, tflops: float = 312) -> float:
 
 def warn_of_pretraining(model: SimMIM | MAE, config: PretrainConfig, device: torch.device, shard: bool) -> None:
     """Say, with advice, that pre-training ``model`` will probably not fit the GPU ``device``."""
-    needed = pretrain_bytes(_shape(model.encoder), config, gpus=distributed.world(), shard=shard)
-    _warn_if_too_large({"stage 1 (pre-training)": needed}, device, PRETRAIN_ADVICE)
+    if card := card_bytes(device):
+        needed = pretrain_bytes(_shape(model.encoder), config, gpus=distributed.world(), shard=shard)
+        _warn_if_too_large({"stage 1 (pre-training)": needed}, card, PRETRAIN_ADVICE)
 
 
 def warn_of_refinement(refiner: MIMRefiner, memory: Memory) -> None:
     """Say, with advice, that training will probably not fit the GPU that ``refiner`` is on."""
-    needed = {
-        name: training_bytes(_shape(refiner.encoder), refiner.config, train_encoder=train, gpus=distributed.world(), memory=memory)
-        for name, train in (("stage 2 (heads)", False), ("stage 3 (refinement)", True))
-    }
-    _warn_if_too_large(needed, next(refiner.parameters()).device, ADVICE)
+    if card := card_bytes(next(refiner.parameters()).device):
+        s, how = _shape(refiner.encoder), {"gpus": distributed.world(), "memory": memory}
+        needed = {
+            name: training_bytes(s, refiner.config, train_encoder=train, **how)
+            for name, train in (("stage 2 (heads)", False), ("stage 3 (refinement)", True))
+        }
+        _warn_if_too_large(needed, card, ADVICE)
 
 
 def _shape(encoder: torch.nn.Module) -> ViTShape:
@@ -255,12 +258,9 @@ def _shape(encoder: torch.nn.Module) -> ViTShape:
     return ViTShape(grid[0] * patch, patch, encoder.embed_dim, len(encoder.blocks), 1, mlp_dim)
 
 
-def _warn_if_too_large(stages: dict[str, float], device: torch.device, advice: str) -> None:
-    card = card_bytes(device)
-    if card is None or distributed.rank() != 0:
-        return
+def _warn_if_too_large(stages: dict[str, float], card: float, advice: str) -> None:
     for name, needed in stages.items():
-        if needed > card:
+        if needed > card and distributed.rank() == 0:
             print(
                 f"{name} needs about {needed / 2**30:,.1f} GiB by estimate, this GPU has {card / 2**30:,.1f}: it may run out of "
                 f"memory. To need less: {advice}",
