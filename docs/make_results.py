@@ -129,10 +129,7 @@ def natural_section(name: str) -> str:
             + markdown_table(table)
         )
     parts.append(
-        "\n### What was trained\n\n"
-        + TRAINED
-        + "\n\n"
-        + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
+        f"\n### What was trained\n\n{TRAINED}\n\n" + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
     )
     about = claims["claim"].str.extract(r"^(?P<text>.*) \((?P<about>[^()]*)\)$")
     for where, part in claims.assign(claim=about["text"]).groupby(about["about"], sort=False):

@@ -1,4 +1,4 @@
-"""Training on several processes: Lightning Fabric starts them and averages gradients, the few collectives beside are torch's.
+"""Training on several processes: Lightning Fabric joins them and averages gradients, the few other collectives are torch's.
 
 Processes are started by ``torchrun`` or ``fabric run``. Each computes the loss of its own share of the batch against the
 predictions of all; gradients are averaged. Every process then holds the same weights, optimiser and queue. With one process every
@@ -217,9 +217,8 @@ def _split_blocks(model: nn.Module, _) -> nn.Module:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     encoder = getattr(model, "encoder", model)
-    mesh = dist.init_device_mesh(
-        next(model.parameters()).device.type, (world(),)
-    )  # Fabric's, of two dimensions, has other time limits
+    # Fabric's mesh has two dimensions and, with some versions of torch, a group and a time limit of its own.
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
     for block in encoder.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used

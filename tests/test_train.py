@@ -390,3 +390,13 @@ def test_rates_are_scaled_by_the_batch_size_and_warmed_up_over_epochs(smoke, som
         config = replace(smoke.pretrain, batch_size=batch, epochs=4, warmup_share=0.5)
         rates = mr.pretrain(mr.build_vit(smoke.encoder), some, config).history["lr"]
         assert rates.max() == pytest.approx(config.base_lr * batch / 256) and rates.idxmax() == steps // 2
+
+
+def test_what_lies_behind_the_last_head_stays_as_it_is(digits):
+    smoke = mr.load_preset("smoke")
+    encoder = mr.build_vit(smoke.encoder)
+    refined = mr.refine(encoder, digits["train"].take(64), replace(smoke.refine, blocks=(0, 1), refine_epochs=1)).encoder
+    same = {name: torch.equal(x, y) for (name, x), y in zip(encoder.named_parameters(), refined.parameters(), strict=True)}
+    behind = ("blocks.2.", "blocks.3.", "norm.")
+    assert all(value == name.startswith(behind) for name, value in same.items()), same
+    assert all(x.requires_grad for x in refined.parameters())
