@@ -1,4 +1,6 @@
-"""Check every link and image inside a built site: ``python docs/check_links.py runs/site``. Nothing is fetched."""
+"""Check every link and image inside a built site: ``python docs/check_links.py runs/site``. Nothing
+is fetched.
+"""
 
 import sys
 from html.parser import HTMLParser
@@ -34,7 +36,9 @@ def broken_links(site: Path) -> list[str]:
             target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
             target = target / "index.html" if target.is_dir() else target
             known = pages.get(target)
-            if not target.is_file() or (parts.fragment and known and unquote(parts.fragment) not in known.anchors):
+            if not target.is_file() or (
+                parts.fragment and known and unquote(parts.fragment) not in known.anchors
+            ):
                 broken.append(f"{file.relative_to(site.resolve())}: {link}")
     return broken
 

@@ -1,4 +1,6 @@
-"""The site shows the project's own notebooks (the executed copy where there is one, else the source) and the pages of the root."""
+"""The site shows the project's own notebooks (the executed copy where there is one, else the
+source) and the pages of the root.
+"""
 
 import re
 from pathlib import Path
@@ -6,7 +8,11 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"REPRODUCING.md": "reproducing.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "REPRODUCING.md": "reproducing.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 
 
 def on_files(files, config):
@@ -16,13 +22,16 @@ def on_files(files, config):
         files.append(File.generated(config, f"notebooks/{source.name}", abs_src_path=str(shown)))
     for name, page in PAGES.items():
         text = (ROOT / name).read_text().replace("](docs/", "](")
-        text = re.sub(r"\[([^\]]+)\]\((?:figures|mimrefiner|tests|examples)[^)]*\)", r"\1", text)  # not part of the site
+        # Not part of the site
+        text = re.sub(r"\[([^\]]+)\]\((?:figures|mimrefiner|tests|examples)[^)]*\)", r"\1", text)
         files.append(File.generated(config, page, content=text))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Pages in ``docs/`` link to the notebooks' place in the repository; on the site they lie among the pages."""
+    """Pages in ``docs/`` link to the notebooks' place in the repository; on the site they lie among
+    the pages.
+    """
     return markdown.replace("](../notebooks/", "](notebooks/")
 
 
@@ -30,4 +39,6 @@ def on_post_page(output, page, config):
     """Links between notebooks lead to pages of the site; mkdocs-jupyter leaves them as they are."""
     if not page.file.src_uri.startswith("notebooks/"):
         return output
-    return re.sub(r'href="(?!https?:)([^"#]*/)?(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="../\2/\3"', output)
+    return re.sub(
+        r'href="(?!https?:)([^"#]*/)?(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="../\2/\3"', output
+    )

@@ -1,15 +1,19 @@
-"""Write the page of results from the measured tables: ``python docs/make_results.py``. No measured number is typed in here."""
+"""Write the page of results from the measured tables: ``python docs/make_results.py``. No measured
+number is typed in here.
+"""
 
 from pathlib import Path
 
 import pandas as pd
 
-from mimrefiner import measure
-from mimrefiner.ablations import committed_rows
-from mimrefiner.data import load_dataset
-from mimrefiner.measure import WITHIN_PROTOCOL
-from mimrefiner.presets import load_preset
-from mimrefiner.results import KNN_PROTOCOL, claims_table, count, markdown_table, mean_sd
+from experiments import measure
+from experiments.measure import WITHIN_PROTOCOL
+from mimrefiner.data.datasets import load_dataset
+from mimrefiner.probes.knn import KNN_PROTOCOL
+from mimrefiner.study.claims import claims_table
+from mimrefiner.study.presets import load_preset
+from mimrefiner.study.published import ablation_rows
+from mimrefiner.study.tables import count, markdown_table, mean_sd
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "mimrefiner" / "assets"
@@ -75,28 +79,50 @@ training with labels to its end were left out; preset `natural-gpu` has all but 
 
 
 def models_table(rows: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """Per model: k-NN of the last and the best block for both poolings, linear probe, few-shot and clusters of the last block."""
+    """Per model: k-NN of the last and the best block for both poolings, linear probe, few-shot and
+    clusters of the last block.
+    """
     rows = rows[rows["dataset"] == dataset]
     table = []
     for model, part in rows.groupby("model", sort=False):
         last = part["block"].max()
 
         def value(protocol, pools=("cls", "pixels"), metric="accuracy", part=part, last=last):
-            chosen = part[part["protocol"].str.startswith(protocol) & (part["metric"] == metric) & part["pool"].isin(pools)]
+            chosen = part[
+                part["protocol"].str.startswith(protocol)
+                & (part["metric"] == metric)
+                & part["pool"].isin(pools)
+            ]
             chosen = chosen[chosen["block"] == last]
             return mean_sd(chosen["value"]) if len(chosen) else ""
 
         def best(pool, part=part, last=last):
-            knn = part[(part["protocol"] == KNN_PROTOCOL) & (part["pool"] == pool)].groupby("block")["value"].mean()
-            return f"{100 * knn.max():.1f} (block {knn.idxmax() + 1} of {last + 1})" if len(knn) else ""
+            knn = (
+                part[(part["protocol"] == KNN_PROTOCOL) & (part["pool"] == pool)]
+                .groupby("block")["value"]
+                .mean()
+            )
+            return (
+                f"{100 * knn.max():.1f} (block {knn.idxmax() + 1} of {last + 1})"
+                if len(knn)
+                else ""
+            )
 
-        table.append({
-            "model": model, "seeds": part["seed"].nunique(), "k-NN cls, last block": value(KNN_PROTOCOL), "best block": best("cls"),
-            "k-NN patch mean, last block": value(KNN_PROTOCOL, ("mean",)), "its best block": best("mean"),
-            "k-NN within a kind": value(WITHIN_PROTOCOL),
-            "linear": value("linear"), "1-shot": value("logistic_1shot"), "5-shot": value("logistic_5shot"),
-            "clusters ACC": value("kmeans", metric="ACC"),
-        })  # fmt: skip
+        table.append(
+            {
+                "model": model,
+                "seeds": part["seed"].nunique(),
+                "k-NN cls, last block": value(KNN_PROTOCOL),
+                "best block": best("cls"),
+                "k-NN patch mean, last block": value(KNN_PROTOCOL, ("mean",)),
+                "its best block": best("mean"),
+                "k-NN within a kind": value(WITHIN_PROTOCOL),
+                "linear": value("linear"),
+                "1-shot": value("logistic_1shot"),
+                "5-shot": value("logistic_5shot"),
+                "clusters ACC": value("kmeans", metric="ACC"),
+            }
+        )
     table = pd.DataFrame(table)
     return table.loc[:, (table != "").any()]  # a data set may lack a probe
 
@@ -105,65 +131,111 @@ def natural_section(name: str) -> str:
     """What was measured with one preset of natural images; "" where nothing was."""
     if not (ASSETS / f"evidence_{name}.csv").is_file():
         return ""
-    rows, claims, facts = (pd.read_csv(ASSETS / f"evidence_{name}{part}.csv") for part in ("", "_claims", "_training"))
+    rows, claims, facts = (
+        pd.read_csv(ASSETS / f"evidence_{name}{part}.csv") for part in ("", "_claims", "_training")
+    )
     preset = load_preset(name)
-    first, trained = rows[rows["protocol"] == KNN_PROTOCOL].iloc[0], facts[facts["training"] == "pre-training"]
+    first, trained = (
+        rows[rows["protocol"] == KNN_PROTOCOL].iloc[0],
+        facts[facts["training"] == "pre-training"],
+    )
     vit = preset.encoder
-    chosen = CHOSEN if (ASSETS / f"evidence_{name}_choice.csv").is_file() else "Recipes were set beforehand and not tuned."
+    chosen = (
+        CHOSEN
+        if (ASSETS / f"evidence_{name}_choice.csv").is_file()
+        else "Recipes were set beforehand and not tuned."
+    )
     text = NATURAL.format(
-        preset=name, blocks=vit.depth, dim=vit.dim, patch=vit.patch_size, size=vit.image_size,
+        preset=name,
+        blocks=vit.depth,
+        dim=vit.dim,
+        patch=vit.patch_size,
+        size=vit.image_size,
         models=" and ".join(trained["model"]),
-        epochs=", ".join(f"{count(round(f.epochs), 'epoch')} of {f.model}" for f in trained.itertuples()),
-        weak=WEAK if name == "natural" else "", chosen=chosen, draws=measure.DRAWS, data=first.dataset,
-        n_train=f"{first.n_train:,}", n_test=f"{first.n_test:,}", kinds=len(load_dataset("fruit64", split="test").classes),
+        epochs=", ".join(
+            f"{count(round(f.epochs), 'epoch')} of {f.model}" for f in trained.itertuples()
+        ),
+        weak=WEAK if name == "natural" else "",
+        chosen=chosen,
+        draws=measure.DRAWS,
+        data=first.dataset,
+        n_train=f"{first.n_train:,}",
+        n_test=f"{first.n_test:,}",
+        kinds=len(load_dataset("fruit64", split="test").classes),
         device=", ".join(rows["device"].unique()),
-    )  # fmt: skip
+    )
     parts = [text]
     for dataset in rows["dataset"].unique():
         parts.append(f"\n### {dataset}\n\n{markdown_table(models_table(rows, dataset))}")
     if (ASSETS / f"evidence_{name}_choice.csv").is_file():
-        table = pd.read_csv(ASSETS / f"evidence_{name}_choice.csv").drop(columns=["preset", "weights_sha256"])
+        table = pd.read_csv(ASSETS / f"evidence_{name}_choice.csv").drop(
+            columns=["preset", "weights_sha256"]
+        )
         parts.append(
             "\n### The learning rate of stage 3, on validation images\n\n"
             + CHOICE.format(rate=preset.refine.refine_base_lr)
             + markdown_table(table)
         )
     parts.append(
-        f"\n### What was trained\n\n{TRAINED}\n\n" + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
+        f"\n### What was trained\n\n{TRAINED}\n\n"
+        + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
     )
     about = claims["claim"].str.extract(r"^(?P<text>.*) \((?P<about>[^()]*)\)$")
     for where, part in claims.assign(claim=about["text"]).groupby(about["about"], sort=False):
-        parts.append(f"\n### Claims: {where}\n\n" + markdown_table(claims_table(part).drop(columns="notebook")))
+        parts.append(
+            f"\n### Claims: {where}\n\n"
+            + markdown_table(claims_table(part).drop(columns="notebook"))
+        )
     return "".join(parts)
 
 
 def ablations_table(preset: str) -> pd.DataFrame:
-    """Every variant's last block, cls token, and what it has more than the recipe of the same seed, in points."""
-    rows = committed_rows(preset)
+    """Every variant's last block, cls token, and what it has more than the recipe of the same seed,
+    in points.
+    """
+    rows = ablation_rows(preset)
     rows = rows[(rows["pool"] == "cls") & (rows["block"] == rows["block"].max())]
-    values = rows.pivot(index="seed", columns="model", values="value")[list(dict.fromkeys(rows["model"]))]
+    values = rows.pivot(index="seed", columns="model", values="value")[
+        list(dict.fromkeys(rows["model"]))
+    ]
     recipe = next(name for name in values if name.startswith("recipe"))
     gains = 100 * values.sub(values[recipe], axis=0)
-    return pd.DataFrame([
-        {
-            "variant": name, "seeds": values[name].count(), "last block": mean_sd(values[name].dropna()),
-            "minus the recipe, by seed": "" if name == recipe else ", ".join(f"{x:+.1f}" for x in gains[name].dropna()),
-        }
-        for name in values
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "variant": name,
+                "seeds": values[name].count(),
+                "last block": mean_sd(values[name].dropna()),
+                "minus the recipe, by seed": ""
+                if name == recipe
+                else ", ".join(f"{x:+.1f}" for x in gains[name].dropna()),
+            }
+            for name in values
+        ]
+    )
 
 
 def notebook_claims(about: str) -> str:
-    """The published claims of the notebooks ``about`` "digits", "photographs" or "Fashion-MNIST", as a table."""
+    """The published claims of the notebooks ``about`` "digits", "photographs" or "Fashion-MNIST",
+    as a table.
+    """
     head, rule, *rows = (ROOT / "figures" / "claims.md").read_text().splitlines()
-    evidence = {claim for file in ASSETS.glob("evidence_*_claims.csv") for claim in pd.read_csv(file)["claim"]}  # told above
+    # Told above
+    evidence = {
+        claim
+        for file in ASSETS.glob("evidence_*_claims.csv")
+        for claim in pd.read_csv(file)["claim"]
+    }
 
     def of(claim: str) -> str:
         if claim in evidence:
             return "evidence"
         return next((name for name in ("photographs", "Fashion-MNIST") if name in claim), "digits")
 
-    return "\n".join([head, rule, *(row for row in rows if of(row[2:].split(" | ")[0]) == about)]) + "\n"
+    return (
+        "\n".join([head, rule, *(row for row in rows if of(row[2:].split(" | ")[0]) == about)])
+        + "\n"
+    )
 
 
 def page() -> str:

@@ -1,11 +1,14 @@
-"""Refinement on SLURM: one task per GPU, requeued before the time limit, going on from the newest checkpoint.
+"""Refinement on SLURM: one task per GPU, requeued before the time limit, going on from the newest
+checkpoint.
 
     pip install submitit
     python examples/slurm_submitit.py --nodes 4 --gpus 8 --partition gpu -- \
-        --model WEIGHTS.safetensors --data imagefolder:IMAGENET --preset paper-mae-l16 --workers 10 --out RUN
+        --model WEIGHTS.safetensors --data imagefolder:IMAGENET --preset paper-mae-l16 --workers 10
+        --out RUN
 
-What stands behind ``--`` goes to ``mimrefiner refine``. SLURM must be asked for SIGTERM some minutes before the end
-(``--signal``): training then saves and stops, and the job is put back into the queue.
+What stands behind ``--`` goes to ``mimrefiner refine``. SLURM must be asked for SIGTERM some
+minutes before the end (``--signal``): training then saves and stops, and the job is put back into
+the queue.
 """
 
 import argparse
@@ -25,18 +28,24 @@ class Refine:
 
         from mimrefiner.__main__ import main
 
-        # RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; every process sees all GPUs and takes that of its LOCAL_RANK
+        # RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; every process sees all GPUs and
+        # takes that of its LOCAL_RANK
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         status = main(["refine", *self.arguments, "--resume"])
         if status == 143 and os.environ["RANK"] == "0":  # stopped by SIGTERM, state saved
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         if status not in (0, 143):
-            raise RuntimeError(f"mimrefiner refine ended with status {status}: the lines above say why")  # else it counts as done
+            # Else it counts as done
+            raise RuntimeError(
+                f"mimrefiner refine ended with status {status}: the lines above say why"
+            )
         return status
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="per node")
     parser.add_argument("--hours", type=int, default=24)

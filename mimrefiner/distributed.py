@@ -1,88 +1,23 @@
-"""Training on several processes: Lightning Fabric joins them and averages gradients, the few other collectives are torch's.
+"""Training on several processes: Lightning Fabric joins them and averages gradients, the few other
+collectives are torch's.
 
-Processes are started by ``torchrun`` or ``fabric run``. Each computes the loss of its own share of the batch against the
-predictions of all; gradients are averaged. Every process then holds the same weights, optimiser and queue. With one process every
-function here does nothing, and Fabric is not imported.
+Processes are started by ``torchrun`` or ``fabric run``. Each computes the loss of its own share of
+the batch against the predictions of all; gradients are averaged. Every process then holds the same
+weights, optimiser and queue. With one process every function here does nothing, and Fabric is not
+imported.
 """
 
-import atexit
-import inspect
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mimrefiner.errors import InputError
 
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+# Renamed in torch 2.13
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-DDP_PARAMETERS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_PARAMETERS else "broadcast_buffers"  # as well
-
-
-@contextmanager
-def processes() -> Iterator[None]:
-    """Join the processes that were started (NCCL with GPUs, else gloo), leave them at the end; alone: nothing.
-
-    A process that waits longer than ``$MIMREFINER_TIMEOUT`` seconds (1800) for another ends with an error, and ``torchrun``
-    ends the others.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    from lightning_fabric.strategies import DDPStrategy
-
-    _fabric(DDPStrategy(timeout=timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800")))))
-    yield
-    _sharding.cache_clear()
-    dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
-
-
-def _fabric(strategy):
-    """The engine (:class:`lightning_fabric.Fabric`) with ``strategy``, launched: joins the group where that is not done yet.
-
-    It sees every process as a machine of its own with one device, so that any number of them may be on any machine.
-    """
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import TorchElasticEnvironment
-    from lightning_fabric.utilities import distributed as fabric_distributed
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
-
-    class Environment(TorchElasticEnvironment):
-        def local_rank(self) -> int:
-            return 0
-
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner from every run
-    joined, local = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", "0"))
-    if joined:  # perhaps by the caller, without the variables of a launcher
-        os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    # What `fabric run` was told about processes and devices is done with; what is left (strategy, precision) contradicts ours.
-    told = {name: os.environ.pop(f"LT_{name}", "") for name in ("ACCELERATOR", "DEVICES", "NUM_NODES")}
-    cuda = dist.get_backend() == "nccl" if joined else torch.cuda.is_available() and told["ACCELERATOR"] != "cpu"
-    listed = told["DEVICES"].split(",")  # GPUs by number, or how many
-    index = int(listed[local]) if len(listed) > 1 else local % max(1, torch.cuda.device_count())
-    try:
-        fabric = Fabric(
-            accelerator="cuda" if cuda else "cpu",
-            devices=[torch.cuda.current_device() if joined else index] if cuda else 1,
-            num_nodes=int(os.environ["WORLD_SIZE"]),
-            strategy=strategy,
-            precision="32-true",
-            plugins=[Environment()],
-        )
-        if os.environ.get("LT_CLI_USED", "0") == "0":  # where `fabric run` started the processes, it is launched already
-            fabric.launch()
-    except (ValueError, MisconfigurationException) as error:
-        raise InputError(str(error)) from error
-    # With NCCL, Fabric would leave the group at exit, also after an error, and wait for processes that wait for this one.
-    atexit.unregister(getattr(fabric_distributed, "_destroy_dist_connection", None))
-    return fabric
 
 
 def world() -> int:
@@ -112,8 +47,9 @@ def barrier() -> None:
 
 
 def from_first(function: Callable):
-    """What ``function()`` returns on the first process (the others do not call it), on all of them; bad input and errors of
-    the file system there are raised on all, so that none waits in vain."""
+    """What ``function()`` returns on the first process (the others do not call it), on all of them;
+    bad input and errors of the file system there are raised on all, so that none waits in vain.
+    """
     if world() == 1:
         return function()
     box = [None]
@@ -129,7 +65,9 @@ def from_first(function: Callable):
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows of all processes in order: (rows, ...) -> (world * rows, ...). Gradients are summed over processes."""
+    """The rows of all processes in order: (rows, ...) -> (world * rows, ...). Gradients are summed
+    over processes.
+    """
     return x if world() == 1 else _Gather.apply(x.contiguous())
 
 
@@ -140,167 +78,6 @@ def mean(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x / world()
-
-
-def averaged(part: nn.Module) -> Callable:
-    """A function that calls the one it is given, such that backward passes through the result average the gradients of ``part``
-    over the processes (DDP), while they go on: ``averaged(encoder)(lambda: encoder(images))``.
-
-    It only calls where there is nothing to average: alone, nothing to train, or sharded, whose gradients are means already.
-    """
-    trained = [x for x in part.parameters() if x.requires_grad]
-    if world() == 1 or not trained or is_sharded(trained[0]):
-        return call
-    from lightning_fabric.strategies import DDPStrategy
-
-    # Looking for parameters that no loss reaches also keeps DDP from sorting its messages anew after the first step, with which
-    # a resumed run would add in another order and differ in the last bits.
-    strategy = DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
-    return _fabric(strategy).setup_module(_Called(part), move_to_device=False)
-
-
-def call(function: Callable):
-    """``function()``."""
-    return function()
-
-
-def adding(through: Callable) -> AbstractContextManager:
-    """Within it, backward passes ``through`` an :func:`averaged` function add to the gradients of this process, to be averaged by
-    a later one."""
-    modules = through.modules() if isinstance(through, nn.Module) else ()
-    wrapped = [x for x in modules if isinstance(x, nn.parallel.DistributedDataParallel)]
-    return wrapped[0].no_sync() if wrapped else nullcontext()
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scale all gradients by one factor so that their common norm is at most ``limit``, sharded or not; the GPU does not wait."""
-    parameters = [x for x in parameters if x.grad is not None]
-    squares = [torch.zeros((), device=parameters[0].device) for _ in range(2)]  # of whole parameters, of this process's shards
-    for x in parameters:
-        squares[is_sharded(x)] += local(x.grad).float().square().sum()
-    if any(is_sharded(x) for x in parameters):
-        dist.all_reduce(squares[1])
-    factor = (limit / (sum(squares).sqrt() + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local(x.grad) for x in parameters], factor)
-
-
-def shard(model: nn.Module) -> None:
-    """Let every process keep its part of the parameters only (FSDP2: Fabric's model-parallel strategy with torch's
-    ``fully_shard``).
-
-    Each block is put together while it runs, forward and again backward; what lies outside of them for the whole pass.
-    Gradients are averaged and split as soon as a block's are known, in every one of several backward passes.
-
-    Args:
-        model: an encoder, or a model with one, on its device, with ``requires_grad`` as it will be trained. Its parameters become
-            new objects.
-
-    Raises:
-        InputError: one process alone, or torch before 2.7.
-    """
-    if world() == 1:
-        raise InputError("sharding shares the encoder among processes, here is one: start with torchrun, or leave out --shard")
-    if torch.__version__ < (2, 7):
-        raise InputError(f"sharding needs torch 2.7 or newer, this is {torch.__version__}")
-    _sharding().setup_module(model, move_to_device=False)
-
-
-@cache
-def _sharding():
-    """One engine for all that is sharded: each has messages of its own."""
-    from lightning_fabric.strategies import ModelParallelStrategy
-
-    return _fabric(ModelParallelStrategy(_split_blocks, data_parallel_size=world(), tensor_parallel_size=1))
-
-
-def _split_blocks(model: nn.Module, _) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    encoder = getattr(model, "encoder", model)
-    # Fabric's mesh has two dimensions and, with some versions of torch, a group and a time limit of its own.
-    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
-    for block in encoder.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # hooks may use the final norm, whose own output is not used
-    if encoder is model:
-        register_fsdp_forward_method(model, "forward_features")
-    return model
-
-
-def is_sharded(x: Tensor) -> bool:
-    """Whether ``x`` is spread over the processes (a DTensor; asked for like this, its import takes time)."""
-    return hasattr(x, "to_local")
-
-
-def local(x: Tensor) -> Tensor:
-    """This process's part of ``x``, sharing its memory; ``x`` itself where it is not sharded."""
-    return x.to_local() if is_sharded(x) else x
-
-
-def whole(state, keep: bool = True):
-    """``state`` (nested dictionaries and lists) with sharded tensors put together on the CPU; all processes must call it.
-
-    ``keep``: whether this process wants them; it gets None instead if not.
-    """
-    if isinstance(state, Tensor) and is_sharded(state):
-        full = state.detach().full_tensor()
-        return full.cpu() if keep else None
-    if isinstance(state, dict):
-        return {name: whole(x, keep) for name, x in state.items()}
-    return [whole(x, keep) for x in state] if isinstance(state, list) else state
-
-
-def load_whole(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-    """``part.load_state_dict(state)``, where ``state`` holds whole tensors (see :func:`whole`) and ``part`` may be sharded."""
-    if isinstance(part, nn.Module):
-        own = part.state_dict()
-        part.load_state_dict({name: _split(x, own.get(name)) for name, x in state.items()})
-        return
-    parameters = [x for group in part.param_groups for x in group["params"]]
-    moments = {i: {name: _split(x, parameters[i]) for name, x in values.items()} for i, values in state["state"].items()}
-    part.load_state_dict({**state, "state": moments})
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """``average`` = decay * ``average`` + (1 - decay) * ``model``, buffers copied; each process sees to its own part.
-
-    (:class:`torch.optim.swa_utils.AveragedModel` waits for the GPU at every update.)
-    """
-    weights = [[local(x) for x in part.parameters()] for part in (average, model)]
-    torch._foreach_lerp_(*weights, 1 - decay)
-    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        ours.copy_(theirs)
-
-
-def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
-    """``norm`` in training mode with the statistics of all processes: (rows, channels), the same number of rows everywhere.
-
-    One message forward and one back: the processes' means and variances are gathered and combined, in float32. Equals
-    ``norm(gather(x))``'s own rows. (``nn.SyncBatchNorm`` refuses CPUs.)
-    """
-    variance, average = torch.var_mean(x.float(), 0, correction=0)
-    variances, averages = gather(torch.stack([variance, average])[None]).unbind(1)  # (world, channels) each
-    average = averages.mean(0)
-    variance = variances.mean(0) + (averages - average).square().mean(0)
-    with torch.no_grad():
-        rows = len(x) * world()
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(average, norm.momentum)
-        norm.running_var.lerp_(variance * rows / (rows - 1), norm.momentum)
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    return ((x.float() - average) * scale + norm.bias).to(x.dtype)
-
-
-class _Called(nn.Module):
-    """What DDP wraps: its forward pass calls a function that uses ``part``. (DDP would copy tensors it is given to the GPU.)"""
-
-    def __init__(self, part: nn.Module):
-        super().__init__()
-        self.part = part
-
-    def forward(self, function: Callable):
-        return function()
 
 
 class _Gather(torch.autograd.Function):
@@ -319,10 +96,13 @@ class _Gather(torch.autograd.Function):
         return out
 
 
-def _split(x, like: Tensor | None):
-    """This process's part of ``x``, if ``like`` is a sharded tensor of its shape."""
-    if like is None or not is_sharded(like) or x.shape != like.shape:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """The first ``counts[i]`` rows of every process i behind each other; ``x`` has ``max(counts)``
+    rows on all of them.
+    """
+    home = x.device
+    if dist.get_backend() == "nccl":
+        x = x.cuda()
+    parts = [torch.empty_like(x) for _ in counts]
+    dist.all_gather(parts, x)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(home)

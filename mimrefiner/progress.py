@@ -1,25 +1,32 @@
-"""One way to show progress: a bar in a terminal or a live notebook, a quiet line every ten seconds in a log or a batch run.
+"""One way to show progress: a bar in a terminal or a live notebook, a quiet line every ten seconds
+in a log or a batch run.
 
 Of several processes the first one shows it.
 """
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
+import torch
 from tqdm.auto import tqdm
 
 LOG_SECONDS = 10
 
 
 def progress(items: Iterable, title: str, total: int | None = None, unit: str = "step") -> Iterator:
-    """Yield from ``items`` and show how far it is. ``MIMREFINER_PROGRESS=log`` asks for lines instead of a bar."""
+    """Yield from ``items`` and show how far it is. ``MIMREFINER_PROGRESS=log`` asks for lines
+    instead of a bar.
+    """
     if os.environ.get("RANK", "0") != "0":
         yield from items
         return
     total = len(items) if total is None and hasattr(items, "__len__") else total
-    if os.environ.get("MIMREFINER_PROGRESS") != "log" and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    if os.environ.get("MIMREFINER_PROGRESS") != "log" and (
+        sys.stderr.isatty() or "ipykernel" in sys.modules
+    ):
         yield from tqdm(items, title, total, unit=unit, leave=False, dynamic_ncols=True)
         return
     start = last = time.monotonic()
@@ -32,3 +39,43 @@ def progress(items: Iterable, title: str, total: int | None = None, unit: str = 
                 left += f", about {(now - start) / done * (total - done):.0f} s left"
             print(f"{title}: {done}{left}", file=sys.stderr, flush=True)
         yield item
+
+
+class Meter:
+    """Throughput of training on ``device`` since it was started."""
+
+    def __init__(self, batch_size: int, device: torch.device | str = "cpu"):
+        self.batch_size, self.device = batch_size, torch.device(device)
+        self.start()
+
+    def start(self) -> None:
+        self.began, self.waited, self.batches = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterable) -> Iterator:
+        """``batches``, with the time spent waiting for each counted."""
+        batches = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            self.batches += 1
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        """Images per second of all processes, share of the time spent waiting for data, peak memory
+        in MiB (GPU, else process).
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        seconds = time.perf_counter() - self.began
+        return {
+            "images_per_second": self.batches * self.batch_size / seconds,
+            "data_wait_share": self.waited / seconds,
+            "peak_memory_mib": memory,
+        }

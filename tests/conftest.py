@@ -30,7 +30,10 @@ def vit():
 
 @pytest.fixture(scope="session")
 def digits():
-    return {split: mr.load_dataset("digits", split=split) for split in ("train", "val", "test", "trainval")}
+    return {
+        split: mr.load_dataset("digits", split=split)
+        for split in ("train", "val", "test", "trainval")
+    }
 
 
 @pytest.fixture

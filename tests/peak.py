@@ -1,4 +1,6 @@
-"""Memory that tensors take, counted: resident memory is too coarse for small models, and differs from run to run."""
+"""Memory that tensors take, counted: resident memory is too coarse for small models, and differs
+from run to run.
+"""
 
 import weakref
 

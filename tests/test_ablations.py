@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner import ablations, results
+from experiments import ablations
+from mimrefiner.study import claims, published
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,11 +31,15 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
     groups = ("recipe", "pairing of views", "frozen blocks")
     few = [a for a in ablations.ablations(preset) if a.group in groups]
     monkeypatch.setattr(ablations, "ablations", lambda preset: few[:3])
-    run = results.Run("05_ablations", preset, (0, 1), tmp_path)
+    run = claims.Run("05_ablations", preset, (0, 1), tmp_path)
     ablations.measure(preset, (0, 1), run, exploratory=True)
     rows = run.table()
     models = rows.groupby("model")["seed"].unique().map(list).to_dict()
-    core = {"before": [0, 1], "recipe: 2 heads, intended pairing, top-5": [0, 1], "pairing of views: published": [0, 1]}
+    core = {
+        "before": [0, 1],
+        "recipe: 2 heads, intended pairing, top-5": [0, 1],
+        "pairing of views: published": [0, 1],
+    }
     assert models == core | {few[2].name: [0]} and not few[2].core  # exploratory: one seed
     assert len(rows) == 7 * 2 * 4  # models, poolings, blocks
     assert rows.groupby(["model", "seed"])["weights_sha256"].nunique().eq(1).all()
@@ -44,7 +49,11 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
 def test_random_blocks_follow_the_seed_and_hold_the_last():
     preset = mr.load_preset("tiny")
     drawn = [
-        next(a.change["blocks"] for a in ablations.ablations(preset.with_seed(seed)) if "random blocks" in a.variant)
+        next(
+            a.change["blocks"]
+            for a in ablations.ablations(preset.with_seed(seed))
+            if "random blocks" in a.variant
+        )
         for seed in (0, 0, 1, 2)
     ]
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
@@ -52,21 +61,27 @@ def test_random_blocks_follow_the_seed_and_hold_the_last():
 
 
 def test_kept_rows_have_the_fixed_columns():
-    rows = ablations.committed_rows("tiny")
+    rows = published.ablation_rows("tiny")
     if len(rows):
-        assert tuple(rows.columns) == results.ROW_COLUMNS
+        assert tuple(rows.columns) == claims.ROW_COLUMNS
         names = {a.name for a in ablations.ablations(mr.load_preset("tiny"))} | {"before"}
         assert set(rows["model"]) <= names
-    assert len(ablations.committed_rows("no_such_preset")) == 0
+    assert len(published.ablation_rows("no_such_preset")) == 0
 
 
 def test_rows_of_the_ablations_and_the_figure_of_refinement_are_of_the_same_models():
-    """Both are published for preset tiny: the recipe's last block must be the same in both, seed by seed."""
-    rows = ablations.committed_rows("tiny")
+    """Both are published for preset tiny: the recipe's last block must be the same in both, seed by
+    seed.
+    """
+    rows = published.ablation_rows("tiny")
     rows = rows[(rows["block"] == rows["block"].max()) & (rows["pool"] == "cls")]
     figure = pd.read_csv(ROOT / "figures" / "04_before_after.csv")
-    figure = figure[(figure["block"] == figure["block"].max()) & figure["pool"].str.startswith("cls")]
+    figure = figure[
+        (figure["block"] == figure["block"].max()) & figure["pool"].str.startswith("cls")
+    ]
     for name, label in (("before", "before"), ("recipe", "refined (EMA)")):
         ours = rows[rows["model"].str.startswith(name)].set_index("seed")["value"]
         drawn = figure[figure["label"] == label].set_index("seed")["value"]
-        assert ours.sort_index().to_list() == pytest.approx(drawn.sort_index().to_list(), abs=1e-6), name
+        assert ours.sort_index().to_list() == pytest.approx(
+            drawn.sort_index().to_list(), abs=1e-6
+        ), name

@@ -10,8 +10,9 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from mimrefiner import augment
-from mimrefiner.augment import CROP_TRIES, DRAWS, Crop
+from mimrefiner.config import Crop
+from mimrefiner.data.augment import CROP_TRIES, DRAWS
+from mimrefiner.data.datasets import augment
 
 
 def draws(n, seed=0):
@@ -44,7 +45,9 @@ def test_hue_equals_the_standard_library():
     ours = augment._hue(x, torch.full((1, 1, 1, 1), 0.1))
     for i in range(20):
         h, s, v = colorsys.rgb_to_hsv(*x[0, :, 0, i].tolist())
-        assert ours[0, :, 0, i].tolist() == pytest.approx(colorsys.hsv_to_rgb((h + 0.1) % 1, s, v), abs=1e-5)
+        assert ours[0, :, 0, i].tolist() == pytest.approx(
+            colorsys.hsv_to_rgb((h + 0.1) % 1, s, v), abs=1e-5
+        )
 
 
 def test_blur_equals_torchvision(images):
@@ -82,14 +85,19 @@ def test_photometric_leaves_its_input_alone_and_does_not_mix_images(images):
 
 
 def test_crops_follow_scale_and_ratio():
-    boxes, flips = augment.crop_boxes(100, 100, np.array([(0.25, 1.0)]), augment.uniforms(0, 0, np.arange(2000), 1))
+    boxes, flips = augment.crop_boxes(
+        100, 100, np.array([(0.25, 1.0)]), augment.uniforms(0, 0, np.arange(2000), 1)
+    )
     left, top, right, bottom = boxes[:, 0].T
     assert (left >= 0).all() and (left < right).all() and (right <= 100).all()
     assert (top >= 0).all() and (top < bottom).all() and (bottom <= 100).all()
     assert 0.45 < np.mean(flips) < 0.55
     shares, ratios = (right - left) * (bottom - top) / 1e4, (right - left) / (bottom - top)
     assert 0.24 < min(shares) < 0.27
-    reference = [RandomResizedCrop.get_params(torch.zeros(3, 100, 100), (0.25, 1.0), (3 / 4, 4 / 3))[2:] for _ in range(2000)]
+    reference = [
+        RandomResizedCrop.get_params(torch.zeros(3, 100, 100), (0.25, 1.0), (3 / 4, 4 / 3))[2:]
+        for _ in range(2000)
+    ]
     expected = np.prod(reference, axis=1) / 1e4
     assert np.mean(shares) == pytest.approx(expected.mean(), abs=0.02)
     assert np.std(shares) == pytest.approx(expected.std(), abs=0.02)
@@ -125,7 +133,12 @@ def test_paper_recipe():
     local = views.local_crop
     assert (local.size, local.scale, local.blur_p, local.solarize_p) == (96, (0.05, 0.25), 0.5, 0.0)
     for crop in views.crops:
-        assert (crop.flip_p, crop.jitter_p, crop.grey_p, crop.blur_sigma) == (0.5, 0.8, 0.2, (0.1, 2.0))
+        assert (crop.flip_p, crop.jitter_p, crop.grey_p, crop.blur_sigma) == (
+            0.5,
+            0.8,
+            0.2,
+            (0.1, 2.0),
+        )
         assert (crop.brightness, crop.contrast, crop.saturation, crop.hue) == (0.4, 0.4, 0.2, 0.1)
 
 
@@ -140,7 +153,16 @@ def test_colour_jitter_is_distributed_as_torchvisions():
     """Brightness, contrast and colour of one image after many draws, by Kolmogorov-Smirnov tests."""
     torch.manual_seed(0)
     image, n = 0.2 + 0.6 * torch.rand(3, 6, 6), 1500
-    crop = Crop(6, (1.0, 1.0), jitter_p=1.0, grey_p=0.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    crop = Crop(
+        6,
+        (1.0, 1.0),
+        jitter_p=1.0,
+        grey_p=0.0,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+    )
     ours = augment.photometric(image.expand(n, -1, -1, -1), crop, draws(n))
     jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
     theirs = torch.stack([jitter(image) for _ in range(n)])
@@ -156,7 +178,9 @@ def test_colour_jitter_is_distributed_as_torchvisions():
 def test_the_four_changes_of_colour_come_in_every_order(monkeypatch):
     orders = collections.Counter()
     seen = []
-    monkeypatch.setattr(augment, "_JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)])
+    monkeypatch.setattr(
+        augment, "_JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)]
+    )
     crop, u = Crop(2, (1.0, 1.0), jitter_p=1.0, grey_p=0.0), draws(1200)
     for i in range(1200):
         augment.photometric(torch.zeros(1, 3, 2, 2), crop, u[[i]])

@@ -1,4 +1,6 @@
-"""The notebooks by hand: headless Chromium opens JupyterLab, runs all cells, moves a slider. Skipped where there is no browser."""
+"""The notebooks by hand: headless Chromium opens JupyterLab, runs all cells, moves a slider.
+Skipped where there is no browser.
+"""
 
 import json
 import os
@@ -14,12 +16,16 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
-from mimrefiner import runner
+from mimrefiner.batch import runner
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 if BROWSER is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser: pip install 'mimrefiner[browser]'")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs the extra browser: pip install 'mimrefiner[browser]'"
+)
 
 MINUTES = 60_000  # milliseconds
 
@@ -37,10 +43,22 @@ def lab(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    variables = {**os.environ, "MIMREFINER_CACHE": str(folder / "cache"), "JUPYTER_CONFIG_DIR": str(folder / "config")}
+    options = [
+        f"--port={port}",
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={folder}",
+    ]
+    variables = {
+        **os.environ,
+        "MIMREFINER_CACHE": str(folder / "cache"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+    }
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=variables, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=variables, stdout=log, stderr=log
+        )
         try:
             _wait_for(f"{address}/api")
             yield address
@@ -63,12 +81,20 @@ def _run_all_cells(page, lab, name):
     """Open a notebook and run it, once more if JupyterLab lost the cells because it was too early."""
     for _ in range(3):
         page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
-        _wait_for(f"{lab}/api/kernels", lambda kernels: any(k["execution_state"] == "idle" and k["connections"] for k in kernels))
-        idle = page.get_by_text("Kernel status: Idle").or_(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]"))
+        _wait_for(
+            f"{lab}/api/kernels",
+            lambda kernels: any(
+                k["execution_state"] == "idle" and k["connections"] for k in kernels
+            ),
+        )
+        idle = page.get_by_text("Kernel status: Idle").or_(
+            page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        )
         idle.first.wait_for(timeout=2 * MINUTES)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        select = page.locator(".jp-Dialog button.jp-mod-accept")  # too early, and JupyterLab asks which kernel to take
+        # Too early, and JupyterLab asks which kernel to take
+        select = page.locator(".jp-Dialog button.jp-mod-accept")
         done = page.locator(".jp-InputArea-prompt", has_text=re.compile(r"\[\d+\]"))
         for _ in range(60):
             page.wait_for_timeout(1000)
@@ -88,13 +114,16 @@ def _wait_until_done(page):
         if page.locator("[data-mime-type='application/vnd.jupyter.error']").count():
             break
         page.wait_for_timeout(1000)
-    pytest.fail(f"the notebook did not come to its end:\n{page.locator('body').inner_text()[-2000:]}")
+    pytest.fail(
+        f"the notebook did not come to its end:\n{page.locator('body').inner_text()[-2000:]}"
+    )
 
 
 def test_quickstart_runs_by_hand(page, lab):
     _run_all_cells(page, lab, "00_quickstart")
     _wait_until_done(page)
-    page.locator(".jp-RenderedImage img").nth(1).wait_for(timeout=MINUTES, state="attached")  # a figure comes after the words
+    # A figure comes after the words
+    page.locator(".jp-RenderedImage img").nth(1).wait_for(timeout=MINUTES, state="attached")
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner.features import Features
 from mimrefiner.probes.clustering import matched_accuracy
+from mimrefiner.probes.features import Features
 from mimrefiner.probes.umap import own_class_share, shared_neighbours
 
 
@@ -28,7 +28,9 @@ def test_tight_classes_are_found(features):
 def test_matching_equals_the_best_permutation():
     rng = np.random.default_rng(0)
     labels, found = rng.integers(4, size=50), rng.integers(4, size=50)
-    best = max((np.array(order)[found] == labels).mean() for order in itertools.permutations(range(4)))
+    best = max(
+        (np.array(order)[found] == labels).mean() for order in itertools.permutations(range(4))
+    )
     assert matched_accuracy(labels, found) == pytest.approx(best)
     assert matched_accuracy(labels, labels * 10 + 3) == 1.0
 
@@ -44,7 +46,9 @@ def test_without_labels_the_clusters_judge_themselves(features):
 def test_more_clusters_than_images_are_refused(features):
     with pytest.raises(mr.InputError, match="runs must be a whole number >= 1, got 0"):
         mr.cluster(features, clusters=3, runs=0)
-    with pytest.raises(mr.InputError, match=r"a whole number between 2 and the number of images 60, got 2\.5"):
+    with pytest.raises(
+        mr.InputError, match=r"a whole number between 2 and the number of images 60, got 2\.5"
+    ):
         mr.cluster(features, clusters=2.5)
     with pytest.raises(mr.InputError, match="between 2 and the number of images 60, got 61"):
         mr.cluster(features, clusters=61)
@@ -53,7 +57,14 @@ def test_more_clusters_than_images_are_refused(features):
 def test_constant_features_leave_out_what_is_not_defined(features):
     features.x["mean"][0] = 1.0
     rows = mr.cluster(features)
-    assert set(rows.loc[rows["block"] == 4, "metric"]) == {"ACC", "NMI", "AMI", "ARI", "silhouette", "davies_bouldin"}
+    assert set(rows.loc[rows["block"] == 4, "metric"]) == {
+        "ACC",
+        "NMI",
+        "AMI",
+        "ARI",
+        "silhouette",
+        "davies_bouldin",
+    }
     features.y[:] = -1
     assert set(mr.cluster(features, clusters=3)["block"]) == {7}
 

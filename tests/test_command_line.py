@@ -34,17 +34,45 @@ def test_help_has_an_example_of_every_command(capsys):
 def test_pretrain_then_refine(tmp_path, capsys):
     assert main(["pretrain", "--preset", "smoke", "--out", str(tmp_path / "mim")]) == 0
     model = tmp_path / "mim" / "encoder.safetensors"
-    assert main(["refine", "--preset", "smoke", "--model", str(model), "--heads", "1", "--out", str(tmp_path / "ref")]) == 0
+    assert (
+        main(
+            [
+                "refine",
+                "--preset",
+                "smoke",
+                "--model",
+                str(model),
+                "--heads",
+                "1",
+                "--out",
+                str(tmp_path / "ref"),
+            ]
+        )
+        == 0
+    )
     assert sorted(f.name for f in (tmp_path / "ref").iterdir()) == [
-        "ema_encoder.safetensors", "encoder.safetensors", "history.csv", "settings.json",
-    ]  # fmt: skip
+        "ema_encoder.safetensors",
+        "encoder.safetensors",
+        "history.csv",
+        "settings.json",
+    ]
     assert set(pd.read_csv(tmp_path / "ref" / "history.csv")["block"]) == {3}
     assert len(mr.load_encoder(tmp_path / "ref" / "ema_encoder.safetensors").blocks) == 4
 
 
 def test_refine_trains_the_presets_own_model_first(tmp_path):
     """Without ``--model``; fewer local crops too."""
-    arguments = ["refine", "--preset", "smoke", "--heads", "1", "--local-crops", "1", "--out", str(tmp_path / "out")]
+    arguments = [
+        "refine",
+        "--preset",
+        "smoke",
+        "--heads",
+        "1",
+        "--local-crops",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(arguments) == 0
     assert len(list((tmp_path / "cache").glob("pretrain-*"))) == 1
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["views"]["n_local"] == 1
@@ -70,9 +98,28 @@ def fabric_run(*options):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
 def test_two_processes_under(launcher, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mimrefiner"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mimrefiner",
+    ]
     run = torchrun if launcher == "torchrun" else fabric_run()
-    run += ["refine", "--model", "simmim_digits", "--preset", "smoke", "--heads", "1", "--local-crops", "1"]
+    run += [
+        "refine",
+        "--model",
+        "simmim_digits",
+        "--preset",
+        "smoke",
+        "--heads",
+        "1",
+        "--local-crops",
+        "1",
+    ]
     run += ["--shard"]  # which one process alone refuses
     done = subprocess.run([*run, "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -84,14 +131,25 @@ def test_two_processes_under(launcher, tmp_path):
 
 @pytest.mark.parametrize(("option", "value"), [("strategy", "fsdp"), ("precision", "bf16-true")])
 def test_what_training_chooses_itself_is_no_option_of_fabric(tmp_path, option, value):
-    run = [*fabric_run(f"--{option}", value), "pretrain", "--preset", "smoke", "--out", str(tmp_path)]
+    run = [
+        *fabric_run(f"--{option}", value),
+        "pretrain",
+        "--preset",
+        "smoke",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("mimrefiner: error: ")]
-    assert len(said) == 2 and all(f"conflicts with the value `--{option}={value}`" in line for line in said)
+    assert len(said) == 2 and all(
+        f"conflicts with the value `--{option}={value}`" in line for line in said
+    )
 
 
-def test_a_paper_preset_takes_all_of_imagenet_from_where_it_lies(image_folder, tmp_path, monkeypatch):
+def test_a_paper_preset_takes_all_of_imagenet_from_where_it_lies(
+    image_folder, tmp_path, monkeypatch
+):
     seen = []
 
     def stub(encoder, dataset, config, *, monitor, **_):
@@ -100,16 +158,28 @@ def test_a_paper_preset_takes_all_of_imagenet_from_where_it_lies(image_folder, t
 
     monkeypatch.setattr(mr, "refine", stub)
     monkeypatch.setenv("MIMREFINER_IMAGENET", str(image_folder))
-    arguments = ["refine", "--preset", "paper-mae-l16", "--model", "simmim_digits", "--watch", "--out", str(tmp_path / "out")]
+    arguments = [
+        "refine",
+        "--preset",
+        "paper-mae-l16",
+        "--model",
+        "simmim_digits",
+        "--watch",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(arguments) == 143
     ((trained, held_out),) = seen
-    assert (len(trained), len(held_out)) == (20, 2)  # 10 images of 2 classes below train/, a tenth of which is the validation split
+    # 10 images of 2 classes below train/, a tenth of which is the validation split
+    assert (len(trained), len(held_out)) == (20, 2)
 
 
 def test_gradients_are_clipped_where_asked(tmp_path, monkeypatch):
     """``--clip-norm`` reaches every step of all three stages; without it nothing is clipped."""
     limits = []
-    monkeypatch.setattr("mimrefiner.distributed.clip_gradients", lambda parameters, limit: limits.append(limit))
+    monkeypatch.setattr(
+        "mimrefiner.training.engine.clip_gradients", lambda parameters, limit: limits.append(limit)
+    )
     model = str(tmp_path / "clipped" / "encoder.safetensors")
     for name, clip in (("clipped", ["--clip-norm", "0.5"]), ("plain", [])):
         assert main(["pretrain", "--preset", "smoke", *clip, "--out", str(tmp_path / name)]) == 0
@@ -135,20 +205,34 @@ BAD = [
     (["refine", "--model", "simmim_digits", "--blocks", "11,12"], "block 12 is out of range"),
     (["refine", "--model", "simmim_digits", "--blocks", "last"], "--blocks must be whole numbers"),
     (["refine", "--model", "simmim_digits", "--blocks", ""], "--blocks must be whole numbers"),
-    (["refine", "--model", "simmim_digits", "--heads", "13"], "--heads must be between 1 and the number of blocks 12"),
+    (
+        ["refine", "--model", "simmim_digits", "--heads", "13"],
+        "--heads must be between 1 and the number of blocks 12",
+    ),
     (["refine", "--model", "simmim_digits", "--local-crops", "-1"], "--local-crops must be >= 0"),
     (["refine", "--model", "simmim_digits", "--tensorboard"], "give --watch too"),
-    (["refine", "--model", "simmim_digits", "--top-k", "5000"], "top_k must be between 1 and the queue size"),
+    (
+        ["refine", "--model", "simmim_digits", "--top-k", "5000"],
+        "top_k must be between 1 and the queue size",
+    ),
     (["refine", "--model", "simmim_digits", "--temperature", "0"], "temperature must be > 0"),
-    (["refine", "--model", "simmim_digits", "--clip-norm", "0"], "clip_norm must be > 0 or None, got 0"),
-    (["pretrain", "--preset", "smoke", "--workers", "-1"], "loader processes (workers) must be >= 0, got -1"),
+    (
+        ["refine", "--model", "simmim_digits", "--clip-norm", "0"],
+        "clip_norm must be > 0 or None, got 0",
+    ),
+    (
+        ["pretrain", "--preset", "smoke", "--workers", "-1"],
+        "loader processes (workers) must be >= 0, got -1",
+    ),
     (["run", "00", "--gpus", ""], "--gpus must be whole numbers with commas between, got ''"),
     (["pretrain", "--clip-norm", "-1"], "clip_norm must be > 0 or None, got -1"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_nothing_is_written(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     assert main([*arguments, "--out", str(out)]) == 2
@@ -163,13 +247,26 @@ def test_a_corrupt_image_is_named(workers, tmp_path, capsys):
     for i in range(120):
         for part in ("ant", "bee"):
             (tmp_path / "photos" / "train" / part).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((32, 32, 3), i, dtype=np.uint8)).save(tmp_path / "photos" / "train" / part / f"{i:03d}.png")
+            Image.fromarray(np.full((32, 32, 3), i, dtype=np.uint8)).save(
+                tmp_path / "photos" / "train" / part / f"{i:03d}.png"
+            )
     data = f"imagefolder:{tmp_path}/photos"
     train = mr.load_dataset(data, split="train")
-    unseen = next(i for i in range(len(train)) if i % (len(train) // 64))  # data_hash looks at the others before training
+    # data_hash looks at the others before training
+    unseen = next(i for i in range(len(train)) if i % (len(train) // 64))
     file = train._load.args[0][train.rows[unseen]]
     file.write_bytes(b"x")
-    arguments = ["pretrain", "--preset", "smoke", "--data", data, "--workers", workers, "--out", str(tmp_path / "out")]
+    arguments = [
+        "pretrain",
+        "--preset",
+        "smoke",
+        "--data",
+        data,
+        "--workers",
+        workers,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(arguments) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert error.startswith(f"mimrefiner: error: {file} cannot be decoded as an image")
@@ -177,12 +274,24 @@ def test_a_corrupt_image_is_named(workers, tmp_path, capsys):
 
 def test_status_and_message_reach_the_shell(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "mimrefiner", "run", "01", "--preset", "huge", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "mimrefiner",
+            "run",
+            "01",
+            "--preset",
+            "huge",
+            "--out",
+            str(tmp_path),
+        ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("mimrefiner: error: unknown preset 'huge': choose one of smoke, tiny, fashion, natural, ")
+    assert done.stderr.startswith(
+        "mimrefiner: error: unknown preset 'huge': choose one of smoke, tiny, fashion, natural, "
+    )
 
 
 def test_a_finished_run_is_not_trained_over(tmp_path, capsys):

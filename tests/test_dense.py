@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import mimrefiner as mr
+from mimrefiner.models.blocks import pooled_blocks
 from mimrefiner.probes import dense, masks
 
 
@@ -19,12 +20,18 @@ def folder(tmp_path):
             (tmp_path / kind / split).mkdir(parents=True)
         for i in range(n):
             cy, cx = rng.integers(10, 30, 2)
-            shape = (abs(y - cy) < 9) & (abs(x - cx) < 9) if i % 2 else (y - cy) ** 2 + (x - cx) ** 2 < 100
+            shape = (
+                (abs(y - cy) < 9) & (abs(x - cx) < 9)
+                if i % 2
+                else (y - cy) ** 2 + (x - cx) ** 2 < 100
+            )
             colour = (220, 60, 60) if i % 2 else (60, 60, 220)
             pixels = rng.integers(0, 60, (40, 40, 3)).astype(np.uint8)
             pixels[shape] = colour
             Image.fromarray(pixels).save(tmp_path / "images" / split / f"{i}.jpg", quality=95)
-            Image.fromarray(np.where(shape, 1 + i % 2, 0).astype(np.uint8)).save(tmp_path / "masks" / split / f"{i}.png")
+            Image.fromarray(np.where(shape, 1 + i % 2, 0).astype(np.uint8)).save(
+                tmp_path / "masks" / split / f"{i}.png"
+            )
     return tmp_path
 
 
@@ -48,7 +55,7 @@ def test_maps_keep_the_places_of_patches(vit):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = vit.forward_intermediates(images, intermediates_only=True)
-        cls = mr.features.pooled_blocks(vit, images, (0, 1, 2), ("cls",))["cls"]
+        cls = pooled_blocks(vit, images, (0, 1, 2), ("cls",))["cls"]
     maps, cls_maps = dense.token_maps(vit, images, (0, 1, 2))
     for block in range(3):
         assert torch.allclose(maps[block], expected[block], atol=1e-5)
@@ -74,12 +81,27 @@ def test_mean_iou_equals_counting_by_hand():
 
 def test_ade20k_settings_are_the_papers():
     config = dense.ade20k()
-    assert (config.epochs, config.batch_size, config.learning_rates, config.ignore_zero) == (50, 16, (0.1,), True)
+    assert (config.epochs, config.batch_size, config.learning_rates, config.ignore_zero) == (
+        50,
+        16,
+        (0.1,),
+        True,
+    )
     assert (config.join, config.stride) == (False, None)
     config, blocks = dense.ade20k_transfer(24)
     assert blocks == (11, 15, 19, 23)  # -13, -9, -5, -1
-    assert (config.epochs, config.batch_size, len(config.learning_rates), config.ignore_zero) == (50, 16, 9, True)
-    assert (config.scale, config.max_share, config.stride, config.enlarge) == ((0.5, 2.0), 0.75, 170, "nearest")
+    assert (config.epochs, config.batch_size, len(config.learning_rates), config.ignore_zero) == (
+        50,
+        16,
+        9,
+        True,
+    )
+    assert (config.scale, config.max_share, config.stride, config.enlarge) == (
+        (0.5, 2.0),
+        0.75,
+        170,
+        "nearest",
+    )
     assert (config.join, config.cls) == (True, True)
     assert dense.ade20k_transfer(12)[1] == (3, 7, 11)
 
@@ -92,12 +114,19 @@ def test_a_window_of_the_images_size_is_a_plain_forward(vit):
         slid = list(dense.slide(model, images, 32, 20, "bilinear"))
     assert len(slid) == 2
     for logits, found in zip(plain, slid, strict=True):
-        assert torch.equal(found, torch.nn.functional.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False))
+        assert torch.equal(
+            found,
+            torch.nn.functional.interpolate(
+                logits, size=(32, 32), mode="bilinear", align_corners=False
+            ),
+        )
 
 
 @pytest.mark.parametrize("size", [(70, 32), (61, 45), (33, 90), (20, 50)])
 def test_sliding_equals_a_loop_over_pixels(vit, size):
-    """Every pixel is the mean of what the windows over it say; where the image ends, a window ends with it."""
+    """Every pixel is the mean of what the windows over it say; where the image ends, a window ends
+    with it.
+    """
     model = dense.DenseProbes(vit, (2,), 3, dense.DenseConfig()).eval()
     images, window, stride = torch.randn(1, 3, *size), 32, 20
     padded = torch.zeros(1, 3, max(size[0], window), max(size[1], window))
@@ -116,7 +145,8 @@ def test_sliding_equals_a_loop_over_pixels(vit, size):
                 logits = model(padded[..., top : top + window, left : left + window])[0, 0]
                 for y in range(window):
                     for x in range(window):
-                        said.setdefault((top + y, left + x), []).append(logits[:, y // 8, x // 8])  # the nearest of 4 x 4 patches
+                        # The nearest of 4 x 4 patches
+                        said.setdefault((top + y, left + x), []).append(logits[:, y // 8, x // 8])
         (found,) = dense.slide(model, images, window, stride, "nearest")
     assert found.shape == (1, 3, *size)
     for (y, x), values in said.items():
@@ -131,17 +161,33 @@ def test_squares_keep_image_and_mask_together():
     image = np.zeros((60, 120, 3), np.uint8)
     image[..., 0] = 50 * mask
     for _ in range(20):
-        square, labels = masks.random_square(Image.fromarray(image), Image.fromarray(mask), 32, (0.5, 2.0), 1.0, (7, 7, 7), rng)
+        square, labels = masks.random_square(
+            Image.fromarray(image), Image.fromarray(mask), 32, (0.5, 2.0), 1.0, (7, 7, 7), rng
+        )
         pixels, labels = np.asarray(square)[..., 0].astype(int), np.asarray(labels)
         assert pixels.shape == labels.shape == (32, 32)
         inside = labels != masks.IGNORE
         assert (pixels[~inside] == 7).all()
-        assert (abs(pixels - 50 * labels.astype(int))[inside] < 25).mean() > 0.8  # but for blurred borders
+        assert (
+            abs(pixels - 50 * labels.astype(int))[inside] < 25
+        ).mean() > 0.8  # but for blurred borders
     half = Image.fromarray(np.repeat([[0] * 100 + [1] * 20], 60, 0).astype(np.uint8))
     shares = []
     for most in (1.0, 0.75):
-        squares = [masks.random_square(Image.fromarray(image), half, 32, (1.0, 1.0), most, (7, 7, 7), rng)[1] for _ in range(100)]
-        shares.append(np.mean([np.bincount(np.asarray(x).ravel(), minlength=2).max() / 1024 <= 0.75 for x in squares]))
+        squares = [
+            masks.random_square(Image.fromarray(image), half, 32, (1.0, 1.0), most, (7, 7, 7), rng)[
+                1
+            ]
+            for _ in range(100)
+        ]
+        shares.append(
+            np.mean(
+                [
+                    np.bincount(np.asarray(x).ravel(), minlength=2).max() / 1024 <= 0.75
+                    for x in squares
+                ]
+            )
+        )
     assert shares[1] > shares[0] + 0.2  # squares of one class are drawn again
 
 
@@ -149,15 +195,21 @@ def test_transfer_joins_blocks_and_validation_chooses_the_rate(vit, folder):
     train, val = parts(folder)
     config, blocks = dense.ade20k_transfer(len(vit.blocks))
     assert blocks == (2,)
-    config = replace(config, epochs=20, batch_size=8, learning_rates=(1e-9, 0.1), ignore_zero=False, stride=20)
+    config = replace(
+        config, epochs=20, batch_size=8, learning_rates=(1e-9, 0.1), ignore_zero=False, stride=20
+    )
     rows = dense.dense_probe(vit, train, val, classes=3, config=config, blocks=(0, 2), val=val)
     assert rows[["block", "pool"]].to_numpy().tolist() == [[2, "tokens"], [2, "tokens+cls"]]
     assert rows["setting"].tolist() == ["lr=0.1 blocks=0+2"] * 2
     assert (rows["value"] > 0.5).all()
     assert vit.blocks[0].attn.qkv.weight.requires_grad
-    with pytest.raises(mr.InputError, match="choosing among 2 learning rates needs validation images"):
+    with pytest.raises(
+        mr.InputError, match="choosing among 2 learning rates needs validation images"
+    ):
         dense.dense_probe(vit, train, val, classes=3, config=config)
-    with pytest.raises(mr.InputError, match="stride must be between 1 and the window of 32 pixels, got 33"):
+    with pytest.raises(
+        mr.InputError, match="stride must be between 1 and the window of 32 pixels, got 33"
+    ):
         dense.dense_probe(vit, train, val, classes=3, config=replace(config, stride=33), val=val)
 
 

@@ -15,21 +15,28 @@ import torch
 from torch import nn
 
 import mimrefiner as mr
-from mimrefiner import distributed, feature_cache, resume, store
-from mimrefiner.augment import digit_views
-from mimrefiner.checkpoint import sha256_of
+from mimrefiner import distributed
+from mimrefiner.data.augment import digit_views
 from mimrefiner.errors import Stopped
-from mimrefiner.heads import StackedBatchNorm
-from mimrefiner.memory import Memory
-from mimrefiner.monitor import Monitor
-from mimrefiner.refiner import forward_backward
-from mimrefiner.resume import Checkpoints, Run, Saving
+from mimrefiner.method.heads import StackedBatchNorm
+from mimrefiner.models.weights import sha256_of
+from mimrefiner.probes import feature_cache
+from mimrefiner.probes.monitor import Monitor
+from mimrefiner.study import store
+from mimrefiner.training import checkpoints, engine, optim
+from mimrefiner.training import run as resume
+from mimrefiner.training.checkpoints import Checkpoints, Saving
+from mimrefiner.training.memory import Memory
+from mimrefiner.training.refine import forward_backward
+from mimrefiner.training.run import Run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def on_several(function, folder, *, world=2, timeout=60):
-    """What ``function(rank)`` returns on every process (tensors, numbers, text), and their exit codes."""
+    """What ``function(rank)`` returns on every process (tensors, numbers, text), and their exit
+    codes.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -40,9 +47,13 @@ def on_several(function, folder, *, world=2, timeout=60):
             code = 1
             try:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "MIMREFINER_TIMEOUT": str(timeout)}
+                os.environ |= {
+                    "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": str(port),
+                    "MIMREFINER_TIMEOUT": str(timeout),
+                }
                 sys.stderr = (folder / f"err{rank}").open("w")
-                with distributed.processes():
+                with engine.processes():
                     torch.save(function(rank), folder / f"out{rank}.pt")
                 code = 0
             except Exception as error:
@@ -63,9 +74,15 @@ def close(a, b):
 @pytest.fixture
 def refiner(vit):
     config = mr.RefineConfig(
-        views=digit_views(32, 8, n_local=2), blocks=(0, 1, 2), hidden_dim=24, out_dim=12, predictor_dim=20, queue_size=64,
-        batch_size=16, refine_top_k=4,
-    )  # fmt: skip
+        views=digit_views(32, 8, n_local=2),
+        blocks=(0, 1, 2),
+        hidden_dim=24,
+        out_dim=12,
+        predictor_dim=20,
+        queue_size=64,
+        batch_size=16,
+        refine_top_k=4,
+    )
     return mr.MIMRefiner(vit, config)
 
 
@@ -75,7 +92,9 @@ def test_a_group_of_the_caller_needs_no_launcher(digits, tmp_path):
     def job(rank):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-        result = mr.refine(mr.build_vit(preset.encoder), some, replace(preset.refine, refine_epochs=1))
+        result = mr.refine(
+            mr.build_vit(preset.encoder), some, replace(preset.refine, refine_epochs=1)
+        )
         return {"hash": sha256_of(result.encoder)}
 
     outputs, codes = on_several(job, tmp_path)
@@ -104,7 +123,11 @@ def test_batch_norm_equals_that_of_the_whole_batch(tmp_path):
         norm, part = StackedBatchNorm(2, 6), x[rows].clone().requires_grad_()
         out = norm(part)
         (out * weight[rows]).sum().backward()
-        return {"out": out.detach(), "grad": part.grad, **{n: b.float() for n, b in norm.named_buffers()}}
+        return {
+            "out": out.detach(),
+            "grad": part.grad,
+            **{n: b.float() for n, b in norm.named_buffers()},
+        }
 
     outputs, _ = on_several(lambda rank: run(slice(5 * rank, 5 * rank + 5)), tmp_path)
     whole = run(slice(0, 10))
@@ -115,11 +138,15 @@ def test_batch_norm_equals_that_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "micro_batch", "blocks"), [(2, None, (0, 1, 2)), (2, 3, (0, 1, 2)), (4, None, (0, 1, 2)), (2, 3, (0, 1))]
+    ("processes", "micro_batch", "blocks"),
+    [(2, None, (0, 1, 2)), (2, 3, (0, 1, 2)), (4, None, (0, 1, 2)), (2, 3, (0, 1))],
 )
-def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch, processes, micro_batch, blocks):
-    """Loss, gradients, queue and batch norm after two steps, also where no loss reaches the last block; neighbours are pinned
-    so that near-ties cannot flip."""
+def test_processes_equal_one_with_the_whole_batch(
+    refiner, tmp_path, monkeypatch, processes, micro_batch, blocks
+):
+    """Loss, gradients, queue and batch norm after two steps, also where no loss reaches the last
+    block; neighbours are pinned so that near-ties cannot flip.
+    """
     refiner = mr.MIMRefiner(refiner.encoder, replace(refiner.config, blocks=blocks))
 
     def pinned(self, z, index, *, part, **_):
@@ -128,15 +155,26 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
 
     monkeypatch.setattr(mr.NNQueue, "lookup_slots", pinned)
     torch.manual_seed(2)
-    batches = [[torch.randn(16, 3, c.size, c.size) for c in refiner.config.views.crops] for _ in range(2)]
+    batches = [
+        [torch.randn(16, 3, c.size, c.size) for c in refiner.config.views.crops] for _ in range(2)
+    ]
 
     def run(rank, world):
         rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
-        how = {"through": (distributed.averaged(refiner.encoder), distributed.averaged(refiner.heads)), "micro_batch": micro_batch}
+        how = {
+            "through": (engine.averaged(refiner.encoder), engine.averaged(refiner.heads)),
+            "micro_batch": micro_batch,
+        }
         for step, views in enumerate(batches):
             index = torch.arange(16) + 16 * step
-            result = forward_backward(refiner, [x[rows] for x in views], index[rows], index[rows] % 3, top_k=1, **how)
-        values = {f"grad of {name}": x.grad for name, x in refiner.named_parameters() if x.grad is not None}
+            result = forward_backward(
+                refiner, [x[rows] for x in views], index[rows], index[rows] % 3, top_k=1, **how
+            )
+        values = {
+            f"grad of {name}": x.grad
+            for name, x in refiner.named_parameters()
+            if x.grad is not None
+        }
         values |= {name: x.float() for name, x in refiner.named_buffers()}
         return {**values, "loss": distributed.mean(result.loss.detach())}
 
@@ -153,18 +191,30 @@ def test_processes_equal_one_with_the_whole_batch(refiner, tmp_path, monkeypatch
 
 
 def test_messages_of_a_step_are_as_many_for_any_number_of_heads(vit, tmp_path, monkeypatch):
-    """One per batch-norm layer, one for the predictions, and the queue's three, forward; gradients go back through as many."""
+    """One per batch-norm layer, one for the predictions, and the queue's three, forward; gradients
+    go back through as many.
+    """
     sent, gather, scatter = [], distributed.ALL_GATHER, distributed.REDUCE_SCATTER
-    monkeypatch.setattr(distributed, "ALL_GATHER", lambda *args: sent.append("gather") or gather(*args))
-    monkeypatch.setattr(distributed, "REDUCE_SCATTER", lambda *args: sent.append("scatter") or scatter(*args))
+    monkeypatch.setattr(
+        distributed, "ALL_GATHER", lambda *args: sent.append("gather") or gather(*args)
+    )
+    monkeypatch.setattr(
+        distributed, "REDUCE_SCATTER", lambda *args: sent.append("scatter") or scatter(*args)
+    )
 
     def run(rank):
         counts = []
         for blocks in ((2,), (0, 1, 2)):
             config = mr.RefineConfig(
-                views=digit_views(32, 8, n_local=1), blocks=blocks, hidden_dim=8, out_dim=8, predictor_dim=8, queue_size=32,
-                batch_size=8, refine_top_k=1,
-            )  # fmt: skip
+                views=digit_views(32, 8, n_local=1),
+                blocks=blocks,
+                hidden_dim=8,
+                out_dim=8,
+                predictor_dim=8,
+                queue_size=32,
+                batch_size=8,
+                refine_top_k=1,
+            )
             refiner = mr.MIMRefiner(vit, config)
             sent.clear()
             views = [torch.randn(4, 3, c.size, c.size) for c in config.views.crops]
@@ -179,10 +229,19 @@ def test_messages_of_a_step_are_as_many_for_any_number_of_heads(vit, tmp_path, m
 def test_processes_equal_one_in_bfloat16(tmp_path, monkeypatch):
     """Loss and gradients of an encoder wide enough for autocast, to the precision of bfloat16."""
     config = mr.RefineConfig(
-        views=digit_views(32, 8, n_local=2), hidden_dim=24, out_dim=12, predictor_dim=20, queue_size=64, batch_size=16
-    )  # fmt: skip
+        views=digit_views(32, 8, n_local=2),
+        hidden_dim=24,
+        out_dim=12,
+        predictor_dim=20,
+        queue_size=64,
+        batch_size=16,
+    )
     wide = mr.MIMRefiner(mr.build_vit(mr.ViTConfig(dim=192, depth=3, num_heads=3)), config)
-    monkeypatch.setattr(mr.NNQueue, "lookup_slots", lambda self, z, *_, **__: torch.zeros(z.shape[:3], dtype=torch.long))
+    monkeypatch.setattr(
+        mr.NNQueue,
+        "lookup_slots",
+        lambda self, z, *_, **__: torch.zeros(z.shape[:3], dtype=torch.long),
+    )
     torch.manual_seed(2)
     views = [torch.randn(16, 3, c.size, c.size) for c in config.views.crops]
     kinds = []
@@ -191,9 +250,13 @@ def test_processes_equal_one_in_bfloat16(tmp_path, monkeypatch):
 
     def run(rank, world):
         rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
-        through = distributed.averaged(wide.encoder), distributed.averaged(wide.heads)
-        result = forward_backward(wide, [x[rows] for x in views], torch.arange(16)[rows], top_k=1, through=through)
-        grads = torch.cat([x.grad.flatten() for x in wide.encoder.parameters() if x.grad is not None])
+        through = engine.averaged(wide.encoder), engine.averaged(wide.heads)
+        result = forward_backward(
+            wide, [x[rows] for x in views], torch.arange(16)[rows], top_k=1, through=through
+        )
+        grads = torch.cat(
+            [x.grad.flatten() for x in wide.encoder.parameters() if x.grad is not None]
+        )
         return {"loss": distributed.mean(result.loss.detach()), "grads": grads}
 
     outputs, _ = on_several(lambda rank: run(rank, 2), tmp_path)
@@ -205,15 +268,25 @@ def test_processes_equal_one_in_bfloat16(tmp_path, monkeypatch):
 
 
 def test_neighbours_are_counted_over_all_processes(refiner, tmp_path, monkeypatch):
-    """One process knows labels of 8 images, 3 of them right; the other knows none, of which it cannot make a share."""
-    monkeypatch.setattr(mr.NNQueue, "lookup_slots", lambda self, z, index, **_: torch.zeros(z.shape[:3], dtype=torch.long))
+    """One process knows labels of 8 images, 3 of them right; the other knows none, of which it
+    cannot make a share.
+    """
+    monkeypatch.setattr(
+        mr.NNQueue,
+        "lookup_slots",
+        lambda self, z, index, **_: torch.zeros(z.shape[:3], dtype=torch.long),
+    )
     refiner.queue.label.zero_()
     label = torch.tensor([0] * 3 + [1] * 5 + [-1] * 8)
 
     def job(rank):
         rows = slice(8 * rank, 8 * rank + 8)
         views = [torch.randn(8, 3, c.size, c.size) for c in refiner.config.views.crops]
-        return {"accuracy": refiner.step(*refiner(views), torch.arange(16)[rows], label[rows], top_k=1).metrics["nn_accuracy"]}
+        return {
+            "accuracy": refiner.step(
+                *refiner(views), torch.arange(16)[rows], label[rows], top_k=1
+            ).metrics["nn_accuracy"]
+        }
 
     outputs, _ = on_several(job, tmp_path)
     assert all(output["accuracy"].tolist() == [3 / 8] * 3 for output in outputs)
@@ -231,7 +304,9 @@ def test_draws_do_not_depend_on_the_number_of_processes():
 
 
 def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
-    """All three stages; both processes end with one set of weights, and the first losses are those of one process."""
+    """All three stages; both processes end with one set of weights, and the first losses are those
+    of one process.
+    """
     preset, some = mr.load_preset("smoke"), digits["train"].take(128)
     refining = replace(preset.refine, heads_epochs=1, refine_epochs=1)
 
@@ -239,7 +314,11 @@ def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
         first = mr.pretrain(mr.build_vit(preset.encoder), some, replace(preset.pretrain, epochs=1))
         second = mr.refine(first.encoder, some, refining)
         losses = [*first.history["loss"], *second.history["loss"]]
-        return {"loss": torch.tensor(losses), "hash": sha256_of(second.ema_encoder), "flops": first.flops + second.flops}
+        return {
+            "loss": torch.tensor(losses),
+            "hash": sha256_of(second.ema_encoder),
+            "flops": first.flops + second.flops,
+        }
 
     outputs, _ = on_several(run, tmp_path)
     alone = run()
@@ -251,11 +330,15 @@ def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("memory", "later"),
-    [(Memory(shard=True), Memory(shard=True)), (Memory(micro_batch=12, recompute=True, shard=True), Memory())],
+    [
+        (Memory(shard=True), Memory(shard=True)),
+        (Memory(micro_batch=12, recompute=True, shard=True), Memory()),
+    ],
 )
 def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, later):
-    """Stages 2 and 3 with frozen blocks, clipping, a monitor; left alone, and stopped in step 5 after a checkpoint at 4 to go on
-    sharded (then bit for bit the same) or not."""
+    """Stages 2 and 3 with frozen blocks, clipping, a monitor; left alone, and stopped in step 5
+    after a checkpoint at 4 to go on sharded (then bit for bit the same) or not.
+    """
     preset, some = mr.load_preset("smoke"), digits["train"].take(129)
     config = replace(preset.refine, refine_epochs=3, frozen_blocks=1, clip_norm=0.5)
     monitor = Monitor(some.take(33), digits["val"].take(17))
@@ -263,9 +346,17 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, l
 
     def run(rank, memory=memory, **how):
         result = mr.refine(encoder, some, config, memory=memory, monitor=monitor, **how)
-        numbers = {"loss": result.history["loss"], "knn": result.epochs.filter(like="knn").to_numpy()}
-        weights = {f"{name} {n}": x for name in ("encoder", "ema_encoder") for n, x in getattr(result, name).state_dict().items()}
-        for name in list(weights):  # these biases have no gradient but rounding, which AdamW enlarges:
+        numbers = {
+            "loss": result.history["loss"],
+            "knn": result.epochs.filter(like="knn").to_numpy(),
+        }
+        weights = {
+            f"{name} {n}": x
+            for name in ("encoder", "ema_encoder")
+            for n, x in getattr(result, name).state_dict().items()
+        }
+        # These biases have no gradient but rounding, which AdamW enlarges:
+        for name in list(weights):
             if name.endswith("qkv.bias"):
                 weights[name] = weights[name].unflatten(0, (3, -1))[[0, 2]]  # keys
             elif name.endswith("encoder norm.bias"):  # a batch norm follows
@@ -275,7 +366,7 @@ def test_a_sharded_encoder_is_trained_as_a_whole_one(digits, tmp_path, memory, l
     def interrupted(rank):
         saving = Saving(tmp_path / "checkpoints", every=2)
         stop = pytest.MonkeyPatch()
-        stop.setattr(distributed, "update_average", partial(_stop_after, [5], distributed.update_average))
+        stop.setattr(distributed, "update_average", partial(_stop_after, [5], optim.update_average))
         with pytest.raises(KeyboardInterrupt):
             run(rank, saving=saving)
         stop.undo()
@@ -305,18 +396,23 @@ def _stop_after(left, update, *args):
 
 
 def test_three_processes_resume_bit_for_bit(digits, tmp_path):
-    """A sum of three depends on its order, which DDP changes after a run's first step unless it is kept from that."""
+    """A sum of three depends on its order, which DDP changes after a run's first step unless it is
+    kept from that.
+    """
     preset, some = mr.load_preset("smoke"), digits["train"].take(120)
     config = replace(preset.refine, batch_size=30, heads_epochs=0.25, refine_epochs=2)
     encoder, saving = mr.build_vit(preset.encoder), Saving(tmp_path / "checkpoints", every=3)
 
     def weights(**how):
         result = mr.refine(encoder, some, config, **how)
-        return {"hashes": [sha256_of(result.encoder), sha256_of(result.ema_encoder)], "loss": list(result.history["loss"])}
+        return {
+            "hashes": [sha256_of(result.encoder), sha256_of(result.ema_encoder)],
+            "loss": list(result.history["loss"]),
+        }
 
     def interrupted(rank):
         stop = pytest.MonkeyPatch()
-        stop.setattr(distributed, "update_average", partial(_stop_after, [5], distributed.update_average))
+        stop.setattr(distributed, "update_average", partial(_stop_after, [5], optim.update_average))
         with pytest.raises(KeyboardInterrupt):
             weights(saving=saving)
         stop.undo()
@@ -328,9 +424,15 @@ def test_three_processes_resume_bit_for_bit(digits, tmp_path):
     assert resumed == alone == [alone[0]] * 3
 
 
-@pytest.mark.parametrize(("stage", "step"), [(2, 1), (3, 1)])  # the last steps of stages that are shorter than CHECK_EVERY
+@pytest.mark.parametrize(
+    ("stage", "step"), [(2, 1), (3, 1)]
+)  # the last steps of stages that are shorter than CHECK_EVERY
 def test_sigterm_in_the_last_step_stops_all_processes(digits, tmp_path, monkeypatch, stage, step):
-    preset, some, saving = mr.load_preset("smoke"), digits["train"].take(128), Saving(tmp_path / "checkpoints")
+    preset, some, saving = (
+        mr.load_preset("smoke"),
+        digits["train"].take(128),
+        Saving(tmp_path / "checkpoints"),
+    )
     watch = Run.watch
 
     def spy(self, now, losses):
@@ -340,8 +442,14 @@ def test_sigterm_in_the_last_step_stops_all_processes(digits, tmp_path, monkeypa
 
     def job(rank):
         with pytest.raises(Stopped, match=f"stage {stage}, step {step + 1}; resume from"):
-            mr.refine(mr.build_vit(preset.encoder), some, replace(preset.refine, heads_epochs=1, refine_epochs=1), saving=saving)
-        return {"saved": Checkpoints(saving.folder).files()[-1].name}  # by the first, before any leaves
+            mr.refine(
+                mr.build_vit(preset.encoder),
+                some,
+                replace(preset.refine, heads_epochs=1, refine_epochs=1),
+                saving=saving,
+            )
+        # By the first, before any leaves
+        return {"saved": Checkpoints(saving.folder).files()[-1].name}
 
     monkeypatch.setattr(Run, "watch", spy)
     outputs, codes = on_several(job, tmp_path)
@@ -352,23 +460,30 @@ def test_sigterm_in_the_last_step_stops_all_processes(digits, tmp_path, monkeypa
 @pytest.mark.parametrize("trouble", ["not shared", "holds checkpoints already", "other settings"])
 def test_processes_that_cannot_resume_together_all_say_so(vit, tmp_path, monkeypatch, trouble):
     """None waits for another (the time limit is far longer than the test)."""
-    monkeypatch.setattr(resume, "_digest", _only_on_the_first(resume._digest))
+    monkeypatch.setattr(resume, "_digest", _only_on_the_first(checkpoints.digest_of))
     Checkpoints(tmp_path / "shared").save({"stage": 1, "step": 7, "settings": {"a": 1}})
 
     def job(rank):
         folder = "own" if trouble == "not shared" and rank else "shared"
         resuming = trouble != "holds checkpoints already"
-        Run(Saving(tmp_path / folder, resume=resuming), {"a": 1 + (rank if trouble == "other settings" else 0)})
+        Run(
+            Saving(tmp_path / folder, resume=resuming),
+            {"a": 1 + (rank if trouble == "other settings" else 0)},
+        )
 
     _, codes = on_several(job, tmp_path)
     assert codes == [1, 1]
-    expected = {"not shared": "not all processes see", "other settings": "other settings"}.get(trouble, trouble)
+    expected = {"not shared": "not all processes see", "other settings": "other settings"}.get(
+        trouble, trouble
+    )
     for rank in range(2):
         assert expected in (tmp_path / f"failed{rank}").read_text()
 
 
 def _only_on_the_first(function):
-    """``function``, not to be called on other processes: a checkpoint is large, one reads all of it."""
+    """``function``, not to be called on other processes: a checkpoint is large, one reads all of
+    it.
+    """
 
     def called(*args):
         assert distributed.rank() == 0
@@ -380,7 +495,9 @@ def _only_on_the_first(function):
 def test_pretraining_with_a_sharded_model(digits, tmp_path):
     """Three processes, so that widths of 32 are not shared equally."""
     preset, some = mr.load_preset("smoke"), digits["train"].take(120)
-    config = replace(preset.pretrain, method="mae", decoder_dim=32, decoder_heads=2, clip_norm=0.5, batch_size=60)
+    config = replace(
+        preset.pretrain, method="mae", decoder_dim=32, decoder_heads=2, clip_norm=0.5, batch_size=60
+    )
 
     def run(shard, rank):
         result = mr.pretrain(mr.build_vit(preset.encoder), some, config, shard=shard)
@@ -394,18 +511,21 @@ def test_pretraining_with_a_sharded_model(digits, tmp_path):
 
 
 def test_a_shard_is_a_share(tmp_path, vit):
-    """Every process holds about half of weights, gradients and moments; a checkpoint's tensors are whole."""
+    """Every process holds about half of weights, gradients and moments; a checkpoint's tensors are
+    whole.
+    """
 
     def job(rank):
-        distributed.shard(vit)
+        engine.shard(vit)
         vit.forward_features(torch.randn(2, 3, 32, 32)).sum().backward()
         optimizer = torch.optim.AdamW(vit.parameters())
         optimizer.step()
         moments = [values["exp_avg"] for values in optimizer.state.values()]
         held = [
-            sum(distributed.local(x).numel() for x in xs) for xs in (vit.parameters(), [p.grad for p in vit.parameters()], moments)
+            sum(engine.local(x).numel() for x in xs)
+            for xs in (vit.parameters(), [p.grad for p in vit.parameters()], moments)
         ]
-        saved = distributed.whole(optimizer.state_dict())["state"].values()
+        saved = engine.whole(optimizer.state_dict())["state"].values()
         return {"held": held, "saved": sum(x["exp_avg"].numel() for x in saved)}
 
     count = sum(x.numel() for x in vit.parameters())
@@ -417,7 +537,7 @@ def test_a_shard_is_a_share(tmp_path, vit):
 
 def test_sharding_alone_is_refused(vit):
     with pytest.raises(mr.InputError, match="start with torchrun"):
-        distributed.shard(vit)
+        engine.shard(vit)
 
 
 def test_a_preset_alone_is_trained_by_all_processes_together(tmp_path, monkeypatch):
@@ -427,13 +547,20 @@ def test_a_preset_alone_is_trained_by_all_processes_together(tmp_path, monkeypat
 
     def run(rank):
         first, again = (store.pretrained(preset) for _ in range(2))
-        return {"hashes": [sha256_of(first.model), sha256_of(again.model)], "seconds": [first.seconds, again.seconds]}
+        return {
+            "hashes": [sha256_of(first.model), sha256_of(again.model)],
+            "seconds": [first.seconds, again.seconds],
+        }
 
     outputs, codes = on_several(run, tmp_path)
     assert codes == [0, 0], (tmp_path / "failed0").read_text()
     assert outputs[0] == outputs[1]
     assert len(set(outputs[0]["hashes"])) == len(set(outputs[0]["seconds"])) == 1
-    assert sorted(f.name.partition("-")[0] for f in (tmp_path / "cache").iterdir()) == ["locks", "pretrain", "unfinished"]
+    assert sorted(f.name.partition("-")[0] for f in (tmp_path / "cache").iterdir()) == [
+        "locks",
+        "pretrain",
+        "unfinished",
+    ]
     assert store.is_stored("pretrained", preset)
 
 
@@ -441,12 +568,14 @@ def test_a_preset_alone_is_trained_by_all_processes_together(tmp_path, monkeypat
 def test_clipping_is_that_of_torch(vit, limit):
     vit(torch.randn(2, 3, 32, 32)).sum().backward()
     grads = [x.grad.clone() for x in vit.parameters()]
-    distributed.clip_gradients(vit.parameters(), limit)
+    engine.clip_gradients(vit.parameters(), limit)
     ours = [x.grad.clone() for x in vit.parameters()]
     for x, grad in zip(vit.parameters(), grads, strict=True):
         x.grad = grad
     nn.utils.clip_grad_norm_(vit.parameters(), limit)
-    assert all(torch.allclose(a, x.grad, rtol=1e-5) for a, x in zip(ours, vit.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, x.grad, rtol=1e-5) for a, x in zip(ours, vit.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("way", ["dies", "hangs"])
@@ -484,9 +613,15 @@ def test_a_process_lost_in_the_backward_pass_ends_the_other(digits, tmp_path):
 
 @pytest.fixture
 def cached(vit, digits, tmp_path, monkeypatch):
-    """Fill a cache with the features of 20 images; ``killed``: rank -> the batch of 3 images before which it is killed."""
+    """Fill a cache with the features of 20 images; ``killed``: rank -> the batch of 3 images before
+    which it is killed.
+    """
     monkeypatch.setattr(feature_cache, "SHARD", 4)
-    images, real, folder = digits["test"].subset(range(20)), feature_cache.feature_batches, tmp_path / "features"
+    images, real, folder = (
+        digits["test"].subset(range(20)),
+        feature_cache.feature_batches,
+        tmp_path / "features",
+    )
 
     def run(killed, rank=0):
         extracted = []
@@ -527,14 +662,17 @@ def test_processes_fill_one_cache(vit, digits, tmp_path, cached):
 
 @pytest.mark.parametrize("then", [1, 2])
 @pytest.mark.parametrize("killed", [{1: 2}, {0: 1, 1: 2}])
-def test_a_cache_goes_on_after_a_kill_with_any_number_of_processes(vit, digits, tmp_path, capsys, cached, killed, then):
+def test_a_cache_goes_on_after_a_kill_with_any_number_of_processes(
+    vit, digits, tmp_path, capsys, cached, killed, then
+):
     _, codes = on_several(partial(cached, killed), tmp_path)
     assert codes == [-9 if rank in killed else 1 for rank in range(2)]
     outputs = [cached({})] if then == 1 else on_several(partial(cached, {}), tmp_path)[0]
     missing = [*range(3, 10), *range(16, 20)] if 0 in killed else [*range(16, 20)]
     extracted = [output["extracted"].tolist() for output in outputs]
     assert [row for rows in extracted for row in rows if row != 0] == missing
-    assert len({len(rows) for rows in extracted}) == 1  # image 0 makes up the number where the shares differ
+    # Image 0 makes up the number where the shares differ
+    assert len({len(rows) for rows in extracted}) == 1
     for output in outputs:
         same_features(output, vit, digits)
     same_features(cached({}), vit, digits)
@@ -568,11 +706,13 @@ def test_a_full_disk_is_said_by_all_processes(tmp_path, cached, monkeypatch):
 
 
 def test_a_batch_that_cannot_be_shared_is_named(digits):
-    from mimrefiner.views import view_batches
+    from mimrefiner.data.views import view_batches
 
     options = {"steps": 1, "seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(mr.InputError, match="a batch of 9 cannot be shared equally by 2 processes"):
-        next(view_batches(digits["train"], digit_views(32, 8), batch_size=9, part=(0, 2), **options))
+        next(
+            view_batches(digits["train"], digit_views(32, 8), batch_size=9, part=(0, 2), **options)
+        )
 
 
 def test_one_process_needs_none_of_it():
@@ -581,5 +721,6 @@ def test_one_process_needs_none_of_it():
     assert distributed.mean(x) is x
     assert distributed.world() == 1 and distributed.rank() == 0
     part = nn.Linear(2, 2)
-    assert distributed.averaged(part) is distributed.call
-    assert list(distributed._Called(part).parameters()) == list(part.parameters())  # DDP wants all on one device
+    assert engine.averaged(part) is engine.call
+    # DDP wants all on one device
+    assert list(engine._Called(part).parameters()) == list(part.parameters())

@@ -1,4 +1,6 @@
-"""The page of results and the link checker of the documentation site (the site itself is built by ``make docs``)."""
+"""The page of results and the link checker of the documentation site (the site itself is built by
+``make docs``).
+"""
 
 import importlib.util
 from pathlib import Path
@@ -20,8 +22,14 @@ def test_the_page_of_results_shows_the_measured_tables():
 def test_broken_links_are_found(tmp_path):
     check_links = load("check_links")
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "index.html").write_text('<h1 id="top">A</h1><a href="../b.html#here">b</a><a href="https://x.org/y">x</a>')
+    (tmp_path / "a" / "index.html").write_text(
+        '<h1 id="top">A</h1><a href="../b.html#here">b</a><a href="https://x.org/y">x</a>'
+    )
     (tmp_path / "b.html").write_text('<p id="here"></p><a href="a/#top">a</a><a href="#here">h</a>')
     assert check_links.broken_links(tmp_path) == []
     (tmp_path / "b.html").write_text('<a href="a/#gone">a</a><img src="c.png">')
-    assert sorted(check_links.broken_links(tmp_path)) == ["a/index.html: ../b.html#here", "b.html: a/#gone", "b.html: c.png"]
+    assert sorted(check_links.broken_links(tmp_path)) == [
+        "a/index.html: ../b.html#here",
+        "b.html: a/#gone",
+        "b.html: c.png",
+    ]

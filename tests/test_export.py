@@ -6,10 +6,10 @@ import torch
 
 import mimrefiner as mr
 from mimrefiner.__main__ import main
-from mimrefiner.checkpoint import save_encoder
-from mimrefiner.export import export
-from mimrefiner.layouts import ReleasedViT, ViTShape
-from mimrefiner.models import _as_encoder
+from mimrefiner.models.encoders import _as_encoder
+from mimrefiner.models.export import export
+from mimrefiner.models.layouts import ReleasedViT, ViTShape
+from mimrefiner.models.weights import save_encoder
 
 SHAPES = {
     "cls": ViTShape(32, 8, 48, 2, 3, 192),
@@ -29,16 +29,23 @@ def test_timm_builds_the_same_model(name, vit, tmp_path):
     written = json.loads((tmp_path / "e.json").read_text())
     overlay = {**written["pretrained_cfg"], "file": str(tmp_path / "e.safetensors")}
     again = timm.create_model(
-        written["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **written["model_args"]
+        written["architecture"],
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        **written["model_args"],
     ).eval()
     x = torch.randn(2, 3, *encoder.pretrained_cfg["input_size"][1:])
-    torch.testing.assert_close(again.forward_features(x), encoder.forward_features(x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        again.forward_features(x), encoder.forward_features(x), atol=1e-6, rtol=1e-5
+    )
     assert tuple(again.pretrained_cfg["mean"]) == tuple(encoder.pretrained_cfg["mean"])
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_the_hub_layout_round_trips(post_norm, tmp_path):
-    encoder = released(ViTShape(32, 8, 48, 2, 3, 192, post_norm=post_norm, final_norm=not post_norm))
+    encoder = released(
+        ViTShape(32, 8, 48, 2, 3, 192, post_norm=post_norm, final_norm=not post_norm)
+    )
     export(encoder, tmp_path / "e.th", "hub")
     file = torch.load(tmp_path / "e.th", weights_only=True)["state_dict"]
     assert file["pos_embed.embed"].shape == (1, 4, 4, 48)
@@ -97,12 +104,24 @@ def test_a_file_for_timm_keeps_its_normalisation(tmp_path):
 
 def test_half_precision_makes_the_packaged_file(vit, tmp_path, capsys):
     save_encoder(vit, tmp_path / "full.safetensors")
-    asked = ["export", str(tmp_path / "full.safetensors"), "--to", str(tmp_path / "half.safetensors"), "--format", "mimrefiner"]
+    asked = [
+        "export",
+        str(tmp_path / "full.safetensors"),
+        "--to",
+        str(tmp_path / "half.safetensors"),
+        "--format",
+        "mimrefiner",
+    ]
     assert main([*asked, "--dtype", "float16"]) == 0
     assert "mimrefiner.load_encoder('half.safetensors')" in capsys.readouterr().out
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (
+        tmp_path / "full.safetensors"
+    ).stat().st_size
     half = mr.load_encoder(tmp_path / "half.safetensors").state_dict()
     for name, x in vit.state_dict().items():
         torch.testing.assert_close(half[name].float(), x.half().float(), rtol=0, atol=0)
     assert main([*asked, "--dtype", "float8"]) == 2
-    assert "unknown dtype 'float8': choose one of float32, bfloat16, float16" in capsys.readouterr().err
+    assert (
+        "unknown dtype 'float8': choose one of float32, bfloat16, float16"
+        in capsys.readouterr().err
+    )

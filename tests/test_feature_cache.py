@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner import feature_cache
-from mimrefiner.feature_cache import cached_features
+from mimrefiner.probes import feature_cache
+from mimrefiner.probes.feature_cache import cached_features
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def _small_shards(monkeypatch):
 
 def same(a, b):
     return torch.equal(a.y, b.y) and all(
-        torch.allclose(x, y, atol=1e-5) for pool in b.x for x, y in zip(a.x[pool], b.x[pool], strict=True)
+        torch.allclose(x, y, atol=1e-5)
+        for pool in b.x
+        for x, y in zip(a.x[pool], b.x[pool], strict=True)
     )
 
 
@@ -40,7 +42,10 @@ def test_equal_to_features_in_memory_and_not_extracted_twice(vit, images, tmp_pa
 
 def written(folder):
     """(first, last + 1) of the pieces that the first process noted."""
-    return [(piece["start"], piece["stop"]) for piece in json.loads((folder / "pieces_0.json").read_text())]
+    return [
+        (piece["start"], piece["stop"])
+        for piece in json.loads((folder / "pieces_0.json").read_text())
+    ]
 
 
 @pytest.mark.parametrize("batches", [1, 3, 4])
@@ -55,11 +60,16 @@ def test_goes_on_at_the_next_image_after_a_kill(vit, images, tmp_path, monkeypat
         patch.setattr(feature_cache, "feature_batches", until_killed)
         with pytest.raises(KeyboardInterrupt):
             cached_features(vit, images, tmp_path / "f", batch_size=3)
-    assert written(tmp_path / "f") == [(0, min(3 * batches, 9)), (9, 12)][: 1 + (batches > 3)]  # a new checksum after 8 images
+    # A new checksum after 8 images
+    assert written(tmp_path / "f") == [(0, min(3 * batches, 9)), (9, 12)][: 1 + (batches > 3)]
     started = []
     real = feature_cache.feature_batches
-    monkeypatch.setattr(feature_cache, "feature_batches", lambda *a, **o: started.append(a[2][0]) or real(*a, **o))
-    assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
+    monkeypatch.setattr(
+        feature_cache, "feature_batches", lambda *a, **o: started.append(a[2][0]) or real(*a, **o)
+    )
+    assert same(
+        cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images)
+    )
     assert started == [3 * batches]
 
 
@@ -108,7 +118,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(vit, images, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(mr.InputError, match=r"need 0\.0 MiB, which .* has not \(No space left on device\)"):
+    with pytest.raises(
+        mr.InputError, match=r"need 0\.0 MiB, which .* has not \(No space left on device\)"
+    ):
         cached_features(vit, images, tmp_path / "f")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "f").mkdir()
@@ -125,10 +137,15 @@ def test_a_disk_that_fills_up_later_loses_nothing(vit, images, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache, "_write", full)
-        with pytest.raises(mr.InputError, match=r"takes no more features \(No space left on device\); those .* are kept"):
+        with pytest.raises(
+            mr.InputError,
+            match=r"takes no more features \(No space left on device\); those .* are kept",
+        ):
             cached_features(vit, images, tmp_path / "f", batch_size=3)
     assert written(tmp_path / "f") == [(0, 6)]
-    assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
+    assert same(
+        cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images)
+    )
 
 
 def test_room_is_asked_for_where_it_cannot_be_taken(vit, images, tmp_path, monkeypatch):
@@ -171,18 +188,24 @@ def test_a_killed_process_loses_nothing_that_was_written(vit, images, tmp_path, 
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "f")])
     assert done.returncode == -signal.SIGKILL
     assert written(tmp_path / "f") == [(0, 6)]
-    assert same(cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images))
+    assert same(
+        cached_features(vit, images, tmp_path / "f", batch_size=3), mr.extract_features(vit, images)
+    )
     assert capsys.readouterr().err == ""  # neither damaged nor of something else
 
 
 def test_half_the_space(vit, images, tmp_path):
     features = cached_features(vit, images, tmp_path / "f", dtype="float16")
     assert features.x["cls"][0].dtype == torch.float16
-    assert torch.allclose(features.x["cls"][2].float(), mr.extract_features(vit, images).x["cls"][2], atol=1e-2)
+    assert torch.allclose(
+        features.x["cls"][2].float(), mr.extract_features(vit, images).x["cls"][2], atol=1e-2
+    )
 
 
 def test_plain_poolings_stay_on_the_disk(vit, images, tmp_path):
     features = cached_features(vit, images, tmp_path / "f")
     joined = features.joined(("cls", "cls+mean"))
     assert [x.data_ptr() for x in joined.x["cls"]] == [x.data_ptr() for x in features.x["cls"]]
-    assert torch.equal(joined.x["cls+mean"][1], torch.cat([features.x["cls"][1], features.x["mean"][1]], -1))
+    assert torch.equal(
+        joined.x["cls+mean"][1], torch.cat([features.x["cls"][1], features.x["mean"][1]], -1)
+    )

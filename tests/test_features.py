@@ -8,15 +8,19 @@ import torch
 from peak import PeakBytes
 
 import mimrefiner as mr
-from mimrefiner.catalogue import MODELS
-from mimrefiner.features import available_pools
+from mimrefiner.models.blocks import available_pools, block_modules, pooled_blocks
+from mimrefiner.models.catalogue import MODELS
+from mimrefiner.models.encoders import eval_transform
 
 PLAIN = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
 
 def oracle(encoder, images, norm=False):
-    out = encoder.forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC", norm=norm)
-    return [torch.cat([x[1], x[0]], 1) if isinstance(x, tuple) else x for x in out]  # no tuple without prefix tokens
+    out = encoder.forward_intermediates(
+        images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC", norm=norm
+    )
+    # No tuple without prefix tokens
+    return [torch.cat([x[1], x[0]], 1) if isinstance(x, tuple) else x for x in out]
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def images(digits):
 
 
 def stacked(encoder, dataset):
-    transform = mr.models.eval_transform(encoder)
+    transform = eval_transform(encoder)
     return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
 
 
@@ -42,7 +46,14 @@ def test_every_block_equals_forward_intermediates(vit, images, final_norm):
         assert torch.allclose(features.x["mean"][block], expected[:, 1:].mean(1), atol=1e-5)
 
 
-TIMM_NAMES = ("test_vit", "test_vit2", "test_vit3", "test_vit4", "eva02_tiny_patch14_224", "beit_base_patch16_224")
+TIMM_NAMES = (
+    "test_vit",
+    "test_vit2",
+    "test_vit3",
+    "test_vit4",
+    "eva02_tiny_patch14_224",
+    "beit_base_patch16_224",
+)
 
 
 @pytest.mark.parametrize("name", TIMM_NAMES)
@@ -80,25 +91,31 @@ FAMILIES = {  # name -> (arguments that cut the model down, image sizes that one
 
 @pytest.mark.parametrize("name", [row.name for row in MODELS if not row.dim])
 def test_families_of_the_table(name, monkeypatch):
-    """Every timm name of the table without sizes of its own, cut down: all blocks, at the size it was built for and another one."""
+    """Every timm name of the table without sizes of its own, cut down: all blocks, at the size it
+    was built for and another one.
+    """
     cut, sizes = FAMILIES[name]
     monkeypatch.setattr("timm.create_model", functools.partial(timm.create_model, **cut))
     encoder = mr.load_encoder(name, pretrained=False, image_size=sizes[0])
     assert encoder.pretrained_cfg["input_size"] == (3, sizes[0], sizes[0])
     for x in encoder.parameters():
-        torch.nn.init.normal_(x, std=0.2)  # so that blocks differ, where timm begins with small layer scales
-    depth, pools = len(mr.features.block_modules(encoder)), available_pools(encoder)
+        # So that blocks differ, where timm begins with small layer scales
+        torch.nn.init.normal_(x, std=0.2)
+    depth, pools = len(block_modules(encoder)), available_pools(encoder)
     for size in sizes:
         images = torch.randn(2, 3, size, size)
         options = {"coarse": False} if name.startswith("hiera") else {}
         with torch.no_grad():
-            pooled = mr.features.pooled_blocks(encoder, images, range(depth), pools)
+            pooled = pooled_blocks(encoder, images, range(depth), pools)
             if name.startswith(("hiera", "convnext")):
                 maps = encoder.forward_intermediates(images, intermediates_only=True, **options)
                 expected = {"mean": [x.flatten(2).mean(-1) for x in maps]}
             else:
                 tokens = oracle(encoder, images)
-                expected = {"cls": [x[:, 0] for x in tokens], "mean": [x[:, encoder.num_prefix_tokens :].mean(1) for x in tokens]}
+                expected = {
+                    "cls": [x[:, 0] for x in tokens],
+                    "mean": [x[:, encoder.num_prefix_tokens :].mean(1) for x in tokens],
+                }
         assert len(expected["mean"]) == depth
         for pool in pools:
             for found, right in zip(pooled[pool], expected[pool], strict=True):
@@ -127,41 +144,55 @@ def test_some_blocks_and_pools(vit, images):
 def test_no_hook_stays_and_the_mode_comes_back(vit, images):
     vit.train()
     with pytest.raises(RuntimeError):
-        mr.features.pooled_blocks(vit, torch.zeros(1, 4, 32, 32), (0, 1), ("cls",))
+        pooled_blocks(vit, torch.zeros(1, 4, 32, 32), (0, 1), ("cls",))
     mr.extract_features(vit, images)
     assert vit.training
     assert not any(block._forward_hooks for block in vit.blocks)
 
 
 def test_half_precision_is_close(vit, images):
-    full, half = (mr.extract_features(vit, images, autocast=dtype).x["cls"] for dtype in (None, torch.bfloat16))
+    full, half = (
+        mr.extract_features(vit, images, autocast=dtype).x["cls"]
+        for dtype in (None, torch.bfloat16)
+    )
     assert half.dtype == torch.float32
     assert 0 < (full - half).abs().max() < 0.1
 
 
 def test_only_pooled_features_stay_alive(vit):
     """No tensor with a token axis outlives its block."""
-    pooled = mr.features.pooled_blocks(vit, torch.randn(2, 3, 32, 32), range(3), ("cls", "mean"))
+    pooled = pooled_blocks(vit, torch.randn(2, 3, 32, 32), range(3), ("cls", "mean"))
     assert all(x.shape == (2, 32) for per_block in pooled.values() for x in per_block)
-    assert all(x.untyped_storage().nbytes() == 2 * 32 * 4 for per_block in pooled.values() for x in per_block)
+    assert all(
+        x.untyped_storage().nbytes() == 2 * 32 * 4
+        for per_block in pooled.values()
+        for x in per_block
+    )
 
 
 def test_features_take_their_own_memory_and_that_of_one_batch(vit, digits):
-    """Nothing of a batch is kept beside them: small tensors between the large ones of forward passes make a process grow."""
+    """Nothing of a batch is kept beside them: small tensors between the large ones of forward
+    passes make a process grow.
+    """
     with PeakBytes() as measured:
         features = mr.extract_features(vit, digits["train"], batch_size=4)
     assert measured.peak < 1.5 * sum(x.nbytes for x in features.x.values())
 
 
 def test_bad_input_is_named(vit, images):
-    with pytest.raises(mr.InputError, match=r"block 3 is out of range: the model has blocks 0 to 2"):
+    with pytest.raises(
+        mr.InputError, match=r"block 3 is out of range: the model has blocks 0 to 2"
+    ):
         mr.extract_features(vit, images, blocks=(1, 3))
     for blocks in ("1,2", 1, (0.5,)):
         with pytest.raises(mr.InputError, match=r"expected 0-based blocks such as \(8, 9\), got"):
             mr.extract_features(vit, images, blocks=blocks)
     with pytest.raises(mr.InputError, match="expected one or more poolings of cls, mean, got none"):
         mr.extract_features(vit, images, pools=())
-    with pytest.raises(mr.InputError, match=r"expected batch_size >= 1 and loader processes \(workers\) >= 0, got 256 and -1"):
+    with pytest.raises(
+        mr.InputError,
+        match=r"expected batch_size >= 1 and loader processes \(workers\) >= 0, got 256 and -1",
+    ):
         mr.extract_features(vit, images, num_workers=-1)
     with pytest.raises(mr.InputError, match="unknown pooling 'max'"):
         mr.extract_features(vit, images, pools=("max",))
@@ -175,7 +206,14 @@ def test_bad_input_is_named(vit, images):
 
 def test_a_model_without_cls_token_is_refused_for_cls(images):
     encoder = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, class_token=False, global_pool="avg"
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        class_token=False,
+        global_pool="avg",
     )
     encoder.pretrained_cfg = mr.build_vit(mr.ViTConfig()).pretrained_cfg
     assert available_pools(encoder) == ("mean",)
@@ -192,7 +230,9 @@ def test_other_families_pool_their_stages_and_blocks(name, images):
     features = mr.extract_features(encoder, images.subset(range(3)))
     options = {"coarse": False} if name.startswith("hiera") else {}
     with torch.no_grad():
-        maps = encoder.forward_intermediates(stacked(encoder, images.subset(range(3))), intermediates_only=True, **options)
+        maps = encoder.forward_intermediates(
+            stacked(encoder, images.subset(range(3))), intermediates_only=True, **options
+        )
     assert len(maps) == features.depth == len(features.blocks)
     for found, expected in zip(features.x["mean"], maps, strict=True):
         assert torch.allclose(found, expected.flatten(2).mean(-1), atol=1e-4)
@@ -203,11 +243,18 @@ def test_joined_poolings_and_subsets(vit, images):
     features = mr.extract_features(vit, images)
     joined = features.joined(("cls_last2", "cls+mean", "cls+mean_last2", "mean"))
     assert list(joined.x) == ["cls_last2", "cls+mean", "cls+mean_last2", "mean"]
-    last = torch.cat([features.x["cls"][1], features.x["mean"][1], features.x["cls"][2], features.x["mean"][2]], -1)
+    last = torch.cat(
+        [features.x["cls"][1], features.x["mean"][1], features.x["cls"][2], features.x["mean"][2]],
+        -1,
+    )
     assert torch.equal(joined.x["cls+mean_last2"][2], last)
     assert torch.equal(joined.x["cls+mean_last2"][0], joined.x["cls+mean"][0])
     assert joined.x["cls+mean"].shape == (3, 10, 64)
-    for pool, message in (("max", "unknown pooling 'max'"), ("cls_last0", "unknown pooling"), ("cls+cls", "unknown pooling")):
+    for pool, message in (
+        ("max", "unknown pooling 'max'"),
+        ("cls_last0", "unknown pooling"),
+        ("cls+cls", "unknown pooling"),
+    ):
         with pytest.raises(mr.InputError, match=message):
             features.joined((pool,))
     with pytest.raises(mr.InputError, match="needs 'cls', and there are mean"):
@@ -220,7 +267,9 @@ def test_joined_poolings_and_subsets(vit, images):
 
 
 def test_processes_share_the_images_and_all_return_the_whole(vit, digits, tmp_path):
-    torch.multiprocessing.spawn(group_workers.extract, (2, tmp_path / "rendezvous", tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(
+        group_workers.extract, (2, tmp_path / "rendezvous", tmp_path), nprocs=2
+    )
     alone = mr.extract_features(vit, digits["test"].subset(range(7)))
     for rank in range(2):
         there = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -230,6 +279,6 @@ def test_processes_share_the_images_and_all_return_the_whole(vit, digits, tmp_pa
 
 
 def test_a_long_extraction_says_what_it_takes(vit, images, capsys, monkeypatch):
-    monkeypatch.setattr("mimrefiner.features.LONG_SECONDS", 0)
+    monkeypatch.setattr("mimrefiner.probes.features.LONG_SECONDS", 0)
     mr.extract_features(vit, images)
     assert "features of 10 images: 0.0 MiB as float32, about 0 minutes" in capsys.readouterr().err

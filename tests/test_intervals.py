@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mimrefiner import intervals
-from mimrefiner.intervals import image_difference, seed_difference
+from mimrefiner.study import intervals
+from mimrefiner.study.intervals import image_difference, seed_difference
 
 
 def test_bootstrap_interval_covers_the_truth():
@@ -34,7 +34,8 @@ def test_a_claim_about_images_asks_every_seed():
     assert image_difference([better, better], [base, base]).seen
     assert image_difference([worse], [base]).opposite
     mixed = image_difference([better, better, base], [base] * 3)
-    assert mixed.low > 0 and not mixed.seen and not mixed.opposite  # the mean is above zero, one seed alone is not
+    # The mean is above zero, one seed alone is not
+    assert mixed.low > 0 and not mixed.seen and not mixed.opposite
     assert mixed.by_seed[2] == 0 and mixed.mean == pytest.approx(np.mean(mixed.by_seed))
     assert "by seed, 95 % interval over images" in str(mixed)
 
@@ -48,7 +49,9 @@ def test_a_claim_about_seeds_uses_students_interval():
     few = seed_difference(ours, theirs, images=20)
     assert few.low < 0 < few.high and few.seen is False and "seeds and images" in str(few)
     images_alone = seed_difference([0.6, 0.6], [0.5, 0.5], images=100)
-    assert images_alone.high - images_alone.mean == pytest.approx(1.96 * np.sqrt((0.24 + 0.25) / 100), rel=1e-3)
+    assert images_alone.high - images_alone.mean == pytest.approx(
+        1.96 * np.sqrt((0.24 + 0.25) / 100), rel=1e-3
+    )
 
 
 def test_seeds_alone_give_few_false_alarms():
@@ -59,4 +62,6 @@ def test_seeds_alone_give_few_false_alarms():
 
 def test_one_seed_leaves_values_open():
     one = seed_difference([0.7], [0.5])
-    assert one.seen is None and not one.opposite and str(one) == "+20.0 points (one seed: no interval)"
+    assert (
+        one.seen is None and not one.opposite and str(one) == "+20.0 points (one seed: no interval)"
+    )

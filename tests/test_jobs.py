@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mimrefiner import jobs
+from mimrefiner.batch import jobs
 from mimrefiner.errors import InputError
 
 
@@ -25,7 +25,9 @@ class Fake:
 
 def run(tmp_path, monkeypatch, needs, failing=(), slots=(None,), **options):
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
-    listed = [jobs.Job(name, [], tmp_path / f"{name}.log", tuple(need)) for name, need in needs.items()]
+    listed = [
+        jobs.Job(name, [], tmp_path / f"{name}.log", tuple(need)) for name, need in needs.items()
+    ]
     started, at_once = {}, []
 
     def start(job, slot):
@@ -48,7 +50,9 @@ def test_needs_come_first_and_slots_bound_what_runs(tmp_path, monkeypatch):
 
 
 def test_after_a_failure_the_rest_stops(tmp_path, monkeypatch):
-    states, started, _ = run(tmp_path, monkeypatch, {"a": [], "b": [], "c": []}, failing="a", slots=(0, 1))
+    states, started, _ = run(
+        tmp_path, monkeypatch, {"a": [], "b": [], "c": []}, failing="a", slots=(0, 1)
+    )
     assert states == {"a": "failed", "b": "not run", "c": "not run"}
     assert started["b"].killed
 
@@ -100,14 +104,28 @@ def test_a_launcher_shows_what_the_processes_say_and_names_a_failure(capsys, tmp
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 def test_an_interrupted_launcher_lets_training_save(tmp_path):
     """Interrupted as Jupyter does it: SIGINT to all processes of the kernel's group."""
-    arguments = ["refine", "--preset", "tiny", "--model", "simmim_digits", "--heads", "1", "--out", str(tmp_path / "out")]
+    arguments = [
+        "refine",
+        "--preset",
+        "tiny",
+        "--model",
+        "simmim_digits",
+        "--heads",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run where it is ignored
     script += f"from mimrefiner import jobs; jobs.torchrun({arguments!r}, 1)"
     variables = os.environ | {"MIMREFINER_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
         env=variables,
-    ) as kernel:  # fmt: skip
+    ) as kernel:
         said = [next(line for line in kernel.stdout if "stage 2" in line)]
         os.killpg(kernel.pid, signal.SIGINT)
         said += kernel.stdout.readlines()

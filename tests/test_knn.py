@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner.features import Features
 from mimrefiner.probes import knn
+from mimrefiner.probes.features import Features
 
 
 @pytest.fixture
@@ -27,14 +27,20 @@ def test_accuracy_equals_the_official_one(knn_file, k, temperature, standardize)
 def test_predictions_equal_the_official_ones(knn_file):
     tensors, (train_x, train_y, test_x, _) = knn_file
     matches = [
-        torch.equal(mr.knn_predict(train_x, train_y, test_x, standardize=s)[0, 0], tensors["pred_k10_t007"]) for s in (True, False)
+        torch.equal(
+            mr.knn_predict(train_x, train_y, test_x, standardize=s)[0, 0], tensors["pred_k10_t007"]
+        )
+        for s in (True, False)
     ]
     assert any(matches)
 
 
 def test_one_search_over_blocks_equals_separate_ones(knn_file, monkeypatch):
     _, (train_x, train_y, test_x, test_y) = knn_file
-    train, test = torch.stack([train_x, train_x.flip(1) ** 3]), torch.stack([test_x, test_x.flip(1) ** 3])
+    train, test = (
+        torch.stack([train_x, train_x.flip(1) ** 3]),
+        torch.stack([test_x, test_x.flip(1) ** 3]),
+    )
     together = mr.knn_predict(train, train_y, test, ks=(1, 20), temperatures=(0.07, 0.2))
     assert together.shape == (2, 2, 2, len(test_y))
     for j, k in enumerate((1, 20)):
@@ -43,7 +49,9 @@ def test_one_search_over_blocks_equals_separate_ones(knn_file, monkeypatch):
                 alone = mr.knn_predict(train[b], train_y, test[b], ks=(k,), temperatures=(t,))
                 assert torch.equal(alone[0, 0], together[j, i, b])
     monkeypatch.setattr("mimrefiner.probes.knn.SEARCH_BYTES", 1)
-    assert torch.equal(together, mr.knn_predict(train, train_y, test, ks=(1, 20), temperatures=(0.07, 0.2)))
+    assert torch.equal(
+        together, mr.knn_predict(train, train_y, test, ks=(1, 20), temperatures=(0.07, 0.2))
+    )
 
 
 def test_labels_need_not_start_at_zero_and_may_be_missing_in_test(knn_file):
@@ -57,7 +65,10 @@ def test_labels_need_not_start_at_zero_and_may_be_missing_in_test(knn_file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ks": (5, 401)}, "k must be a whole number between 1 and the number of training images 400, got 401"),
+        (
+            {"ks": (5, 401)},
+            "k must be a whole number between 1 and the number of training images 400, got 401",
+        ),
         ({"ks": (0, 5)}, "k must be a whole number between 1 and .* got 0"),
         ({"ks": (2.5,)}, "k must be a whole number between 1 and .* got 2.5"),
         ({"ks": ()}, "one or more ks and temperatures, got none"),
@@ -76,10 +87,26 @@ def test_bad_settings_are_named(knn_file, change, message):
         (3, lambda y: y[:-1], r"one label per test image as a tensor \(\d+,\), got \("),
         (3, lambda y: y[:, None], "one label per test image as a tensor"),
         (3, lambda y: y.numpy(), "one label per test image as a tensor .*, got ndarray"),
-        (3, lambda y: torch.full_like(y, -1), "test images have no label, and k-NN counts right answers: leave them out"),
-        (0, lambda x: x.numpy(), r"features and labels as tensors, got ndarray, .*torch\.from_numpy"),
-        (0, lambda x: x.index_fill(0, torch.tensor([3]), torch.nan), "hold NaN or infinite values: check the weights"),
-        (2, lambda x: x.index_fill(0, torch.tensor([3]), torch.inf), "hold NaN or infinite values: check the weights"),
+        (
+            3,
+            lambda y: torch.full_like(y, -1),
+            "test images have no label, and k-NN counts right answers: leave them out",
+        ),
+        (
+            0,
+            lambda x: x.numpy(),
+            r"features and labels as tensors, got ndarray, .*torch\.from_numpy",
+        ),
+        (
+            0,
+            lambda x: x.index_fill(0, torch.tensor([3]), torch.nan),
+            "hold NaN or infinite values: check the weights",
+        ),
+        (
+            2,
+            lambda x: x.index_fill(0, torch.tensor([3]), torch.inf),
+            "hold NaN or infinite values: check the weights",
+        ),
     ],
 )
 @pytest.mark.parametrize("standardize", [True, False])
@@ -99,7 +126,9 @@ def test_no_test_images_are_named(knn_file):
 def test_a_small_temperature_is_the_vote_of_the_nearest(knn_file):
     _, (train_x, train_y, test_x, _) = knn_file
     nearest = mr.knn_predict(train_x, train_y, test_x, ks=(1,))
-    assert torch.equal(mr.knn_predict(train_x, train_y, test_x, ks=(10,), temperatures=(1e-4,)), nearest)
+    assert torch.equal(
+        mr.knn_predict(train_x, train_y, test_x, ks=(10,), temperatures=(1e-4,)), nearest
+    )
 
 
 PROBES = [mr.knn_hits, mr.linear_probe, mr.low_shot]
@@ -113,8 +142,14 @@ PROBES = [mr.knn_hits, mr.linear_probe, mr.low_shot]
         ({"x": {"mean": torch.randn(2, 40, 8)}}, "the cls features of block 0"),
         ({"x": {"cls": torch.randn(2, 40, 9)}}, "the cls features of block 0"),
         ({"y": torch.tensor([-1] * 10 + [0, 1, 2] * 10)}, "10 of 40 test images have no label"),
-        ({"x": {"cls": torch.randn(2, 0, 8)}, "y": torch.tensor([])}, "needs test images, and there are none"),
-        ({"x": {"cls": torch.full((2, 40, 8), torch.nan)}}, r"cls features of block 0 \(0-based\) hold NaN"),
+        (
+            {"x": {"cls": torch.randn(2, 0, 8)}, "y": torch.tensor([])},
+            "needs test images, and there are none",
+        ),
+        (
+            {"x": {"cls": torch.full((2, 40, 8), torch.nan)}},
+            r"cls features of block 0 \(0-based\) hold NaN",
+        ),
     ],
 )
 def test_probes_refuse_test_features_that_do_not_fit(probe, change, message):
@@ -123,7 +158,9 @@ def test_probes_refuse_test_features_that_do_not_fit(probe, change, message):
         probe(train, replace(train, **change))
 
 
-@pytest.mark.parametrize(("label", "message"), [(-1, "needs labels"), (3, "at least two classes, and all labels are 3")])
+@pytest.mark.parametrize(
+    ("label", "message"), [(-1, "needs labels"), (3, "at least two classes, and all labels are 3")]
+)
 def test_data_without_labels_or_of_one_class_are_refused(knn_file, label, message):
     _, (train_x, train_y, test_x, test_y) = knn_file
     with pytest.raises(mr.InputError, match=message):
@@ -134,7 +171,9 @@ def test_training_images_without_labels_do_not_vote(knn_file):
     _, (train_x, train_y, test_x, _) = knn_file
     train_y = train_y.clone()
     train_y[:3] = -1
-    with pytest.raises(mr.InputError, match="k-NN needs labels, and 3 of 400 training images have none"):
+    with pytest.raises(
+        mr.InputError, match="k-NN needs labels, and 3 of 400 training images have none"
+    ):
         mr.knn_predict(train_x, train_y, test_x)
 
 
@@ -148,10 +187,15 @@ def test_search_in_pieces_and_in_low_precision_finds_the_same(knn_file, monkeypa
     _, (train_x, train_y, test_x, _) = knn_file
     settings = {"ks": (1, 10, 20), "temperatures": (0.07,)}
     exact = mr.knn_predict(train_x, train_y, test_x, **settings)
-    assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.bfloat16, **settings))
-    monkeypatch.setattr("mimrefiner.probes.knn.BANK_BYTES", 4 * train_x.shape[1] * 37)  # 11 pieces, the last of 30 images
+    assert torch.equal(
+        exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.bfloat16, **settings)
+    )
+    # 11 pieces, the last of 30 images
+    monkeypatch.setattr("mimrefiner.probes.knn.BANK_BYTES", 4 * train_x.shape[1] * 37)
     assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, **settings))
-    assert torch.equal(exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.float16, **settings))
+    assert torch.equal(
+        exact, mr.knn_predict(train_x, train_y, test_x, search_dtype=torch.float16, **settings)
+    )
 
 
 def test_rescored_similarities_are_float32(knn_file):
@@ -173,12 +217,21 @@ def test_the_features_given_stay_as_they_are(knn_file):
 
 
 def test_within_groups_only_images_of_the_group_vote():
-    """Classes 0 and 1 form one group, 2 and 3 another; each group by itself is what the whole gives."""
-    train, test = (Features({"cls": torch.randn(2, n, 8)}, torch.arange(n) % 4, (0, 1), 2) for n in (60, 40))
+    """Classes 0 and 1 form one group, 2 and 3 another; each group by itself is what the whole
+    gives.
+    """
+    train, test = (
+        Features({"cls": torch.randn(2, n, 8)}, torch.arange(n) % 4, (0, 1), 2) for n in (60, 40)
+    )
     groups = torch.tensor([0, 0, 1, 1])
     hits = knn.knn_hits_within(train, test, groups)["cls"]
     for group in (0, 1):
         bank, asked = groups[train.y] == group, groups[test.y] == group
         for block in range(2):
-            expected = mr.knn_accuracy(train.x["cls"][block][bank], train.y[bank], test.x["cls"][block][asked], test.y[asked])
+            expected = mr.knn_accuracy(
+                train.x["cls"][block][bank],
+                train.y[bank],
+                test.x["cls"][block][asked],
+                test.y[asked],
+            )
             assert hits[block, asked].float().mean().item() == pytest.approx(expected)

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mimrefiner as mr
-from mimrefiner.features import Features
+from mimrefiner.models.encoders import eval_transform
+from mimrefiner.probes.features import Features
 from mimrefiner.probes.linear import JointProbes, linear_probe_augmented, schedule
 
 
@@ -79,7 +80,9 @@ def test_one_class_is_refused(features):
 
 def test_images_without_labels_are_refused(features):
     features.y[:2] = -1
-    with pytest.raises(mr.InputError, match="a linear probe needs labels, and 2 of 90 training images have none"):
+    with pytest.raises(
+        mr.InputError, match="a linear probe needs labels, and 2 of 90 training images have none"
+    ):
         mr.linear_probe(features, features)
 
 
@@ -99,14 +102,18 @@ def test_bad_settings_are_named(features, settings, message):
 
 
 def test_two_images_are_too_few(features):
-    with pytest.raises(mr.InputError, match="at least 2 training images beside those held out, got 1"):
+    with pytest.raises(
+        mr.InputError, match="at least 2 training images beside those held out, got 1"
+    ):
         mr.linear_probe(features.subset([0, 1]), features)
 
 
 def test_validation_chooses_the_pooling_too(features):
     noise = torch.randn(2, 90, 8)
     both = Features({"mean": noise, "cls": features.x["cls"]}, features.y, (3, 7), 8)
-    rows = mr.linear_probe(both, both, epochs=20, batch_size=32, choose=True).set_index(["pool", "block"])
+    rows = mr.linear_probe(both, both, epochs=20, batch_size=32, choose=True).set_index(
+        ["pool", "block"]
+    )
     assert rows.loc[("chosen", 7), "value"] == rows.loc[("cls", 7), "value"] > 0.9
     assert rows.loc[("chosen", 7), "setting"] == f"cls {rows.loc[('cls', 7), 'setting']}"
     assert len(rows) == 6
@@ -116,14 +123,19 @@ POOLS = ("cls", "mean", "cls+mean_last2")
 
 
 def test_augmented_probe_runs_on_every_block_and_pooling(vit, digits):
-    train, test = digits["train"].take(64), mr.extract_features(vit, digits["test"].take(40)).joined(POOLS)
+    train, test = (
+        digits["train"].take(64),
+        mr.extract_features(vit, digits["test"].take(40)).joined(POOLS),
+    )
     options = {"epochs": 2, "batch_size": 32, "learning_rates": (0.1,)}
     rows = linear_probe_augmented(vit.train(), train, test, test, **options)
     assert vit.training
     assert rows["pool"].drop_duplicates().tolist() == list(POOLS)
     assert rows["block"].tolist() == 3 * [0, 1, 2]
     assert rows["value"].between(0, 1).all()
-    few = linear_probe_augmented(vit, train, test.joined(("cls",)), test.joined(("cls",)), **options)
+    few = linear_probe_augmented(
+        vit, train, test.joined(("cls",)), test.joined(("cls",)), **options
+    )
     assert few["value"].tolist() == rows["value"].tolist()[:3]  # probes do not disturb each other
 
 
@@ -131,12 +143,15 @@ def test_without_augmentation_the_augmented_probe_is_the_cached_one(vit, digits,
     """The crop is taken away and both go through the images in the same order."""
     train, test = digits["train"].take(40), mr.extract_features(vit, digits["test"].take(40))
     cached = mr.extract_features(vit, train)
-    images = torch.stack([mr.models.eval_transform(vit)(train[i][0]) for i in range(40)])
+    images = torch.stack([eval_transform(vit)(train[i][0]) for i in range(40)])
     options = {"epochs": 3, "batch_size": 40, "learning_rates": (0.1,)}
     batches = [([images], None, torch.tensor(train.labels))] * 3
     monkeypatch.setattr("mimrefiner.probes.linear.view_batches", lambda *a, **k: batches)
     augmented = linear_probe_augmented(vit, train, test, test, **options)
-    assert augmented["value"].tolist() == mr.linear_probe(cached, test, val=test, **options)["value"].tolist()
+    assert (
+        augmented["value"].tolist()
+        == mr.linear_probe(cached, test, val=test, **options)["value"].tolist()
+    )
 
 
 def test_augmented_probe_needs_labels(vit, digits):
@@ -150,4 +165,6 @@ def test_hits_are_what_the_accuracies_count(features):
     rows = mr.linear_probe(features, test, epochs=5, batch_size=32, choose=True, hits=True)
     assert rows["value"].tolist() == [right.float().mean().item() for right in rows["hits"]]
     assert all(right.shape == (30,) for right in rows["hits"])
-    assert rows.drop(columns="hits").equals(mr.linear_probe(features, test, epochs=5, batch_size=32, choose=True))
+    assert rows.drop(columns="hits").equals(
+        mr.linear_probe(features, test, epochs=5, batch_size=32, choose=True)
+    )

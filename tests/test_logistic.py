@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import mimrefiner as mr
-from mimrefiner.features import Features
+from mimrefiner.probes.features import Features
 from mimrefiner.probes.logistic import draw_shots, fit_logistic
 
 
@@ -24,12 +24,16 @@ def test_batched_solution_equals_scikit_learns(n, dim, strength):
     x, y = torch.stack([p[0] for p in problems]), torch.stack([p[1] for p in problems])
     weights = fit_logistic(x, y, 4, strength, iterations=5000, tolerance=1e-7)
     for (x_one, y_one), weight in zip(problems, weights, strict=True):
-        exact = LogisticRegression(C=strength, fit_intercept=False, tol=1e-8, max_iter=20_000).fit(x_one.numpy(), y_one.numpy())
+        exact = LogisticRegression(C=strength, fit_intercept=False, tol=1e-8, max_iter=20_000).fit(
+            x_one.numpy(), y_one.numpy()
+        )
         queries = torch.randn(500, dim)
         theirs = exact.decision_function(queries.numpy())
         ours = (queries @ weight).numpy()
         assert np.allclose(
-            ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=1e-2 * abs(theirs).max()
+            ours - ours.mean(1, keepdims=True),
+            theirs - theirs.mean(1, keepdims=True),
+            atol=1e-2 * abs(theirs).max(),
         )
         assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.995
 
@@ -42,8 +46,13 @@ def test_accuracy_is_that_of_scikit_learns_converged_solution(shot):
     x = torch.nn.functional.normalize(x - x.mean(-1, keepdim=True), dim=-1)
     rows = torch.stack([draw_shots(y, y.unique(), shot, seed) for seed in range(2)])
     for row, weight in zip(rows, fit_logistic(x[rows], y[rows], 10, 4000.0), strict=True):
-        exact = LogisticRegression(C=4000.0, fit_intercept=False, tol=1e-9, max_iter=20_000).fit(x[row].numpy(), y[row].numpy())
-        theirs, ours = exact.score(x.numpy(), y.numpy()), ((x @ weight).argmax(-1) == y).double().mean().item()
+        exact = LogisticRegression(C=4000.0, fit_intercept=False, tol=1e-9, max_iter=20_000).fit(
+            x[row].numpy(), y[row].numpy()
+        )
+        theirs, ours = (
+            exact.score(x.numpy(), y.numpy()),
+            ((x @ weight).argmax(-1) == y).double().mean().item(),
+        )
         assert abs(ours - theirs) <= 0.001  # 0.1 points
 
 
@@ -52,7 +61,10 @@ def test_problems_that_converge_early_keep_their_solution():
     problems = [problem(0, 24, 30, spread=0.01), problem(1, 24, 30, spread=2.0)]
     x, y = torch.stack([p[0] for p in problems]), torch.stack([p[1] for p in problems])
     together = fit_logistic(x, y, 4, torch.tensor([1.0, 4000.0]))
-    alone = [fit_logistic(x[i : i + 1], y[i : i + 1], 4, strength)[0] for i, strength in enumerate((1.0, 4000.0))]
+    alone = [
+        fit_logistic(x[i : i + 1], y[i : i + 1], 4, strength)[0]
+        for i, strength in enumerate((1.0, 4000.0))
+    ]
     for one, other in zip(together, alone, strict=True):
         assert torch.allclose(one, other, atol=1e-3 * other.abs().max())
 
@@ -133,7 +145,9 @@ def test_bad_labels_are_named(features, change, message):
 
 def test_shots_and_features_are_checked(features):
     for shot in (1.5, 1.0, 0):
-        with pytest.raises(mr.InputError, match=f"whole numbers such as 1 or shares between 0 and 1, got {shot}"):
+        with pytest.raises(
+            mr.InputError, match=f"whole numbers such as 1 or shares between 0 and 1, got {shot}"
+        ):
             mr.low_shot(features, features, shots=(shot,))
     features.x["cls"][1, 3, 2] = float("nan")
     with pytest.raises(mr.InputError, match=r"cls features of block 1 \(0-based\) hold NaN"):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import mimrefiner as mr
-from mimrefiner.losses import head_weights, nna_terms, pair_weights
+from mimrefiner.method.losses import nna_terms, pair_weights
+from mimrefiner.training.optim import head_weights
 
 
 def relative_error(measured, expected):
@@ -23,7 +24,9 @@ def loss_file(golden):
 def test_loss_and_gradient_equal_the_official_ones(loss_file, pairing):
     tensors, (z, nn_z, p) = loss_file
     p.requires_grad_(True)
-    loss = mr.multi_view_nna_loss(z, nn_z, p, temperature=tensors["temperature"].item(), pairing=pairing)
+    loss = mr.multi_view_nna_loss(
+        z, nn_z, p, temperature=tensors["temperature"].item(), pairing=pairing
+    )
     assert loss.shape == (1,)
     assert relative_error(loss.detach()[0], tensors[f"total_as_{pairing}"]) < 1e-5
     loss.sum().backward()
@@ -41,7 +44,10 @@ def test_global_loss_and_alignment_equal_the_official_ones(loss_file):
     terms = nna_terms(z, nn_z, p[:, :, :2])[0]
     different = ~torch.eye(2, dtype=torch.bool)
     assert relative_error(terms.mean(-1)[different].mean(), tensors["global_loss"]) < 1e-5
-    assert relative_error(terms.neg().exp().mean(-1)[different].mean(), tensors["alignment_global"]) < 1e-5
+    assert (
+        relative_error(terms.neg().exp().mean(-1)[different].mean(), tensors["alignment_global"])
+        < 1e-5
+    )
 
 
 def test_published_pairing_gives_the_last_local_crops_no_gradient(loss_file):
@@ -64,7 +70,9 @@ def naive_nna(z, nn_z, p, temperature, swap_negatives):
     for i in range(len(z)):
         positive = math.exp(float(nn_z[i] @ p[i]) / temperature)
         targets = nn_z if swap_negatives else z
-        negatives = sum(math.exp(float(targets[i] @ p[j]) / temperature) for j in range(len(p)) if j != i)
+        negatives = sum(
+            math.exp(float(targets[i] @ p[j]) / temperature) for j in range(len(p)) if j != i
+        )
         total -= math.log(positive / (positive + negatives))
     return total / len(z)
 
@@ -75,7 +83,9 @@ def test_one_pair_equals_a_double_loop(temperature, swap_negatives):
     z, nn_z, p = torch.randn(3, 9, 6).unbind()
     loss = mr.nna_loss(z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives)
     assert loss.shape == ()
-    assert loss.item() == pytest.approx(naive_nna(z, nn_z, p, temperature, swap_negatives), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        naive_nna(z, nn_z, p, temperature, swap_negatives), rel=1e-5
+    )
 
 
 def test_gradient_reaches_p_only():
@@ -88,20 +98,30 @@ def test_heads_are_independent_and_may_have_their_own_temperature():
     z, nn_z, p = torch.randn(3, 6, 2, 4), torch.randn(3, 6, 2, 4), torch.randn(3, 6, 5, 4)
     temperatures = torch.tensor([0.1, 0.2, 0.5])
     together = mr.multi_view_nna_loss(z, nn_z, p, temperature=temperatures)
-    alone = [mr.multi_view_nna_loss(z[[h]], nn_z[[h]], p[[h]], temperature=t.item()) for h, t in enumerate(temperatures)]
+    alone = [
+        mr.multi_view_nna_loss(z[[h]], nn_z[[h]], p[[h]], temperature=t.item())
+        for h, t in enumerate(temperatures)
+    ]
     assert torch.allclose(together, torch.cat(alone))
 
 
 def test_a_share_of_the_batch_with_offset_equals_the_whole():
     z, nn_z, p = torch.randn(2, 8, 2, 4), torch.randn(2, 8, 2, 4), torch.randn(2, 8, 6, 4)
     whole = mr.multi_view_nna_loss(z, nn_z, p)
-    shares = [mr.multi_view_nna_loss(z[:, i : i + 4], nn_z[:, i : i + 4], p, offset=i) for i in (0, 4)]
+    shares = [
+        mr.multi_view_nna_loss(z[:, i : i + 4], nn_z[:, i : i + 4], p, offset=i) for i in (0, 4)
+    ]
     assert torch.allclose(whole, (shares[0] + shares[1]) / 2)
 
 
 @pytest.mark.parametrize(
     ("temperature", "message"),
-    [(0.0, "must be > 0"), (-1.0, "must be > 0"), (float("nan"), "must be > 0"), ([0.1, 0.2], "must be a number, or one per head")],
+    [
+        (0.0, "must be > 0"),
+        (-1.0, "must be > 0"),
+        (float("nan"), "must be > 0"),
+        ([0.1, 0.2], "must be a number, or one per head"),
+    ],
 )
 def test_temperature_must_be_positive(temperature, message):
     with pytest.raises(mr.InputError, match=f"temperature {message}"):
@@ -109,14 +129,21 @@ def test_temperature_must_be_positive(temperature, message):
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(mr.InputError, match=r"expected z, nn_z and p as \(batch, dim\), got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"):
+    with pytest.raises(
+        mr.InputError,
+        match=r"expected z, nn_z and p as \(batch, dim\), got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)",
+    ):
         mr.nna_loss(*torch.randn(3, 2, 4, 3).unbind())
-    with pytest.raises(mr.InputError, match=r"of one shape .* got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"):
+    with pytest.raises(
+        mr.InputError, match=r"of one shape .* got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"
+    ):
         mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 3).unbind())
     with pytest.raises(mr.InputError, match="pairs of different views, got 1 global of 1 in all"):
         mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 1, 3).unbind())
     with pytest.raises(mr.InputError, match=r"got \(1, 4, 1, 5\)"):
-        mr.multi_view_nna_loss(torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 5))
+        mr.multi_view_nna_loss(
+            torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 5)
+        )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +161,9 @@ def test_head_weights_at_the_beginning_after_three_fifths_and_at_the_end(schedul
 
 
 def test_head_weights_at_the_epochs_of_the_released_schedules():
-    """24 blocks, 8 heads, 20 epochs: block 16 (0-based) begins to fade at epoch 4, each later one 2 epochs after it."""
+    """24 blocks, 8 heads, 20 epochs: block 16 (0-based) begins to fade at epoch 4, each later one 2
+    epochs after it.
+    """
     for head in range(7):
         begin = (4 + 2 * head) / 20
         for name, before, after in (("staggered step", 1.0, 0.0), ("one-hot", 0.1, 1.0)):

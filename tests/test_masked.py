@@ -3,7 +3,7 @@ import timm
 import torch
 
 import mimrefiner as mr
-from mimrefiner import masked
+from mimrefiner.models.encoders import masked
 
 
 def test_patchify_keeps_rows_first_and_inverts():
@@ -23,7 +23,9 @@ def test_masks_have_the_ratio_and_follow_the_generator():
 
 @pytest.fixture(params=["simmim", "mae"])
 def model(request, vit):
-    return masked.build_masked_model(vit, mr.PretrainConfig(method=request.param, decoder_dim=16, decoder_heads=2)).eval()
+    return masked.build_masked_model(
+        vit, mr.PretrainConfig(method=request.param, decoder_dim=16, decoder_heads=2)
+    ).eval()
 
 
 def test_masked_pixels_are_not_seen(model):
@@ -32,8 +34,12 @@ def test_masked_pixels_are_not_seen(model):
     hidden = masked.unpatchify(mask[..., None].float().expand(-1, -1, 192), 8).bool()
     with torch.no_grad():
         before = model.predict(x, mask)
-        assert torch.allclose(before, model.predict(torch.where(hidden, torch.randn_like(x), x), mask), atol=1e-5)
-        assert not torch.allclose(before, model.predict(torch.where(hidden, x, torch.randn_like(x)), mask), atol=1e-3)
+        assert torch.allclose(
+            before, model.predict(torch.where(hidden, torch.randn_like(x), x), mask), atol=1e-5
+        )
+        assert not torch.allclose(
+            before, model.predict(torch.where(hidden, x, torch.randn_like(x)), mask), atol=1e-3
+        )
 
 
 def test_only_masked_patches_count(model):
@@ -48,7 +54,9 @@ def test_only_masked_patches_count(model):
 
 
 def test_mae_encoder_sees_visible_patches_only(vit):
-    model = masked.build_masked_model(vit, mr.PretrainConfig(method="mae", decoder_dim=16, decoder_heads=2))
+    model = masked.build_masked_model(
+        vit, mr.PretrainConfig(method="mae", decoder_dim=16, decoder_heads=2)
+    )
     lengths = []
     vit.blocks[0].register_forward_hook(lambda m, i, o: lengths.append(o.shape[1]))
     model(torch.randn(2, 3, 32, 32), masked.random_mask(2, 16, 0.75))
@@ -56,7 +64,9 @@ def test_mae_encoder_sees_visible_patches_only(vit):
 
 
 def test_mae_keeps_patches_where_they_were(vit):
-    """With a decoder of no blocks, every visible patch's output depends on its own token and position only."""
+    """With a decoder of no blocks, every visible patch's output depends on its own token and
+    position only.
+    """
     model = masked.MAE(vit, decoder_depth=0, decoder_dim=16, decoder_heads=2).eval()
     vit.blocks = torch.nn.Sequential()
     x, mask = torch.randn(1, 3, 32, 32), masked.random_mask(1, 16, 0.5)
@@ -70,7 +80,9 @@ def test_mae_keeps_patches_where_they_were(vit):
 
 def test_every_parameter_learns(model):
     model(torch.randn(4, 3, 32, 32), masked.random_mask(4, 16, 0.5)).backward()
-    without = [name for name, x in model.named_parameters() if x.grad is None or x.grad.abs().sum() == 0]
+    without = [
+        name for name, x in model.named_parameters() if x.grad is None or x.grad.abs().sum() == 0
+    ]
     assert without == []
 
 

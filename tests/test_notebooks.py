@@ -10,8 +10,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from mimrefiner import parameters, results, runner, store
-from mimrefiner.presets import load_preset
+from mimrefiner.batch import parameters, runner
+from mimrefiner.study import claims, store
+from mimrefiner.study.presets import load_preset
 
 NOTEBOOKS = runner.find_notebooks([])
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -19,7 +20,9 @@ NAMES = [path.stem for path in NOTEBOOKS]
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory):
-    """A cache that holds the models notebooks share: training takes a second each, a process for each would take seven."""
+    """A cache that holds the models notebooks share: training takes a second each, a process for
+    each would take seven.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIMREFINER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("MIMREFINER_PROGRESS", "log")
@@ -32,12 +35,12 @@ def _own_cache(tmp_path_factory):
 def test_notebook_runs_at_smoke(notebook, tmp_path):
     runner.run_notebooks([notebook.stem], preset="smoke", seeds="0,1", out=tmp_path)
     rows = pd.read_csv(tmp_path / "results.csv")
-    assert tuple(rows.columns) == results.ROW_COLUMNS
+    assert tuple(rows.columns) == claims.ROW_COLUMNS
     assert rows.drop(columns="git_sha").notna().all(axis=None)
     assert rows.loc[rows["unit"] == "share", "value"].between(0, 1).all()
-    claims = pd.read_csv(tmp_path / "claims.csv")
-    assert len(claims) > 0
-    assert set(claims["verdict"]) <= {"seen", "not seen", "opposite", "open"}
+    found = pd.read_csv(tmp_path / "claims.csv")
+    assert len(found) > 0
+    assert set(found["verdict"]) <= {"seen", "not seen", "opposite", "open"}
     figures = {path.suffix for path in (tmp_path / "figures").iterdir()}
     assert figures == {".pdf", ".png", ".csv"}
     executed = (tmp_path / "notebooks" / notebook.name).read_text()
@@ -46,26 +49,45 @@ def test_notebook_runs_at_smoke(notebook, tmp_path):
 
 
 def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
-    """Of the notebooks in which more is drawn at random than in the shared models; each run trains its own models."""
+    """Of the notebooks in which more is drawn at random than in the shared models; each run trains
+    its own models.
+    """
     tables = []
     for name in ("a", "b"):
         monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / name / "cache"))
-        runner.run_notebooks(["01", "02", "03", "05", "07"], preset="smoke", seeds="0", out=tmp_path / name)
-        tables.append(pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(results.NOT_A_RESULT)))
+        runner.run_notebooks(
+            ["01", "02", "03", "05", "07"], preset="smoke", seeds="0", out=tmp_path / name
+        )
+        tables.append(
+            pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(claims.NOT_A_RESULT))
+        )
     pd.testing.assert_frame_equal(*tables)
 
 
 def test_a_cell_starts_several_processes_and_shows_what_they_say(tmp_path):
-    runner.run_notebooks(["04"], preset="smoke", seeds="0", out=tmp_path, parameters={"processes": 2})
+    runner.run_notebooks(
+        ["04"], preset="smoke", seeds="0", out=tmp_path, parameters={"processes": 2}
+    )
     executed = nbformat.read(tmp_path / "notebooks" / "04_refinement.ipynb", as_version=4)
     (said,) = (cell.outputs for cell in executed.cells if "jobs.torchrun" in cell.source)
     said = "".join(output.get("text", "") for output in said)
-    assert "ema_encoder.safetensors" in said and re.search(r"last block: [\d.]+ % by 2 processes", said)
+    assert "ema_encoder.safetensors" in said and re.search(
+        r"last block: [\d.]+ % by 2 processes", said
+    )
 
 
 def test_plain_papermill_runs_and_refuses_a_misspelt_parameter(tmp_path):
     notebook = next(path for path in NOTEBOOKS if path.stem == "00_quickstart")
-    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p", "out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook),
+        str(tmp_path / "out.ipynb"),
+        "-p",
+        "out",
+        str(tmp_path),
+    ]
     fine = subprocess.run([*command, "-p", "preset", "smoke"], capture_output=True, text=True)
     assert fine.returncode == 0, fine.stderr
     wrong = subprocess.run([*command, "-p", "perset", "smoke"], capture_output=True, text=True)
@@ -112,6 +134,16 @@ def test_every_declared_parameter_is_read(notebook, tmp_path):
     given = Noted(declared | {"preset": "smoke", "out": str(tmp_path)})
     parameters.start_run(notebook.stem, given)
     cells = nbformat.read(notebook, as_version=4).cells
-    code = [c.source for c in cells if c.cell_type == "code" and not {"parameters", "solution"} & set(c.metadata.get("tags", []))]
-    loaded = {n.id for c in code for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    code = [
+        c.source
+        for c in cells
+        if c.cell_type == "code"
+        and not {"parameters", "solution"} & set(c.metadata.get("tags", []))
+    ]
+    loaded = {
+        n.id
+        for c in code
+        for n in ast.walk(ast.parse(c))
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+    }
     assert set(declared) <= given.read | loaded

@@ -1,7 +1,8 @@
 import pytest
 
 import mimrefiner as mr
-from mimrefiner import parameters
+from mimrefiner import files
+from mimrefiner.batch import parameters
 
 DECLARED = 'preset = "tiny"  # a comment\nseeds = "0"\nshare = 0.5\n'
 
@@ -19,7 +20,10 @@ def test_parameters_that_fit_pass():
 @pytest.mark.parametrize(
     ("injected", "message"),
     [
-        ('persets = "smoke"', r"unknown parameter 'persets': this notebook has preset \(str, default 'tiny'\), seeds"),
+        (
+            'persets = "smoke"',
+            r"unknown parameter 'persets': this notebook has preset \(str, default 'tiny'\), seeds",
+        ),
         ("preset = 3", "parameter preset must be str, got 3"),
         ("seeds = (0, 1)", r"parameter seeds must be str, got \(0, 1\)"),
         ('share = "half"', "parameter share must be float, got 'half'"),
@@ -40,7 +44,7 @@ def test_seeds_are_parsed():
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(mr.InputError, match=r"cannot write to .*choose another folder with --out"):
-        parameters.check_writable(tmp_path / "file" / "below")
+        files.check_writable(tmp_path / "file" / "below")
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
@@ -49,5 +53,5 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with pytest.raises(mr.InputError, match="No space left on device"):
-        parameters.check_writable(tmp_path)
+        files.check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mimrefiner import pictures
+from mimrefiner.study import pictures
 
 
 @pytest.fixture(autouse=True)
@@ -15,11 +15,17 @@ def test_maps_tell_many_classes_apart():
     assert len({pictures._class_style(i) for i in range(98)}) == 98
     assert len({pictures._class_style(i)[0] for i in range(14)}) == 14
     xy, labels = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10
-    figure = pictures.plot_maps({"one": xy}, labels, [str(i) for i in range(10)], title="t", columns=1)
+    figure = pictures.plot_maps(
+        {"one": xy}, labels, [str(i) for i in range(10)], title="t", columns=1
+    )
     assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 30
     images = [np.zeros((4, 4, 3), np.uint8)] * 30
-    shown = pictures.plot_thumbnails({"one": xy, "two": -xy}, images, labels, [str(i) for i in range(10)], title="t")
-    assert [axes.get_title() for axes in shown.axes] == [f"{name}: 30 of 30 images" for name in ("one", "two")]
+    shown = pictures.plot_thumbnails(
+        {"one": xy, "two": -xy}, images, labels, [str(i) for i in range(10)], title="t"
+    )
+    assert [axes.get_title() for axes in shown.axes] == [
+        f"{name}: 30 of 30 images" for name in ("one", "two")
+    ]
     assert len(shown.legends[0].get_texts()) == 10
 
 
@@ -31,7 +37,9 @@ def test_thumbnails_of_one_place_spread_and_share_no_cell():
 
 def test_neighbours_are_framed_by_right_and_wrong():
     image = np.zeros((4, 4, 3), np.uint8)
-    figure = pictures.plot_neighbours({"query": [(image, None), (image, True), (image, False)]}, title="t")
+    figure = pictures.plot_neighbours(
+        {"query": [(image, None), (image, True), (image, False)]}, title="t"
+    )
     frames = [list(axes.patches) for axes in figure.axes]
     assert [len(found) for found in frames] == [0, 1, 1]
     assert [frame.get_linestyle() == "solid" for (frame,) in frames[1:]] == [True, False]
@@ -58,7 +66,11 @@ def test_likeness_counts_blocks_from_one():
 
 def test_the_arrow_of_a_force_begins_at_its_point():
     points = np.array([[0.0, 1.0]])
-    panel = {"targets z": points, "neighbour": points, "predictions p": points}, points, np.array([[0.5, 0.0]])
+    panel = (
+        {"targets z": points, "neighbour": points, "predictions p": points},
+        points,
+        np.array([[0.5, 0.0]]),
+    )
     axes = pictures.plot_circles({"one": panel}, title="t").axes[0]
     assert axes.get_title() == "one"
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(panel[0])
@@ -67,7 +79,9 @@ def test_the_arrow_of_a_force_begins_at_its_point():
 def test_the_slider_asks_for_a_map_when_it_is_shown_and_once(monkeypatch):
     widgets = pytest.importorskip("ipywidgets")
     asked, shown = [], {}
-    monkeypatch.setattr(widgets, "interact", lambda show, **controls: shown.update(show=show, **controls))
+    monkeypatch.setattr(
+        widgets, "interact", lambda show, **controls: shown.update(show=show, **controls)
+    )
 
     def map_of(model, block):
         asked.append((model, block))

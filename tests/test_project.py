@@ -13,13 +13,25 @@ import mimrefiner as mr
 
 ROOT = Path(__file__).parent.parent
 FIXED_NAMES = (
-    "nna_loss", "multi_view_nna_loss", "NNQueue", "load_encoder", "load_dataset", "extract_features", "knn_accuracy", "refine",
-    "linear_probe", "low_shot", "cluster", "probe",
-)  # fmt: skip
+    "nna_loss",
+    "multi_view_nna_loss",
+    "NNQueue",
+    "load_encoder",
+    "load_dataset",
+    "extract_features",
+    "knn_accuracy",
+    "refine",
+    "linear_probe",
+    "low_shot",
+    "cluster",
+    "probe",
+)
 
 
 def locked():
-    lines = [line.split(";")[0].strip() for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    lines = [
+        line.split(";")[0].strip() for line in (ROOT / "requirements.lock").read_text().splitlines()
+    ]
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
@@ -53,7 +65,9 @@ def test_lock_satisfies_pyproject_and_is_what_runs_here():
 
 
 def test_lock_is_complete():
-    """Every requirement of a locked package that applies here is locked too (CUDA parts follow from torch's own pins)."""
+    """Every requirement of a locked package that applies here is locked too (CUDA parts follow from
+    torch's own pins).
+    """
     names = {name.lower().replace("_", "-") for name in locked()}
     for name in locked():
         for line in requires(name) or ():

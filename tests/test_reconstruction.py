@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimrefiner import masked
+from mimrefiner.models.encoders import masked
 from mimrefiner.probes.reconstruction import DecoderPerBlock, reconstruction, relative_improvement
 
 SMALL = {"depth": 1, "dim": 16, "heads": 2}
@@ -24,7 +24,10 @@ def test_decoders_do_not_touch_the_encoder_or_each_other(vit):
     model = DecoderPerBlock(vit, **SMALL)
     model(torch.randn(4, 3, 32, 32), masked.random_mask(4, 16, 0.75))[1].backward()
     assert all(x.grad is None for x in vit.parameters())
-    touched = [any(x.grad is not None and bool(x.grad.any()) for x in decoder.parameters()) for decoder in model.decoders]
+    touched = [
+        any(x.grad is not None and bool(x.grad.any()) for x in decoder.parameters())
+        for decoder in model.decoders
+    ]
     assert touched == [False, True, False]
 
 
@@ -37,8 +40,11 @@ def test_training_lowers_the_loss_and_repeats(vit, digits):
     again, _ = reconstruction(vit, train, test, epochs=15, batch_size=32, base_lr=2e-2, **SMALL)
     assert more.equals(again)
     assert vit.training
-    assert [name for name, x in vit.named_parameters() if not x.requires_grad] == ["pos_embed"]  # as it was
-    assert [p.shape for p in model.predict(torch.randn(2, 3, 32, 32), masked.random_mask(2, 16, 0.75))] == [(2, 16, 192)] * 3
+    # As it was
+    assert [name for name, x in vit.named_parameters() if not x.requires_grad] == ["pos_embed"]
+    assert [
+        p.shape for p in model.predict(torch.randn(2, 3, 32, 32), masked.random_mask(2, 16, 0.75))
+    ] == [(2, 16, 192)] * 3
 
 
 def test_relative_improvement_sums_to_the_net_change():

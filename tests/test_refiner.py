@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner.augment import digit_views
+from mimrefiner.data.augment import digit_views
 
 
 @pytest.fixture
@@ -38,8 +38,16 @@ def test_forward_orders_heads_batch_and_views(vit, config):
         z, p = refiner(views)
         assert z.shape == p.shape == (2, 8, 5, 12)
         for v, view in enumerate(views):
-            tokens = [t for (t,) in zip(vit.forward_intermediates(view, return_prefix_tokens=True, intermediates_only=True))]
-            cls = torch.stack([tokens[0][1][:, 0], vit.norm(tokens[2][1][:, 0])], 1)  # the last head reads the normed output
+            tokens = [
+                t
+                for (t,) in zip(
+                    vit.forward_intermediates(
+                        view, return_prefix_tokens=True, intermediates_only=True
+                    )
+                )
+            ]
+            # The last head reads the normed output
+            cls = torch.stack([tokens[0][1][:, 0], vit.norm(tokens[2][1][:, 0])], 1)
             z_alone, p_alone = refiner.heads(cls)
             assert torch.allclose(z[:, :, v], z_alone.transpose(0, 1), atol=1e-5)
             assert torch.allclose(p[:, :, v], p_alone.transpose(0, 1), atol=1e-5)
@@ -74,9 +82,11 @@ def test_metrics_read_what_they_say(vit, config):
     views = make_views(config)
     label = torch.tensor([0, 0, 0, 0, 1, 1, 1, -1])
     refiner.step(*refiner(views), torch.arange(8), label, top_k=1)
-    refiner.queue.z[:, 8:] = -refiner.queue.z[:, :1]  # far away, so that neighbours are among the eight
+    # Far away, so that neighbours are among the eight
+    refiner.queue.z[:, 8:] = -refiner.queue.z[:, :1]
     refiner.queue._refresh_unit(None)
-    result = refiner.step(*refiner(views), torch.arange(100, 108), label, top_k=1)  # other indices: every image finds itself
+    # Other indices: every image finds itself
+    result = refiner.step(*refiner(views), torch.arange(100, 108), label, top_k=1)
     first_view = 0.5  # of two global views
     assert (result.metrics["nn_similarity"] > first_view).all()
     assert (result.metrics["nn_accuracy"] >= first_view).all()
@@ -135,4 +145,4 @@ def test_impossible_settings_are_named(config, change, message):
 def test_only_plain_vits_are_refined(name):
     encoder = mr.load_encoder(name, image_size=64, pretrained=False)
     with pytest.raises(mr.InputError, match="can be probed, not refined: expected a ViT"):
-        mr.refiner.MIMRefiner(encoder, mr.load_preset("smoke").refine)
+        mr.MIMRefiner(encoder, mr.load_preset("smoke").refine)

@@ -11,8 +11,9 @@ import timm
 import torch
 
 import mimrefiner as mr
-from mimrefiner import report
 from mimrefiner.__main__ import _numbers, main
+from mimrefiner.models.weights import sha256_of
+from mimrefiner.study import report
 
 
 @pytest.fixture
@@ -22,55 +23,84 @@ def data(digits):
 
 def test_one_call_writes_rows_table_and_figure(vit, data, tmp_path):
     table = mr.probe(vit, data, probes=("knn", "low_shot", "cluster", "rank"), out=tmp_path)
-    assert {p.name for p in tmp_path.glob("report.*")} == {"report.csv", "report.md", "report.png", "report.pdf"}
+    assert {p.name for p in tmp_path.glob("report.*")} == {
+        "report.csv",
+        "report.md",
+        "report.png",
+        "report.pdf",
+    }
     assert set(table["model"]) == {"model", "random weights", "raw pixels"}
     assert set(table.loc[table["model"] == "model", "block"]) == {0, 1, 2}
-    knn = table[(table["probe"] == "knn") & (table["model"] == "model") & (table["pool"] == "cls")]["value"].tolist()
+    knn = table[(table["probe"] == "knn") & (table["model"] == "model") & (table["pool"] == "cls")][
+        "value"
+    ].tolist()
     hits = mr.knn_hits(*(mr.extract_features(vit, part) for part in data))["cls"]
     assert knn == pytest.approx(hits.float().mean(1).tolist())
     text = (tmp_path / "report.md").read_text()
     assert "| knn_k10_t0.07_standardized | cls |" in text
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "report.csv", keep_default_na=False), table, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "report.csv", keep_default_na=False), table, check_dtype=False
+    )
 
 
 def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
     first = mr.probe(vit, data, probes=("knn",), out=tmp_path)
     ran = []
-    monkeypatch.setattr(report, "_run", lambda name, *a, run=report._run, **k: ran.append(name) or run(name, *a, **k))
+    monkeypatch.setattr(
+        report,
+        "_run",
+        lambda name, *a, run=report._run, **k: ran.append(name) or run(name, *a, **k),
+    )
     both = mr.probe(vit, data, probes=("knn", "rank"), out=tmp_path, resume=True)
     assert ran == ["rank"] * 3
     assert both[both["probe"] == "knn"]["value"].tolist() == first["value"].tolist()
     with pytest.raises(mr.InputError, match="holds a report of other weights_sha256"):
-        mr.probe(mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2), seed=5), data, out=tmp_path, resume=True)
+        mr.probe(
+            mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2), seed=5),
+            data,
+            out=tmp_path,
+            resume=True,
+        )
     mr.probe(vit, data, probes=("knn",), out=tmp_path, baselines=False)
-    assert [p.name for p in tmp_path.glob("rows_*.csv")] == ["rows_knn_model.csv"]  # without resume old rows are gone
+    # Without resume old rows are gone
+    assert [p.name for p in tmp_path.glob("rows_*.csv")] == ["rows_knn_model.csv"]
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for probes in (("low_shot",), ("rank", "low_shot")):
         with pytest.raises(mr.InputError, match="fewer than 1000 shots"):
             mr.probe(vit, data, probes=probes, shots=(1000,), out=tmp_path, baselines=False)
-        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before  # bad input changes nothing
+        assert {
+            file.name: file.read_bytes() for file in tmp_path.iterdir()
+        } == before  # bad input changes nothing
     assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())
 
 
-@pytest.mark.parametrize("foreign", ["report.csv", "rows_knn_model.csv", "manifest.json", "settings.json"])
+@pytest.mark.parametrize(
+    "foreign", ["report.csv", "rows_knn_model.csv", "manifest.json", "settings.json"]
+)
 def test_files_of_others_are_left_alone(vit, data, tmp_path, foreign):
     (tmp_path / foreign).write_text('{"preset": "tiny"}')
     (tmp_path / "rows_of_mine.csv").write_text("a")
-    with pytest.raises(mr.InputError, match=rf"holds {foreign}, which no report wrote: choose another folder with --out"):
+    with pytest.raises(
+        mr.InputError,
+        match=rf"holds {foreign}, which no report wrote: choose another folder with --out",
+    ):
         mr.probe(vit, data, out=tmp_path, baselines=False)
     (tmp_path / foreign).unlink()
     (tmp_path / "report.docx").write_text("b")
     mr.probe(vit, data, out=tmp_path, baselines=False)
-    (tmp_path / "manifest.json").write_text('{"preset": "tiny"}')  # notebooks were run into the same folder
+    # Notebooks were run into the same folder
+    (tmp_path / "manifest.json").write_text('{"preset": "tiny"}')
     with pytest.raises(mr.InputError, match=r"holds manifest\.json, which no report wrote"):
         mr.probe(vit, data, out=tmp_path, baselines=False)
-    assert (tmp_path / "rows_of_mine.csv").read_text() + (tmp_path / "report.docx").read_text() == "ab"
+    assert (tmp_path / "rows_of_mine.csv").read_text() + (
+        tmp_path / "report.docx"
+    ).read_text() == "ab"
 
 
 def test_random_baseline_has_other_weights(vit):
     twin = report._random_twin(vit)
-    assert mr.checkpoint.sha256_of(twin) != mr.checkpoint.sha256_of(vit)
-    assert mr.checkpoint.sha256_of(twin) == mr.checkpoint.sha256_of(report._random_twin(vit))
+    assert sha256_of(twin) != sha256_of(vit)
+    assert sha256_of(twin) == sha256_of(report._random_twin(vit))
     assert twin(torch.randn(1, 3, 32, 32)).shape == (1, 32)
 
 
@@ -81,7 +111,7 @@ def test_random_baseline_keeps_nothing_of_the_model(name):
     with torch.no_grad():
         for x in encoder.parameters():
             x += torch.rand_like(x)
-    assert mr.checkpoint.sha256_of(report._random_twin(encoder)) == mr.checkpoint.sha256_of(twin)
+    assert sha256_of(report._random_twin(encoder)) == sha256_of(twin)
 
 
 def test_command_line(tmp_path, capsys):
@@ -91,12 +121,16 @@ def test_command_line(tmp_path, capsys):
     assert "# Block report: simmim_digits on digits" in out
     assert "| knn_k10_t0.07_standardized | cls |" in out
     assert set(pd.read_csv(tmp_path / "report.csv")["block"]) == {3, 11}
-    assert main(["probe", "simmim_digits", "digits", "--probes", "magic", "--out", str(tmp_path)]) == 2
+    assert (
+        main(["probe", "simmim_digits", "digits", "--probes", "magic", "--out", str(tmp_path)]) == 2
+    )
     assert "unknown probe 'magic': choose from knn, linear" in capsys.readouterr().err
 
 
 def test_data_without_labels_still_has_a_rank(vit, data, tmp_path):
-    unlabelled = [[(image, -1) for image, _ in (part[i] for i in range(len(part)))] for part in data]
+    unlabelled = [
+        [(image, -1) for image, _ in (part[i] for i in range(len(part)))] for part in data
+    ]
     rows = mr.probe(vit, tuple(unlabelled), probes=("rank",), baselines=False)
     assert len(rows) == 6
     with pytest.raises(mr.InputError, match="needs labels"):
@@ -105,16 +139,25 @@ def test_data_without_labels_still_has_a_rank(vit, data, tmp_path):
 
 def test_test_images_without_labels_are_named(vit, data):
     train, test = data
-    some = [(image, label if i else -1) for i, (image, label) in enumerate(test[i] for i in range(len(test)))]
+    some = [
+        (image, label if i else -1)
+        for i, (image, label) in enumerate(test[i] for i in range(len(test)))
+    ]
     for name, what in report.LABELLED.items():
-        with pytest.raises(mr.InputError, match=f"1 of 60 test images have no label, and {what} counts right answers"):
+        with pytest.raises(
+            mr.InputError,
+            match=f"1 of 60 test images have no label, and {what} counts right answers",
+        ):
             mr.probe(vit, (train, some), probes=(name,), baselines=False)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"blocks": (2,), "pools": ("cls_last2",)}, "pooling 'cls_last2' of block 2 needs block 1, which was not extracted"),
+        (
+            {"blocks": (2,), "pools": ("cls_last2",)},
+            "pooling 'cls_last2' of block 2 needs block 1, which was not extracted",
+        ),
         ({"pools": ()}, "one or more poolings of cls, mean, got none"),
         ({"pools": ("",)}, "unknown pooling ''"),
         ({"probes": ("cluster",), "clusters": 1}, "between 2 and the number of images 60, got 1"),
@@ -123,7 +166,10 @@ def test_test_images_without_labels_are_named(vit, data):
         ({"probes": ("knn", "knn")}, "one or more different probes, got knn, knn"),
         ({"probes": ()}, "one or more different probes, got none"),
         ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
-        ({"unlabelled": True, "probes": ("linear",)}, "a linear probe needs labels, and this data set has none"),
+        (
+            {"unlabelled": True, "probes": ("linear",)},
+            "a linear probe needs labels, and this data set has none",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_extraction(vit, data, settings, message, monkeypatch):
@@ -144,7 +190,20 @@ def test_options_of_the_command_line_are_checked(tmp_path, capsys):
         (["--cache", str(tmp_path / "file")], "file is a file: features are kept in a folder"),
         (["--probes", "low_shot", "--shots", "1e-2,x"], "--shots must be numbers"),
     ):
-        assert main(["probe", "simmim_digits", "digits", "--no-baselines", *option, "--out", str(tmp_path / "out")]) == 2
+        assert (
+            main(
+                [
+                    "probe",
+                    "simmim_digits",
+                    "digits",
+                    "--no-baselines",
+                    *option,
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
+            )
+            == 2
+        )
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert _numbers("--shots", "1,1e-2,0.1") == (1, 0.01, 0.1)
 
@@ -157,29 +216,68 @@ def test_cached_features_give_the_same_report(vit, data, tmp_path):
 
 
 def test_torchrun_gives_the_report_of_one_process(tmp_path):
-    command = ["-m", "mimrefiner", "probe", "simmim_digits", "digits", "--blocks", "0,11", "--no-baselines", "--out"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        "-m",
+        "mimrefiner",
+        "probe",
+        "simmim_digits",
+        "digits",
+        "--blocks",
+        "0,11",
+        "--no-baselines",
+        "--out",
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     cache = ["--cache", str(tmp_path / "cache")]
-    done = subprocess.run([*launcher, *command, str(tmp_path / "two"), *cache], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launcher, *command, str(tmp_path / "two"), *cache], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "cache" / "model" / "train").glob("pieces_*.json"))) == 2  # each wrote its share
+    # Each wrote its share
+    assert len(list((tmp_path / "cache" / "model" / "train").glob("pieces_*.json"))) == 2
     assert done.stdout.count("# Block report") == 1
     assert main([*command[2:], str(tmp_path / "one")]) == 0
-    one, two = (pd.read_csv(tmp_path / name / "report.csv", keep_default_na=False) for name in ("one", "two"))
+    one, two = (
+        pd.read_csv(tmp_path / name / "report.csv", keep_default_na=False)
+        for name in ("one", "two")
+    )
     pd.testing.assert_frame_equal(one, two, atol=2 / 539)
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
-    """SIGINT once the first probe is on disk: one line, status 130, and --resume ends with the rows of an undisturbed run."""
-    options = ["simmim_digits", "digits", "--probes", "knn,rank,cluster", "--pools", "cls", "--blocks", "0,3,6,9,11", "--out"]
+    """SIGINT once the first probe is on disk: one line, status 130, and --resume ends with the rows
+    of an undisturbed run.
+    """
+    options = [
+        "simmim_digits",
+        "digits",
+        "--probes",
+        "knn,rank,cluster",
+        "--pools",
+        "cls",
+        "--blocks",
+        "0,3,6,9,11",
+        "--out",
+    ]
     first = tmp_path / "stopped" / "rows_knn_model.csv"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it where SIGINT is ignored here
+    # A child inherits it where SIGINT is ignored here
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command = [sys.executable, "-m", "mimrefiner", "probe", *options, str(tmp_path / "stopped")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
             while not first.exists() and process.poll() is None:
                 time.sleep(0.01)
-            for patience in (4, 4, None):  # a library's callback may swallow one; a user presses again
+            # A library's callback may swallow one; a user presses again
+            for patience in (4, 4, None):
                 process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     out, err = process.communicate(timeout=patience)

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner import execute, runner
-from mimrefiner.jobs import Board, Job
-from mimrefiner.results import CLAIM_COLUMNS, ROW_COLUMNS
+from mimrefiner.batch import execute, runner
+from mimrefiner.batch.jobs import Board, Job
+from mimrefiner.study.claims import CLAIM_COLUMNS, ROW_COLUMNS
 
 
 def test_notebooks_are_found_by_name_and_number():
@@ -20,7 +20,9 @@ def test_notebooks_are_found_by_name_and_number():
     assert names == sorted(names)
     assert "04_refinement" in names
     assert (
-        runner.find_notebooks(["04"]) == runner.find_notebooks(["04_refinement"]) == runner.find_notebooks(["04_refinement.ipynb"])
+        runner.find_notebooks(["04"])
+        == runner.find_notebooks(["04_refinement"])
+        == runner.find_notebooks(["04_refinement.ipynb"])
     )
     with pytest.raises(mr.InputError, match="unknown notebook '99': choose from 00_quickstart"):
         runner.find_notebooks(["99"])
@@ -33,17 +35,24 @@ def test_nothing_runs_with_a_wrong_parameter(tmp_path, monkeypatch):
         ({"seeds": "x"}, "seeds must be"),
         ({"parameters": {"seed": 1}}, "unknown parameter 'seed'"),
         ({"parameters": {"preset": "tiny"}}, "give --preset in place of -p preset"),
-        ({"parameters": {"seeds": "1", "out": "x"}}, "give --out, --seeds in place of -p out, seeds"),
+        (
+            {"parameters": {"seeds": "1", "out": "x"}},
+            "give --out, --seeds in place of -p out, seeds",
+        ),
     ):
         with pytest.raises(mr.InputError, match=message):
-            runner.run_notebooks(["00"], **{"preset": "smoke", "seeds": "0", "out": tmp_path, **change})
+            runner.run_notebooks(
+                ["00"], **{"preset": "smoke", "seeds": "0", "out": tmp_path, **change}
+            )
 
 
 def test_jobs_are_pinned_one_to_a_gpu(tmp_path, monkeypatch):
     """What a job's own process reads in its environment, on two GPUs named 0 and 3."""
     code = "import os, time; time.sleep(1); print(os.environ['CUDA_VISIBLE_DEVICES'])"
     listed = [Job(name, [sys.executable, "-c", code], tmp_path / f"{name}.log") for name in "abc"]
-    runner._start_jobs(listed, Board(listed, tmp_path / "run.log"), runner.Batch(gpus=(0, 3)), tmp_path)
+    runner._start_jobs(
+        listed, Board(listed, tmp_path / "run.log"), runner.Batch(gpus=(0, 3)), tmp_path
+    )
     assert [job.state for job in listed] == ["done"] * 3
     devices = [job.last_lines(1)[0] for job in listed]
     assert set(devices[:2]) == {"0", "3"} and devices[2] in ("0", "3")
@@ -60,11 +69,16 @@ for what, header in (("results", {",".join(ROW_COLUMNS)!r}), ("claims", {",".joi
 
 
 def write_notebook(folder, name, *code):
-    cells = [nbformat.v4.new_code_cell(source) for source in (HEAD, *code, WRITE.replace("NAME", name))]
+    cells = [
+        nbformat.v4.new_code_cell(source) for source in (HEAD, *code, WRITE.replace("NAME", name))
+    ]
     cells[0].metadata["tags"] = ["parameters"]
     (folder / "notebooks").mkdir(exist_ok=True)
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "notebooks" / f"{name}.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata=metadata),
+        folder / "notebooks" / f"{name}.ipynb",
+    )
 
 
 @pytest.fixture
@@ -79,11 +93,15 @@ def project(tmp_path, monkeypatch):
 def run(project, **options):
     parameters = options.pop("parameters", {})
     batch = runner.Batch(workers=2, **options)
-    return runner.run_notebooks([], preset="smoke", seeds="0", out=project / "out", parameters=parameters, batch=batch)
+    return runner.run_notebooks(
+        [], preset="smoke", seeds="0", out=project / "out", parameters=parameters, batch=batch
+    )
 
 
 def test_a_failure_is_told_and_a_resumed_run_does_only_what_is_left(project, capsys):
-    with pytest.raises(mr.InputError, match=r"01_two failed in cell \d: NameError: it was asked to.*--resume"):
+    with pytest.raises(
+        mr.InputError, match=r"01_two failed in cell \d: NameError: it was asked to.*--resume"
+    ):
         run(project, keep_going=True, parameters={"fail": True})
     told = capsys.readouterr()
     assert "raise NameError('it was asked to')" in told.err  # last lines of the log
@@ -100,9 +118,25 @@ def test_a_failure_is_told_and_a_resumed_run_does_only_what_is_left(project, cap
     assert "skipped" not in capsys.readouterr().out
 
     manifest = json.loads((project / "out" / "manifest.json").read_text())
-    assert set(manifest) >= {"git_sha", "device", "versions", "parameters", "preset", "seeds", "seconds"}
+    assert set(manifest) >= {
+        "git_sha",
+        "device",
+        "versions",
+        "parameters",
+        "preset",
+        "seeds",
+        "seconds",
+    }
     for record in manifest["notebooks"].values():
-        assert set(record) >= {"key", "files", "parameters", "seconds", "started", "device", "versions"}
+        assert set(record) >= {
+            "key",
+            "files",
+            "parameters",
+            "seconds",
+            "started",
+            "device",
+            "versions",
+        }
     assert str(project) not in json.dumps(manifest)
     assert "one says something else" in (project / "out" / "logs" / "00_one.log").read_text()
 
@@ -110,12 +144,19 @@ def test_a_failure_is_told_and_a_resumed_run_does_only_what_is_left(project, cap
 def test_a_notebook_over_its_time_is_stopped(project):
     write_notebook(project, "01_two", "import time; time.sleep(600)")
     with pytest.raises(mr.InputError, match=r"01_two failed, stopped at its time limit of 0.2 min"):
-        runner.run_notebooks(["01"], preset="smoke", seeds="0", out=project / "out", batch=runner.Batch(timeout=12))
+        runner.run_notebooks(
+            ["01"], preset="smoke", seeds="0", out=project / "out", batch=runner.Batch(timeout=12)
+        )
 
 
 def test_the_process_of_a_notebook_imports_neither_the_package_nor_torch():
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({n.split('.')[0] for n in sys.modules} & {'torch', 'mimrefiner'})"
-    ended = subprocess.run([sys.executable, "-P", "-c", code, execute.__file__], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", code, execute.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert ended.stdout.strip() == "set()"
 
 
@@ -123,7 +164,7 @@ BATCH = """
 import sys
 from pathlib import Path
 from mimrefiner import execute, runner
-from mimrefiner.jobs import Board, Job
+from mimrefiner.batch.jobs import Board, Job
 runner.project_folder = lambda: Path(sys.argv[1])
 runner.run_notebooks([], preset="smoke", seeds="0", out=Path(sys.argv[1]) / "out", batch=runner.Batch(resume=True))
 """
@@ -160,7 +201,9 @@ def alive(pid):
     """Whether a process runs (one that ended and was not fetched by its parent does not)."""
     try:
         os.kill(pid, 0)
-        status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+        status = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+        ).stdout
     except OSError:
         return False
     return not status.startswith("Z")
@@ -177,7 +220,10 @@ def test_shared_models_are_those_the_code_asks_for(tmp_path):
         ({"gpus": (99,)}, "--gpus must be different numbers of the"),
         ({"workers": 0}, "--workers must be >= 1, got 0"),
         ({"timeout": -60}, "--timeout must be > 0 minutes, got -1"),
-        ({"slurm": {"gpus_per_node": 1}}, "--slurm gpus_per_node is for jobs on a cluster: add --executor slurm"),
+        (
+            {"slurm": {"gpus_per_node": 1}},
+            "--slurm gpus_per_node is for jobs on a cluster: add --executor slurm",
+        ),
         ({"executor": "pbs"}, "--executor must be local or slurm, got 'pbs'"),
     ],
 )
@@ -192,7 +238,9 @@ def test_notebooks_that_read_the_others_claims_come_last(tmp_path):
 
 
 def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch):
-    write_notebook(project, "02_three", "import os; print('threads', os.environ['OMP_NUM_THREADS'])")
+    write_notebook(
+        project, "02_three", "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
+    )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("MIMREFINER_CACHE", str(project / "cache"))
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
@@ -210,6 +258,8 @@ def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch
     monkeypatch.setattr(runner, "LocalProcess", Started)
     monkeypatch.setattr(runner, "_model_jobs", one_model)
     run(project)
-    assert next(iter(started)) == "pretrained, seed 0" and started["pretrained, seed 0"] == {"OMP_NUM_THREADS": "6"}
+    assert next(iter(started)) == "pretrained, seed 0" and started["pretrained, seed 0"] == {
+        "OMP_NUM_THREADS": "6"
+    }
     assert started["00_one"] == started["02_three"] == {"OMP_NUM_THREADS": "3"}
     assert "threads 3" in (project / "out" / "logs" / "02_three.log").read_text()

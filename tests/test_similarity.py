@@ -5,12 +5,24 @@ import timm
 import torch
 
 import mimrefiner as mr
-from mimrefiner.features import Features
-from mimrefiner.probes.similarity import _grams, _hsic, attention_distance, attention_maps, cka, effective_rank
+from mimrefiner.probes.features import Features
+from mimrefiner.probes.similarity import (
+    _grams,
+    _hsic,
+    attention_distance,
+    attention_maps,
+    cka,
+    effective_rank,
+)
 
 
 def make(*blocks):
-    return Features({"cls": list(blocks)}, torch.zeros(len(blocks[0]), dtype=torch.long), tuple(range(len(blocks))), len(blocks))
+    return Features(
+        {"cls": list(blocks)},
+        torch.zeros(len(blocks[0]), dtype=torch.long),
+        tuple(range(len(blocks))),
+        len(blocks),
+    )
 
 
 def test_cka_knows_rotations_and_unrelated_features():
@@ -25,9 +37,13 @@ def test_unbiased_hsic_equals_the_average_over_quadruples():
     """HSIC is a U-statistic: brute force over all ordered quadruples of different images."""
     x, y = torch.randn(6, 2).double(), torch.randn(6, 3).double()
     k, l = x @ x.T, y @ y.T  # noqa: E741
-    terms = [k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q]) for i, j, q, r in permutations(range(6), 4)]
+    terms = [
+        k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q]) for i, j, q, r in permutations(range(6), 4)
+    ]
 
-    assert _hsic(_grams([x])[0], _grams([y])[0]).item() == pytest.approx(torch.stack(terms).mean().item())
+    assert _hsic(_grams([x])[0], _grams([y])[0]).item() == pytest.approx(
+        torch.stack(terms).mean().item()
+    )
 
 
 def test_cka_does_not_depend_on_the_batch_size_on_average():
@@ -80,4 +96,7 @@ def test_uniform_attention_has_the_mean_distance(vit):
 
 def test_attention_of_another_kind_is_refused():
     with pytest.raises(mr.InputError, match="timm's VisionTransformer"):
-        attention_maps(timm.create_model("hiera_tiny_224", num_classes=0, img_size=64), torch.randn(1, 3, 64, 64))
+        attention_maps(
+            timm.create_model("hiera_tiny_224", num_classes=0, img_size=64),
+            torch.randn(1, 3, 64, 64),
+        )

@@ -7,8 +7,11 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner import store, train
-from mimrefiner.checkpoint import sha256_of
+from mimrefiner import files
+from mimrefiner.models.weights import sha256_of
+from mimrefiner.study import store
+from mimrefiner.training import refine
+from mimrefiner.training import refine as train
 
 
 @pytest.fixture
@@ -18,7 +21,11 @@ def preset(tmp_path, monkeypatch):
 
 
 def test_what_was_trained_is_loaded_and_equal(preset, monkeypatch):
-    pretrained, refined, longer = store.pretrained(preset), store.refined(preset), store.pretrained_longer(preset)
+    pretrained, refined, longer = (
+        store.pretrained(preset),
+        store.refined(preset),
+        store.pretrained_longer(preset),
+    )
 
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
@@ -30,7 +37,11 @@ def test_what_was_trained_is_loaded_and_equal(preset, monkeypatch):
     assert sha256_of(again.ema_encoder) == sha256_of(refined.ema_encoder)
     pd.testing.assert_frame_equal(again.history, refined.history, check_dtype=False)
     assert again.flops == refined.flops
-    assert sha256_of(store.pretrained_longer(preset).encoder) == sha256_of(longer.encoder) != sha256_of(pretrained.encoder)
+    assert (
+        sha256_of(store.pretrained_longer(preset).encoder)
+        == sha256_of(longer.encoder)
+        != sha256_of(pretrained.encoder)
+    )
     with pytest.raises(AssertionError, match="trained again"):
         store.pretrained(preset.with_seed(1))
 
@@ -39,19 +50,21 @@ def test_loader_processes_change_no_weight(preset, monkeypatch):
     alone = sha256_of(store.finetuned(preset, 2e-3).encoder)
     monkeypatch.setenv("MIMREFINER_CACHE", os.environ["MIMREFINER_CACHE"] + "-more")
     monkeypatch.setattr(store, "loader_workers", lambda: 1)
-    assert sha256_of(store.finetuned(preset, 2e-3).encoder) == alone  # behind pre-training and refinement
+    # Behind pre-training and refinement
+    assert sha256_of(store.finetuned(preset, 2e-3).encoder) == alone
 
 
 def test_the_control_spends_the_computation_of_refinement(preset):
     longer = store.pretrained_longer(preset)  # counts what refinement would take
     refined = store.refined(preset)
     assert longer.flops == pytest.approx(refined.flops, rel=0.05)
-    assert store.is_stored("pretrained_longer", preset)  # the count was exact: with refinement's own number it is the same entry
+    # The count was exact: with refinement's own number it is the same entry
+    assert store.is_stored("pretrained_longer", preset)
 
 
 def test_a_damaged_entry_is_announced_and_trained_again(preset, capsys):
     before = sha256_of(store.pretrained(preset).encoder)
-    (file,) = store.cache_folder().glob("pretrain-*/model.safetensors")
+    (file,) = files.cache_folder().glob("pretrain-*/model.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     assert sha256_of(store.pretrained(preset).encoder) == before
     assert "model.safetensors is missing or changed" in capsys.readouterr().err
@@ -64,7 +77,7 @@ def test_a_stopped_training_leaves_nothing(preset, monkeypatch):
     monkeypatch.setattr(store, "pretrain", stop)
     with pytest.raises(KeyboardInterrupt):
         store.pretrained(preset)
-    assert [entry.name for entry in store.cache_folder().iterdir()] == ["locks"]
+    assert [entry.name for entry in files.cache_folder().iterdir()] == ["locks"]
 
 
 def test_asking_what_is_stored_trains_nothing(preset, monkeypatch):
@@ -103,9 +116,9 @@ def test_of_two_processes_one_trains(preset):
 
 def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
     whole = store.pretrained(preset)
-    monkeypatch.setenv("MIMREFINER_CACHE", str(store.cache_folder().parent / "other"))
+    monkeypatch.setenv("MIMREFINER_CACHE", str(files.cache_folder().parent / "other"))
     monkeypatch.setattr(store, "Saving", functools.partial(store.Saving, every=2))
-    set_lr, steps = train.set_lr, []
+    set_lr, steps = refine.set_lr, []
 
     def cut(*args):
         steps.append(len(steps))
@@ -119,5 +132,9 @@ def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
     resumed = store.pretrained(preset)
     assert len(steps) == 6 + whole.history["step"].max() + 1 - 4  # four steps were saved
     assert sha256_of(resumed.model) == sha256_of(whole.model)
-    assert sorted(entry.name.partition("-")[0] for entry in store.cache_folder().iterdir()) == ["locks", "pretrain", "unfinished"]
-    assert not list((store.cache_folder() / "unfinished").iterdir())
+    assert sorted(entry.name.partition("-")[0] for entry in files.cache_folder().iterdir()) == [
+        "locks",
+        "pretrain",
+        "unfinished",
+    ]
+    assert not list((files.cache_folder() / "unfinished").iterdir())

@@ -7,12 +7,19 @@ import torch
 from PIL import Image
 
 import mimrefiner as mr
-from mimrefiner.augment import digit_views, paper_views, small_views, uniforms
-from mimrefiner.views import loaded_crops, resident_crops, view_batches
+from mimrefiner.data.augment import digit_views, paper_views, small_views, uniforms
+from mimrefiner.data.views import loaded_crops, resident_crops, view_batches
 
 
 def batches(dataset, **settings):
-    options = {"batch_size": 16, "steps": 5, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, **settings}
+    options = {
+        "batch_size": 16,
+        "steps": 5,
+        "seed": 3,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        **settings,
+    }
     return list(view_batches(dataset, digit_views(32, 8, n_local=2), **options))
 
 
@@ -37,7 +44,9 @@ def test_views_depend_on_seed_epoch_and_image_only(digits):
 
 
 def test_a_batch_larger_than_the_data_is_named(digits):
-    with pytest.raises(mr.InputError, match="a batch of 16 needs at least that many images, the data set has 9"):
+    with pytest.raises(
+        mr.InputError, match="a batch of 16 needs at least that many images, the data set has 9"
+    ):
         batches(digits["train"].subset(range(9)))
 
 
@@ -57,7 +66,10 @@ def test_later_steps_and_shares_are_parts_of_the_same_sequence(digits):
     options = {"batch_size": 8, "steps": 7, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     whole = list(view_batches(some, digit_views(32, 8, n_local=2), **options))
     later = list(view_batches(some, digit_views(32, 8, n_local=2), first_step=4, **options))
-    shares = [list(view_batches(some, digit_views(32, 8, n_local=2), part=(i, 2), **options)) for i in range(2)]
+    shares = [
+        list(view_batches(some, digit_views(32, 8, n_local=2), part=(i, 2), **options))
+        for i in range(2)
+    ]
     assert len(whole) == 7 and len(later) == 3
     for step, (views, index, _) in enumerate(whole):
         assert torch.equal(torch.cat([share[step][1] for share in shares]), index)
@@ -66,9 +78,15 @@ def test_later_steps_and_shares_are_parts_of_the_same_sequence(digits):
             assert torch.equal(later[step - 4][0][0], views[0])
 
 
-@pytest.mark.parametrize("views", [small_views(64, 8, n_local=2), paper_views(224, 96, n_local=2)], ids=["smaller", "larger"])
+@pytest.mark.parametrize(
+    "views",
+    [small_views(64, 8, n_local=2), paper_views(224, 96, n_local=2)],
+    ids=["smaller", "larger"],
+)
 def test_crops_cut_for_the_whole_batch_equal_those_of_pillow(views):
-    """What a GPU does with images in memory, here on the CPU: draws, index and labels are equal, pixels to a grey level of 255."""
+    """What a GPU does with images in memory, here on the CPU: draws, index and labels are equal,
+    pixels to a grey level of 255.
+    """
     photos = mr.load_dataset("fruit64", split="test").subset(range(40, 72)).in_memory()
     keys = [[(epoch, i) for i in range(start, start + 8)] for epoch in (0, 3) for start in (0, 24)]
     device = torch.device("cpu")
@@ -95,13 +113,15 @@ def test_loaders_end_with_a_process_that_ends_by_an_error():
     """They outlive SIGTERM, by which multiprocessing would end them, and wait."""
     script = """
 import mimrefiner as mr
-from mimrefiner.augment import digit_views
-from mimrefiner.views import view_batches
+from mimrefiner.data.augment import digit_views
+from mimrefiner.data.views import view_batches
 digits = mr.load_dataset("digits", split="train")
 options = {"batch_size": 16, "steps": 50, "seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_workers": 2}
 batches = view_batches(digits, digit_views(32, 8, n_local=2), **options)
 next(batches)
 raise RuntimeError("something else")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: something else\n")

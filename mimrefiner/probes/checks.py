@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features
+from mimrefiner.probes.features import Features
 
 COLUMNS = ("block", "pool", "protocol", "metric", "seed", "value", "n_train", "n_test", "setting")
 
@@ -17,35 +17,49 @@ def check_finite(*parts: Features) -> None:
     for features in parts:
         for pool, block, x in each_block(features):
             if not torch.isfinite(x).all():
-                raise InputError(f"the {pool} features of block {block} (0-based) hold NaN or infinite values: check the weights")
+                raise InputError(
+                    f"the {pool} features of block {block} (0-based) hold NaN or infinite values: check the weights"
+                )
 
 
 def check_labels(y: Tensor, what: str, *, everywhere: bool = False) -> Tensor:
-    """The sorted class labels in ``y``; InputError without labels or with one class only, or, if they must be ``everywhere``, where
-    some images have none."""
+    """The sorted class labels in ``y``; InputError without labels or with one class only, or, if
+    they must be ``everywhere``, where some images have none.
+    """
     classes = y[y >= 0].unique()
     if len(classes) == 0:
-        raise InputError(f"{what} needs labels, and this data set has none: clustering and CKA work without")
+        raise InputError(
+            f"{what} needs labels, and this data set has none: clustering and CKA work without"
+        )
     if len(classes) == 1:
         raise InputError(f"{what} needs at least two classes, and all labels are {classes.item()}")
     without = int((y < 0).sum())
     if everywhere and without:
-        raise InputError(f"{what} needs labels, and {without} of {len(y)} training images have none: leave these out")
+        raise InputError(
+            f"{what} needs labels, and {without} of {len(y)} training images have none: leave these out"
+        )
     return classes
 
 
 def check_test_labels(y: Tensor, what: str) -> None:
-    """InputError without test images, or where some have no label: they would count as wrong answers."""
+    """InputError without test images, or where some have no label: they would count as wrong
+    answers.
+    """
     if len(y) == 0:
         raise InputError(f"{what} needs test images, and there are none")
     if without := int((y < 0).sum()):
-        raise InputError(f"{without} of {len(y)} test images have no label, and {what} counts right answers: leave them out")
+        raise InputError(
+            f"{without} of {len(y)} test images have no label, and {what} counts right answers: leave them out"
+        )
 
 
 def check_alike(train: Features, *others: Features) -> None:
-    """InputError that names a pooling and block that not all of the features have, or not in the same width."""
+    """InputError that names a pooling and block that not all of the features have, or not in the
+    same width.
+    """
     first, *rest = (
-        {(pool, block, x.shape[1]) for pool, block, x in each_block(part) if pool in train.x} for part in (train, *others)
+        {(pool, block, x.shape[1]) for pool, block, x in each_block(part) if pool in train.x}
+        for part in (train, *others)
     )
     for part in rest:
         for pool, block, width in sorted(first ^ part):
@@ -69,7 +83,8 @@ def each_block(features: Features):
 
 
 def tidy(rows: list[dict]) -> pd.DataFrame:
-    """Rows of a probe in one form; ``setting`` says what was selected on validation data, "" where nothing was. Rows may hold
-    ``hits``: which test images are right, (n_test,) bool."""
+    """Rows of a probe in one form; ``setting`` says what was selected on validation data, "" where
+    nothing was. Rows may hold ``hits``: which test images are right, (n_test,) bool.
+    """
     hits = ("hits",) if rows and "hits" in rows[0] else ()
     return pd.DataFrame([{"setting": "", **row} for row in rows], columns=[*COLUMNS, *hits])

@@ -1,7 +1,8 @@
 """k-means clusters and class separation of every block.
 
-As the nearest published code of the authors does it: standardised features, the best of ten k-means runs by inertia, accuracy after
-the best matching of clusters to classes (the paper does not say more; silhouette and Davies-Bouldin are of the true classes).
+As the nearest published code of the authors does it: standardised features, the best of ten k-means
+runs by inertia, accuracy after the best matching of clusters to classes (the paper does not say
+more; silhouette and Davies-Bouldin are of the true classes).
 """
 
 import warnings
@@ -15,14 +16,16 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features
 from mimrefiner.probes.checks import check_count, check_finite, each_block, tidy
+from mimrefiner.probes.features import Features
 from mimrefiner.progress import progress
 
 MANY_IMAGES = 20_000  # from here on mini batches, and the silhouette of a sample
 
 
-def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, seed: int = 0) -> pd.DataFrame:
+def cluster(
+    features: Features, *, clusters: int | None = None, runs: int = 10, seed: int = 0
+) -> pd.DataFrame:
     """Cluster every block and pooling.
 
     Args:
@@ -32,10 +35,12 @@ def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, 
         seed: of the starts.
 
     Returns:
-        Rows with the metrics ACC, NMI, AMI, ARI (0 to 1, higher is better), silhouette (-1 to 1, higher is better) and
-        davies_bouldin (lower is better); without labels silhouette and davies_bouldin of the clusters themselves, called
-        cluster_silhouette and cluster_davies_bouldin. The last two are left out where they are not defined: a single cluster
-        (constant features), or as many as images. Columns as :data:`mimrefiner.probes.checks.COLUMNS`.
+        Rows with the metrics ACC, NMI, AMI, ARI (0 to 1, higher is better), silhouette (-1 to 1,
+        higher is better) and davies_bouldin (lower is better); without labels silhouette and
+        davies_bouldin of the clusters themselves, called cluster_silhouette and
+        cluster_davies_bouldin. The last two are left out where they are not defined: a single
+        cluster (constant features), or as many as images. Columns as
+        :data:`mimrefiner.probes.checks.COLUMNS`.
 
     Raises:
         InputError: neither labels nor ``clusters``; more clusters than images; NaN features.
@@ -51,16 +56,29 @@ def cluster(features: Features, *, clusters: int | None = None, runs: int = 10, 
         x = x.double().numpy()
         x = (x - x.mean(0)) / (x.std(0) + 1e-6)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)  # equal images; rows tell
+            # Equal images; rows tell
+            warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
             found = algorithm(k, n_init=runs, max_iter=1000, random_state=seed).fit_predict(x)
         values = agreement(labels, found) if labelled else {}
         of, prefix = (labels, "") if labelled else (found, "cluster_")
         if 1 < len(np.unique(of)) < len(x):
             sample = min(len(x), 5000)
-            values[f"{prefix}silhouette"] = metrics.silhouette_score(x, of, sample_size=sample, random_state=seed)
+            values[f"{prefix}silhouette"] = metrics.silhouette_score(
+                x, of, sample_size=sample, random_state=seed
+            )
             values[f"{prefix}davies_bouldin"] = metrics.davies_bouldin_score(x, of)
-        common = {"block": block, "pool": pool, "protocol": "kmeans", "seed": seed, "n_train": 0, "n_test": len(x)}
-        rows += [{**common, "metric": name, "value": float(value), "setting": f"k={k}"} for name, value in values.items()]
+        common = {
+            "block": block,
+            "pool": pool,
+            "protocol": "kmeans",
+            "seed": seed,
+            "n_train": 0,
+            "n_test": len(x),
+        }
+        rows += [
+            {**common, "metric": name, "value": float(value), "setting": f"k={k}"}
+            for name, value in values.items()
+        ]
     return tidy(rows)
 
 
@@ -70,12 +88,18 @@ def has_classes(labels: np.ndarray) -> bool:
 
 
 def number_of_clusters(labels: np.ndarray, clusters: int | None) -> int:
-    """``clusters``, or for None the number of classes; InputError where neither fits ``labels``, (images,)."""
+    """``clusters``, or for None the number of classes; InputError where neither fits ``labels``,
+    (images,).
+    """
     if clusters is None and not has_classes(labels):
-        raise InputError("this data set has no labels of two or more classes: say how many clusters (clusters=)")
+        raise InputError(
+            "this data set has no labels of two or more classes: say how many clusters (clusters=)"
+        )
     k = len(np.unique(labels)) if clusters is None else clusters
     if not isinstance(k, Integral) or not 1 < k <= len(labels):
-        raise InputError(f"clusters must be a whole number between 2 and the number of images {len(labels)}, got {k}")
+        raise InputError(
+            f"clusters must be a whole number between 2 and the number of images {len(labels)}, got {k}"
+        )
     return k
 
 
@@ -90,7 +114,9 @@ def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 
 
 def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Share of images whose cluster is matched to their class by the best one-to-one matching (Hungarian method)."""
+    """Share of images whose cluster is matched to their class by the best one-to-one matching
+    (Hungarian method).
+    """
     table = metrics.cluster.contingency_matrix(labels, clusters)
     rows, columns = linear_sum_assignment(table, maximize=True)
     return float(table[rows, columns].sum() / len(labels))

@@ -1,8 +1,10 @@
 """Semantic segmentation with a linear probe on frozen patch tokens: mean intersection over union.
 
-A 1x1 convolution after batch norm without affine parameters, SGD with momentum 0.9: on every block (``ade20k_per_block`` of the
-released code), or on several blocks joined (``probe_transfer/ade20k``). All probes are trained together; the encoder is frozen.
-The paper's other numbers on ADE20K come from fine-tuning the whole encoder with UperNet, which is no probe and not built in.
+A 1x1 convolution after batch norm without affine parameters, SGD with momentum 0.9: on every block
+(``ade20k_per_block`` of the released code), or on several blocks joined
+(``probe_transfer/ade20k``). All probes are trained together; the encoder is frozen. The paper's
+other numbers on ADE20K come from fine-tuning the whole encoder with UperNet, which is no probe and
+not built in.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,64 +16,83 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.config import check_blocks
+from mimrefiner.data.views import epoch_order
+from mimrefiner.device import frozen
 from mimrefiner.errors import InputError
-from mimrefiner.features import block_modules, check_pools
-from mimrefiner.models import frozen
+from mimrefiner.models.blocks import block_modules, check_pools
 from mimrefiner.probes.checks import tidy
-from mimrefiner.probes.masks import IGNORE, DenseConfig, Prepared
+from mimrefiner.probes.segmentation import IGNORE, DenseConfig, Prepared
 from mimrefiner.progress import progress
-from mimrefiner.train import cosine_lr
-from mimrefiner.views import epoch_order
+from mimrefiner.training.refine import cosine_lr
 
 
 def ade20k() -> DenseConfig:
-    """ADE20K per block: 150 classes, 20,210 training images, 224 px; about 50 epochs over the frozen encoder.
+    """ADE20K per block: 150 classes, 20,210 training images, 224 px; about 50 epochs over the
+    frozen encoder.
 
-    Test images are resized to 224 px, so that the window of 224 px which the released settings slide by 170 is the whole image.
-    Enlarging bilinearly is ours, the settings do not say.
+    Test images are resized to 224 px, so that the window of 224 px which the released settings
+    slide by 170 is the whole image. Enlarging bilinearly is ours, the settings do not say.
     """
     return DenseConfig(ignore_zero=True)
 
 
 def ade20k_transfer(depth: int) -> tuple[DenseConfig, tuple[int, ...]]:
-    """ADE20K as the paper's linear-probe transfer: (settings, the blocks to join for an encoder of ``depth`` blocks).
+    """ADE20K as the paper's linear-probe transfer: (settings, the blocks to join for an encoder of
+    ``depth`` blocks).
 
-    Every fourth block counted from the end, four of them, with and without cls token, nine learning rates, random squares of images
-    of half to double size, full-size test images under a window of 224 px that slides by 170 px. Our reading: validation images
-    choose the rate, fewer blocks are joined where there are fewer than 13, and logits are enlarged by their nearest neighbours in
+    Every fourth block counted from the end, four of them, with and without cls token, nine learning
+    rates, random squares of images of half to double size, full-size test images under a window of
+    224 px that slides by 170 px. Our reading: validation images choose the rate, fewer blocks are
+    joined where there are fewer than 13, and logits are enlarged by their nearest neighbours in
     training too.
     """
     config = DenseConfig(
-        learning_rates=(1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), ignore_zero=True, scale=(0.5, 2.0), max_share=0.75,
-        stride=170, enlarge="nearest", join=True, cls=True,
-    )  # fmt: skip
+        learning_rates=(1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+        ignore_zero=True,
+        scale=(0.5, 2.0),
+        max_share=0.75,
+        stride=170,
+        enlarge="nearest",
+        join=True,
+        cls=True,
+    )
     return config, tuple(block for block in range(depth - 13, depth, 4) if block >= 0)
 
 
 class DenseProbes(nn.Module):
-    """Linear classifiers on patch tokens of a frozen encoder: per block, or on all blocks joined; with cls tokens or without.
+    """Linear classifiers on patch tokens of a frozen encoder: per block, or on all blocks joined;
+    with cls tokens or without.
 
     Attributes:
-        kinds: (blocks, with cls token) of every batch norm; behind each is one layer per learning rate, rates innermost.
+        kinds: (blocks, with cls token) of every batch norm; behind each is one layer per learning
+            rate, rates innermost.
     """
 
-    def __init__(self, encoder: nn.Module, blocks: Sequence[int], classes: int, config: DenseConfig):
+    def __init__(
+        self, encoder: nn.Module, blocks: Sequence[int], classes: int, config: DenseConfig
+    ):
         super().__init__()
         self.encoder, self.blocks, self.rates = encoder, tuple(blocks), len(config.learning_rates)
         groups = [self.blocks] if config.join else [(block,) for block in self.blocks]
-        self.kinds = [(group, cls) for cls in ((False, True) if config.cls else (False,)) for group in groups]
+        self.kinds = [
+            (group, cls) for cls in ((False, True) if config.cls else (False,)) for group in groups
+        ]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             dims = [encoder.embed_dim * len(group) * (1 + cls) for group, cls in self.kinds]
             self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
-            self.layers = nn.ModuleList(nn.Conv2d(dim, classes, 1) for dim in dims for _ in config.learning_rates)
+            self.layers = nn.ModuleList(
+                nn.Conv2d(dim, classes, 1) for dim in dims for _ in config.learning_rates
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits per patch, (probes, batch, classes, rows, columns)."""
         maps, cls_maps = token_maps(self.encoder, images, self.blocks)
         logits = []
         for i, (norm, (group, cls)) in enumerate(zip(self.norms, self.kinds, strict=True)):
-            parts = [maps[block] for block in group] + ([cls_maps[block] for block in group] if cls else [])
+            parts = [maps[block] for block in group] + (
+                [cls_maps[block] for block in group] if cls else []
+            )
             x = norm(torch.cat(parts, 1))
             logits += [layer(x) for layer in self.layers[i * self.rates : (i + 1) * self.rates]]
         return torch.stack(logits)
@@ -93,8 +114,9 @@ def dense_probe(
 
     Args:
         encoder: a timm ViT; frozen.
-        train, test: data sets of (RGB image, mask), such as :class:`~mimrefiner.probes.masks.SegmentationFolder`; the mask
-            value 255 does not count.
+        train, test: data sets of (RGB image, mask), such as
+            :class:`~mimrefiner.probes.segmentation.SegmentationFolder`; the mask value 255 does not
+            count.
         classes: number of classes.
         config: see :class:`DenseConfig`; None takes the paper's for every block.
         blocks: "all" or 0-based.
@@ -102,12 +124,12 @@ def dense_probe(
 
     Returns:
         One row per block (per cls or not), metric "mIoU" over the classes that occur, columns as
-        :data:`mimrefiner.probes.checks.COLUMNS`; ``block`` is the last of joined ones, ``setting`` the learning rate and the blocks
-        that were joined.
+        :data:`mimrefiner.probes.checks.COLUMNS`; ``block`` is the last of joined ones, ``setting``
+        the learning rate and the blocks that were joined.
 
     Raises:
-        InputError: a class in a mask that is not below ``classes``; a block out of range; several learning rates without ``val``;
-            cls tokens of a model that has none.
+        InputError: a class in a mask that is not below ``classes``; a block out of range; several
+            learning rates without ``val``; cls tokens of a model that has none.
     """
     config, device = config or DenseConfig(), torch.device(device)
     depth = len(block_modules(encoder))
@@ -115,47 +137,82 @@ def dense_probe(
     _check(config, encoder, val)
     with frozen(encoder, device):
         model = DenseProbes(encoder, blocks, classes, config).to(device)
-        _train(model, Prepared(train, encoder, classes, config, random=True), config, device, num_workers)
+        _train(
+            model,
+            Prepared(train, encoder, classes, config, random=True),
+            config,
+            device,
+            num_workers,
+        )
         model.eval()
-        options = {"classes": classes, "device": device, "config": config, "window": encoder.pretrained_cfg["input_size"][-1]}
+        options = {
+            "classes": classes,
+            "device": device,
+            "config": config,
+            "window": encoder.pretrained_cfg["input_size"][-1],
+        }
 
         def measured(part: Dataset) -> Tensor:
             """(kinds, learning rates)."""
-            batch_size = 1 if config.stride else config.batch_size  # full-size images differ in size
-            batches = DataLoader(Prepared(part, encoder, classes, config), batch_size, num_workers=num_workers)
+            # Full-size images differ in size
+            batch_size = 1 if config.stride else config.batch_size
+            batches = DataLoader(
+                Prepared(part, encoder, classes, config), batch_size, num_workers=num_workers
+            )
             return mean_iou(model, batches, **options).unflatten(0, (len(model.kinds), -1))
 
-        best = measured(val).argmax(1) if len(config.learning_rates) > 1 else torch.zeros(len(model.kinds), dtype=torch.long)
+        best = (
+            measured(val).argmax(1)
+            if len(config.learning_rates) > 1
+            else torch.zeros(len(model.kinds), dtype=torch.long)
+        )
         values = measured(test).gather(1, best[:, None])[:, 0]
     rows = []
     for (group, cls), value, rate in zip(model.kinds, values.tolist(), best.tolist(), strict=True):
         joined = f" blocks={'+'.join(map(str, group))}" if config.join else ""
-        rows.append({
-            "block": group[-1], "pool": "tokens+cls" if cls else "tokens", "protocol": "dense_linear", "metric": "mIoU",
-            "seed": config.seed, "value": value, "n_train": len(train), "n_test": len(test),
-            "setting": f"lr={config.learning_rates[rate]:g}{joined}",
-        })  # fmt: skip
+        rows.append(
+            {
+                "block": group[-1],
+                "pool": "tokens+cls" if cls else "tokens",
+                "protocol": "dense_linear",
+                "metric": "mIoU",
+                "seed": config.seed,
+                "value": value,
+                "n_train": len(train),
+                "n_test": len(test),
+                "setting": f"lr={config.learning_rates[rate]:g}{joined}",
+            }
+        )
     return tidy(rows)
 
 
 def _check(config: DenseConfig, encoder: nn.Module, val: Dataset | None) -> None:
     if len(config.learning_rates) > 1 and val is None:
-        raise InputError(f"choosing among {len(config.learning_rates)} learning rates needs validation images: pass val=")
+        raise InputError(
+            f"choosing among {len(config.learning_rates)} learning rates needs validation images: pass val="
+        )
     if config.cls:
         check_pools(encoder, ("cls",))
     if config.enlarge not in ("bilinear", "nearest"):
         raise InputError(f"enlarge must be bilinear or nearest, got {config.enlarge!r}")
     size = encoder.pretrained_cfg["input_size"][-1]
     if config.stride is not None and not 1 <= config.stride <= size:
-        raise InputError(f"stride must be between 1 and the window of {size} pixels, got {config.stride}")
+        raise InputError(
+            f"stride must be between 1 and the window of {size} pixels, got {config.stride}"
+        )
 
 
-def _train(model: DenseProbes, train: Dataset, config: DenseConfig, device: torch.device, num_workers: int) -> None:
+def _train(
+    model: DenseProbes, train: Dataset, config: DenseConfig, device: torch.device, num_workers: int
+) -> None:
     batch_size = min(config.batch_size, len(train))
     per_epoch = len(train) // batch_size
     steps = max(1, round(config.epochs * per_epoch))
     groups = [
-        {"params": layer.parameters(), "peak": config.learning_rates[i % model.rates] * batch_size / 16}
+        {
+            "params": layer.parameters(),
+            "peak": config.learning_rates[i % model.rates] * batch_size / 16,
+        }
         for i, layer in enumerate(model.layers)
     ]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
@@ -177,23 +234,34 @@ def _train(model: DenseProbes, train: Dataset, config: DenseConfig, device: torc
         logits = model(images.to(device))
         leaf = logits.detach().requires_grad_()
         for probe in leaf:  # one after another: logits per pixel of all probes would be gigabytes
-            loss = F.cross_entropy(_enlarge(probe, masks.shape[-1], config.enlarge), masks, ignore_index=IGNORE, reduction="sum")
+            loss = F.cross_entropy(
+                _enlarge(probe, masks.shape[-1], config.enlarge),
+                masks,
+                ignore_index=IGNORE,
+                reduction="sum",
+            )
             (loss / (masks != IGNORE).sum().clamp_min(1)).backward()
         logits.backward(leaf.grad)
         optimizer.step()
 
 
 @torch.no_grad()
-def mean_iou(model: nn.Module, batches: Iterable, *, classes: int, device, config: DenseConfig, window: int) -> Tensor:
-    """Mean intersection over union of every probe, over the classes that occur in masks or predictions, (probes,).
+def mean_iou(
+    model: nn.Module, batches: Iterable, *, classes: int, device, config: DenseConfig, window: int
+) -> Tensor:
+    """Mean intersection over union of every probe, over the classes that occur in masks or
+    predictions, (probes,).
 
-    ``model``: images (batch, 3, window, window) -> logits per patch; ``batches``: (images, masks) of any size.
+    ``model``: images (batch, 3, window, window) -> logits per patch; ``batches``: (images, masks)
+    of any size.
     """
     table = 0
     for images, masks in batches:
         counted = masks != IGNORE
         found = []
-        for logits in slide(model, images.to(device), window, config.stride or window, config.enlarge):
+        for logits in slide(
+            model, images.to(device), window, config.stride or window, config.enlarge
+        ):
             pairs = masks[counted] * classes + logits.argmax(1).cpu()[counted]
             found.append(torch.bincount(pairs, minlength=classes * classes))
         table += torch.stack(found)
@@ -203,21 +271,32 @@ def mean_iou(model: nn.Module, batches: Iterable, *, classes: int, device, confi
     return torch.where(union > 0, right / union.clamp_min(1), 0.0).sum(1) / (union > 0).sum(1)
 
 
-def slide(model: nn.Module, images: Tensor, window: int, stride: int, enlarge: str) -> Iterator[Tensor]:
+def slide(
+    model: nn.Module, images: Tensor, window: int, stride: int, enlarge: str
+) -> Iterator[Tensor]:
     """Logits per pixel, (batch, classes, height, width), of one probe after the other.
 
-    A window of ``window`` pixels slides over the images by ``stride``; the last one of a row or column is moved back to end with
-    the image. Logits are averaged where windows overlap. Images smaller than the window are padded with the mean colour.
+    A window of ``window`` pixels slides over the images by ``stride``; the last one of a row or
+    column is moved back to end with the image. Logits are averaged where windows overlap. Images
+    smaller than the window are padded with the mean colour.
 
     Args:
-        model: images (batch, 3, window, window) -> logits per patch (probes, batch, classes, rows, columns).
+        model: images (batch, 3, window, window) -> logits per patch (probes, batch, classes, rows,
+            columns).
         images: normalised, (batch, 3, height, width).
         enlarge: "bilinear" or "nearest".
     """
     height, width = images.shape[-2:]
     images = F.pad(images, (0, max(0, window - width), 0, max(0, window - height)))
-    tops, lefts = ([min(start, side - window) for start in range(0, side - window + stride, stride)] for side in images.shape[-2:])
-    places = [(..., slice(top, top + window), slice(left, left + window)) for top in tops for left in lefts]
+    tops, lefts = (
+        [min(start, side - window) for start in range(0, side - window + stride, stride)]
+        for side in images.shape[-2:]
+    )
+    places = [
+        (..., slice(top, top + window), slice(left, left + window))
+        for top in tops
+        for left in lefts
+    ]
     patches = [model(images[place]) for place in places]  # small: per patch
     for probe in range(len(patches[0])):
         total = patches[0].new_zeros(len(images), patches[0].shape[2], *images.shape[-2:])
@@ -229,9 +308,12 @@ def slide(model: nn.Module, images: Tensor, window: int, stride: int, enlarge: s
 
 
 @torch.no_grad()
-def token_maps(encoder: nn.Module, images: Tensor, blocks: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each, and the first token of each spread over such a
-    map (the cls token where there is one)."""
+def token_maps(
+    encoder: nn.Module, images: Tensor, blocks: Sequence[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each, and the first
+    token of each spread over such a map (the cls token where there is one).
+    """
     patch = encoder.patch_embed.patch_size[0]
     rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
     maps: dict[int, Tensor] = {}
@@ -239,7 +321,9 @@ def token_maps(encoder: nn.Module, images: Tensor, blocks: Sequence[int]) -> tup
 
     def keep(block: int):
         def hook(module, inputs, tokens):
-            maps[block] = tokens[:, encoder.num_prefix_tokens :].mT.unflatten(2, (rows, columns)).float()
+            maps[block] = (
+                tokens[:, encoder.num_prefix_tokens :].mT.unflatten(2, (rows, columns)).float()
+            )
             first[block] = tokens[:, 0, :, None, None].float().expand_as(maps[block])
 
         return hook
@@ -255,4 +339,6 @@ def token_maps(encoder: nn.Module, images: Tensor, blocks: Sequence[int]) -> tup
 
 def _enlarge(logits: Tensor, size: int, mode: str) -> Tensor:
     """(batch, classes, rows, columns) -> (batch, classes, size, size)."""
-    return F.interpolate(logits, size=(size, size), mode=mode, align_corners=False if mode == "bilinear" else None)
+    return F.interpolate(
+        logits, size=(size, size), mode=mode, align_corners=False if mode == "bilinear" else None
+    )

@@ -1,4 +1,6 @@
-"""Weighted k-nearest-neighbour classification (the paper's protocol: ``src/metrics/knn.py`` of the released code)."""
+"""Weighted k-nearest-neighbour classification (the paper's protocol: ``src/metrics/knn.py`` of the
+released code).
+"""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -7,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features
 from mimrefiner.probes.checks import check_alike, check_finite, check_labels, check_test_labels
+from mimrefiner.probes.features import Features
 
 SEARCH_BYTES = 2**28  # at most this much similarity matrix, or votes, at a time
 BANK_BYTES = 2**30  # at most this much of the bank, in float32, at a time
 SPARE = 16  # neighbours found beyond k in low precision, among which float32 decides
+KNN_PROTOCOL = "knn_k10_t0.07_standardized"
 
 
 def knn_predict(
@@ -28,23 +31,25 @@ def knn_predict(
 ) -> Tensor:
     """Predicted labels for every k and temperature, from one search at the largest k.
 
-    Features are standardised with the training mean and unbiased standard deviation (+ 1e-6), then L2-normalised; a neighbour
-    of cosine similarity s votes with weight exp(s / temperature).
+    Features are standardised with the training mean and unbiased standard deviation (+ 1e-6), then
+    L2-normalised; a neighbour of cosine similarity s votes with weight exp(s / temperature).
 
     Args:
         train_x, test_x: (images, dim), or (blocks, images, dim) for many blocks at once.
         train_y: labels, (images,), any integers >= 0.
         ks, temperatures, standardize: of the vote.
-        search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are scored again in float32.
-        device: where to search; None where the features are. One block at a time passes in pieces of BANK_BYTES, so that the
-            memory there is one to two such pieces, whatever the number of training images.
+        search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are
+            scored again in float32.
+        device: where to search; None where the features are. One block at a time passes in pieces
+            of BANK_BYTES, so that the memory there is one to two such pieces, whatever the number
+            of training images.
 
     Returns:
         Labels, (len(ks), len(temperatures), [blocks,] test images).
 
     Raises:
-        InputError: no neighbour left to find, a temperature that is not positive, no labels or labels of one class only, NaN or
-            infinite features.
+        InputError: no neighbour left to find, a temperature that is not positive, no labels or
+            labels of one class only, NaN or infinite features.
     """
     _check(train_x, train_y, test_x, ks, temperatures)
     if train_x.ndim == 2:
@@ -53,13 +58,18 @@ def knn_predict(
         return knn_predict(train_x[None], train_y, test_x[None], **options)[:, :, 0]
     device = train_x.device if device is None else torch.device(device)
     classes, votes_for = train_y.to(device).unique(return_inverse=True)
-    out = torch.empty(len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype)
+    out = torch.empty(
+        len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype
+    )
     rows = max(1, SEARCH_BYTES // (4 * len(classes)))
     for block, (bank, queries) in enumerate(zip(train_x, test_x, strict=True)):
         similarity, neighbour = _search(bank, queries, max(ks), standardize, search_dtype, device)
         if not similarity.isfinite().all():
-            raise InputError("training or test features hold NaN or infinite values: check the weights")
-        similarity -= similarity[:, :1].clone()  # of the nearest: no weight overflows, however small the temperature
+            raise InputError(
+                "training or test features hold NaN or infinite values: check the weights"
+            )
+        # Of the nearest: no weight overflows, however small the temperature
+        similarity -= similarity[:, :1].clone()
         for start in range(0, len(queries), rows):
             part = slice(start, start + rows)
             label = votes_for[neighbour[part]]  # (rows, k)
@@ -73,8 +83,12 @@ def knn_predict(
     return out.to(train_y.device)
 
 
-def _search(bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dtype, device) -> tuple[Tensor, Tensor]:
-    """Cosines and rows of the ``k`` nearest training images of every query, (queries, k), best first."""
+def _search(
+    bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dtype, device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and rows of the ``k`` nearest training images of every query, (queries, k), best
+    first.
+    """
     pieces = torch.arange(len(bank)).split(max(1, BANK_BYTES // (4 * bank.shape[1])))
     pieces = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in pieces]
     moments = _mean_and_std(bank, pieces, device) if standardize else None
@@ -83,7 +97,10 @@ def _search(bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dty
     for piece in pieces:
         part = _directions(bank[piece], moments, device)
         coarse = part.to(search_dtype)
-        found = [_nearest(few, part, coarse, k) for few in queries.split(max(1, SEARCH_BYTES // (4 * len(part))))]
+        found = [
+            _nearest(few, part, coarse, k)
+            for few in queries.split(max(1, SEARCH_BYTES // (4 * len(part))))
+        ]
         similarity, row = (torch.cat(x) for x in zip(*found, strict=True))
         row += piece.start
         if best is not None:
@@ -95,24 +112,32 @@ def _search(bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dty
 
 
 def _nearest(queries: Tensor, bank: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` nearest rows of one piece of the bank; ``coarse``: the piece in the precision of the search."""
+    """The ``k`` nearest rows of one piece of the bank; ``coarse``: the piece in the precision of
+    the search.
+    """
     if coarse.dtype == bank.dtype:
         return (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     row = (queries.to(coarse.dtype) @ coarse.T).topk(min(k + SPARE, len(bank)), dim=1).indices
-    similarity = torch.cat([  # in pieces: (queries, k, dim) is larger than the bank
-        torch.einsum("qd,qkd->qk", few, bank[chosen])
-        for few, chosen in zip(queries.split(1024), row.split(1024), strict=True)
-    ])  # fmt: skip
+    similarity = torch.cat(
+        [  # in pieces: (queries, k, dim) is larger than the bank
+            torch.einsum("qd,qkd->qk", few, bank[chosen])
+            for few, chosen in zip(queries.split(1024), row.split(1024), strict=True)
+        ]
+    )
     similarity, order = similarity.topk(min(k, len(bank)), dim=1)
     return similarity, row.gather(1, order)
 
 
 def _mean_and_std(bank: Tensor, pieces: list[slice], device) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation + 1e-6 of every feature, merged over the pieces (Chan et al. 1979)."""
+    """Mean and unbiased standard deviation + 1e-6 of every feature, merged over the pieces (Chan et
+    al. 1979).
+    """
     images = 0
     mean = squares = torch.zeros((), dtype=torch.double, device=device)
     for piece in pieces:
-        variance, centre = (x.double() for x in torch.var_mean(bank[piece].to(device).float(), 0, correction=0))
+        variance, centre = (
+            x.double() for x in torch.var_mean(bank[piece].to(device).float(), 0, correction=0)
+        )
         n = piece.stop - piece.start
         shift = centre - mean
         squares = squares + variance * n + shift.square() * (images * n / (images + n))
@@ -123,7 +148,8 @@ def _mean_and_std(bank: Tensor, pieces: list[slice], device) -> tuple[Tensor, Te
 
 def _directions(x: Tensor, moments: tuple[Tensor, Tensor] | None, device) -> Tensor:
     """Features on ``device``, standardised where ``moments`` are given, of length one."""
-    x = torch.empty(x.shape, dtype=torch.float32, device=device).copy_(x)  # one copy, changed in place
+    # One copy, changed in place
+    x = torch.empty(x.shape, dtype=torch.float32, device=device).copy_(x)
     if moments is not None:
         x.sub_(moments[0]).div_(moments[1])
     return x.div_(x.norm(dim=-1, keepdim=True).clamp_min(1e-12))
@@ -138,16 +164,23 @@ def knn_hits(
     standardize: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Which test images the k-NN vote gets right after every block: for every pooling, (blocks, test images) bool.
+    """Which test images the k-NN vote gets right after every block: for every pooling, (blocks,
+    test images) bool.
 
     Raises:
-        InputError: as :func:`knn_predict`; test images without labels, features of different blocks or poolings.
+        InputError: as :func:`knn_predict`; test images without labels, features of different blocks
+            or poolings.
     """
     check_alike(train, test)
     check_finite(train, test)
     check_labels(train.y, "k-NN", everywhere=True)
     check_test_labels(test.y, "k-NN")
-    settings = {"ks": (k,), "temperatures": (temperature,), "standardize": standardize, "device": device}
+    settings = {
+        "ks": (k,),
+        "temperatures": (temperature,),
+        "standardize": standardize,
+        "device": device,
+    }
     return {
         pool: torch.stack(
             [
@@ -160,15 +193,18 @@ def knn_hits(
 
 
 def knn_hits_within(train: Features, test: Features, groups: Tensor) -> dict[str, Tensor]:
-    """:func:`knn_hits` where the group of every test image is known: only training images of that group vote, so that what counts
-    is the fine structure of classes that look alike.
+    """:func:`knn_hits` where the group of every test image is known: only training images of that
+    group vote, so that what counts is the fine structure of classes that look alike.
 
     Args:
         groups: the group of every class, (classes,); a group must hold two or more classes.
     """
     hits = {pool: torch.zeros(len(x), len(test.y), dtype=torch.bool) for pool, x in test.x.items()}
     for group in groups.unique():
-        few, asked = (features.subset((groups[features.y] == group).nonzero()[:, 0]) for features in (train, test))
+        few, asked = (
+            features.subset((groups[features.y] == group).nonzero()[:, 0])
+            for features in (train, test)
+        )
         for pool, right in knn_hits(few, asked).items():
             hits[pool][:, groups[test.y] == group] = right
     return hits
@@ -184,28 +220,52 @@ def knn_accuracy(
     temperature: float = 0.07,
     standardize: bool = True,
 ) -> float:
-    """Share of test images whose weighted k-NN vote is right, 0 to 1; arguments as in :func:`knn_predict`, one block."""
+    """Share of test images whose weighted k-NN vote is right, 0 to 1; arguments as in
+    :func:`knn_predict`, one block.
+    """
     if not isinstance(test_y, Tensor) or test_y.shape != test_x.shape[:1]:
-        raise InputError(f"expected one label per test image as a tensor ({len(test_x)},), got {_form(test_y)}")
+        raise InputError(
+            f"expected one label per test image as a tensor ({len(test_x)},), got {_form(test_y)}"
+        )
     _check(train_x, train_y, test_x, (k,), (temperature,))
     check_test_labels(test_y, "k-NN")
-    predicted = knn_predict(train_x, train_y, test_x, ks=(k,), temperatures=(temperature,), standardize=standardize)
+    predicted = knn_predict(
+        train_x, train_y, test_x, ks=(k,), temperatures=(temperature,), standardize=standardize
+    )
     return (predicted[0, 0] == test_y).float().mean().item()
 
 
-def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, ks: Sequence[int], temperatures: Sequence[float]) -> None:
+def _check(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> None:
     if not all(isinstance(x, Tensor) for x in (train_x, train_y, test_x)):
         found = ", ".join(map(_form, (train_x, train_y, test_x)))
-        raise InputError(f"expected features and labels as tensors, got {found}: torch.from_numpy makes one of an array")
-    if train_x.ndim not in (2, 3) or train_x.ndim != test_x.ndim or train_x.shape[-1] != test_x.shape[-1]:
-        raise InputError(f"expected two times ([blocks,] images, dim), got {tuple(train_x.shape)} and {tuple(test_x.shape)}")
+        raise InputError(
+            f"expected features and labels as tensors, got {found}: torch.from_numpy makes one of an array"
+        )
+    if (
+        train_x.ndim not in (2, 3)
+        or train_x.ndim != test_x.ndim
+        or train_x.shape[-1] != test_x.shape[-1]
+    ):
+        raise InputError(
+            f"expected two times ([blocks,] images, dim), got {tuple(train_x.shape)} and {tuple(test_x.shape)}"
+        )
     images = train_x.shape[-2]
     if train_y.shape != (images,):
-        raise InputError(f"expected one label per training image ({images},), got {tuple(train_y.shape)}")
+        raise InputError(
+            f"expected one label per training image ({images},), got {tuple(train_y.shape)}"
+        )
     check_labels(train_y, "k-NN", everywhere=True)
     for k in ks:
         if not isinstance(k, Integral) or not 1 <= k <= images:
-            raise InputError(f"k must be a whole number between 1 and the number of training images {images}, got {k}")
+            raise InputError(
+                f"k must be a whole number between 1 and the number of training images {images}, got {k}"
+            )
     for temperature in temperatures:
         if not temperature > 0:
             raise InputError(f"temperature must be > 0, got {temperature}")

@@ -1,7 +1,8 @@
-"""Linear probes of all blocks, poolings and learning rates at once (the grid of DINOv2, arXiv 2304.07193, that the paper uses).
+"""Linear probes of all blocks, poolings and learning rates at once (the grid of DINOv2, arXiv
+2304.07193, that the paper uses).
 
-All probes share the batches. Probes of one width are one batched matrix product, so that a grid of hundreds costs little more
-than one probe.
+All probes share the batches. Probes of one width are one batched matrix product, so that a grid of
+hundreds costs little more than one probe.
 """
 
 from collections.abc import Sequence
@@ -13,23 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mimrefiner.augment import Crop, Views
-from mimrefiner.data import stratified_split
+from mimrefiner.config import Crop, Views
+from mimrefiner.data.datasets import stratified_split
+from mimrefiner.data.views import view_batches
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features, check_pools, parse_pool, pooled_blocks
-from mimrefiner.models import normalisation
-from mimrefiner.probes.checks import check_alike, check_count, check_finite, check_labels, check_test_labels, tidy
+from mimrefiner.models.blocks import check_pools, pooled_blocks
+from mimrefiner.models.encoders import normalisation
+from mimrefiner.probes.checks import (
+    check_alike,
+    check_count,
+    check_finite,
+    check_labels,
+    check_test_labels,
+    tidy,
+)
+from mimrefiner.probes.features import Features, parse_pool
 from mimrefiner.progress import progress
-from mimrefiner.train import cosine_lr
-from mimrefiner.views import view_batches
+from mimrefiner.training.refine import cosine_lr
 
-LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # times batch_size / 256
+# Times batch_size / 256
+LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
 class JointProbes:
-    """One linear classifier per (feature, learning rate), trained together by SGD with momentum 0.9 and no weight decay.
+    """One linear classifier per (feature, learning rate), trained together by SGD with momentum 0.9
+    and no weight decay.
 
-    Batch norm without affine parameters comes first (running statistics at test time); weights start at N(0, 0.01), biases at 0.
+    Batch norm without affine parameters comes first (running statistics at test time); weights
+    start at N(0, 0.01), biases at 0.
 
     Args:
         features: number of feature kinds, all ``dim`` wide.
@@ -38,11 +50,23 @@ class JointProbes:
         seed: of the initial weights.
     """
 
-    def __init__(self, features: int, dim: int, classes: int, learning_rates: Tensor, *, seed: int, device: torch.device):
+    def __init__(
+        self,
+        features: int,
+        dim: int,
+        classes: int,
+        learning_rates: Tensor,
+        *,
+        seed: int,
+        device: torch.device,
+    ):
         generator = torch.Generator().manual_seed(seed)
-        start = nn.init.trunc_normal_(torch.empty(features, dim, 1, classes), std=0.01, generator=generator)
+        start = nn.init.trunc_normal_(
+            torch.empty(features, dim, 1, classes), std=0.01, generator=generator
+        )
         rates = len(learning_rates)
-        self.weight = start.expand(-1, -1, rates, -1).clone().to(device).requires_grad_()  # (features, dim, rates, classes)
+        # (features, dim, rates, classes)
+        self.weight = start.expand(-1, -1, rates, -1).clone().to(device).requires_grad_()
         self.bias = torch.zeros(features, 1, rates, classes, device=device, requires_grad=True)
         self.norm = nn.BatchNorm1d(features * dim, affine=False).to(device)
         self.rates = learning_rates.to(device)
@@ -51,7 +75,11 @@ class JointProbes:
     def logits(self, x: Tensor) -> Tensor:
         """(features, batch, dim) -> (features, batch, rates, classes)."""
         kinds, batch, dim = x.shape
-        x = self.norm(x.transpose(0, 1).reshape(batch, kinds * dim)).view(batch, kinds, dim).transpose(0, 1)
+        x = (
+            self.norm(x.transpose(0, 1).reshape(batch, kinds * dim))
+            .view(batch, kinds, dim)
+            .transpose(0, 1)
+        )
         return torch.bmm(x, self.weight.flatten(2)).unflatten(-1, self.weight.shape[2:]) + self.bias
 
     def step(self, x: Tensor, y: Tensor, schedule: float) -> None:
@@ -62,7 +90,9 @@ class JointProbes:
         loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="sum") / len(y)
         gradients = torch.autograd.grad(loss, (self.weight, self.bias))
         with torch.no_grad():
-            for parameter, gradient, momentum in zip((self.weight, self.bias), gradients, self.momentum, strict=True):
+            for parameter, gradient, momentum in zip(
+                (self.weight, self.bias), gradients, self.momentum, strict=True
+            ):
                 momentum.mul_(0.9).add_(gradient)
                 parameter -= schedule * self.rates[:, None] * momentum
 
@@ -88,15 +118,19 @@ def linear_probe(
 ) -> pd.DataFrame:
     """Linear-probe accuracy of every block and pooling on cached features.
 
-    The learning rate is chosen on ``val`` for every block and pooling; the chosen probe is tested once. The paper's grid of
-    poolings and blocks is ``train.joined(("cls", "cls+mean", "cls_last4", "cls+mean_last4"))`` with ``choose``.
+    The learning rate is chosen on ``val`` for every block and pooling; the chosen probe is tested
+    once. The paper's grid of poolings and blocks is ``train.joined(("cls", "cls+mean", "cls_last4",
+    "cls+mean_last4"))`` with ``choose``.
 
     Args:
-        train, test: see :func:`mimrefiner.extract_features`; test labels of classes that are not in train count as wrong.
+        train, test: see :func:`mimrefiner.extract_features`; test labels of classes that are not in
+            train count as wrong.
         val: for the choice; None holds out a tenth of ``train``, the same share of every class.
-        learning_rates: peak rates of the grid, times batch_size / 256; warm-up over a tenth of the steps, then cosine.
+        learning_rates: peak rates of the grid, times batch_size / 256; warm-up over a tenth of the
+            steps, then cosine.
         epochs, batch_size: of the training; a batch is at most the training set.
-        choose: also a row per block, with the pooling "chosen", for the pooling and learning rate that ``val`` prefers.
+        choose: also a row per block, with the pooling "chosen", for the pooling and learning rate
+            that ``val`` prefers.
         seed: of initial weights, order and hold-out.
         hits: also a column of which test images are right, (n_test,) bool in every row.
 
@@ -104,7 +138,8 @@ def linear_probe(
         One row per block and pooling, columns as :data:`mimrefiner.probes.checks.COLUMNS`.
 
     Raises:
-        InputError: labels missing or of one class only; NaN features; features of different blocks or poolings.
+        InputError: labels missing or of one class only; NaN features; features of different blocks
+            or poolings.
     """
     check_alike(train, test, *(() if val is None else (val,)))
     check_finite(train, test)
@@ -113,7 +148,9 @@ def linear_probe(
     if val is None:
         val, train = hold_out(train, seed)
     if len(train.y) < 2:
-        raise InputError(f"a linear probe needs at least 2 training images beside those held out, got {len(train.y)}")
+        raise InputError(
+            f"a linear probe needs at least 2 training images beside those held out, got {len(train.y)}"
+        )
     batch_size = min(batch_size, len(train.y))
     steps = epochs * (len(train.y) // batch_size)
     grid = _Grid(train, classes, learning_rates, batch_size, seed, device)
@@ -123,7 +160,9 @@ def linear_probe(
             permutation = torch.from_numpy(order.permutation(len(y)))
         part = permutation[step % (len(y) // batch_size) * batch_size :][:batch_size]
         grid.step(train, part, y[part], schedule(step, steps))
-    return grid.rows(val, test, choose, {"seed": seed, "n_train": len(y), "n_test": len(test.y)}, hits)
+    return grid.rows(
+        val, test, choose, {"seed": seed, "n_train": len(y), "n_test": len(test.y)}, hits
+    )
 
 
 def linear_probe_augmented(
@@ -140,10 +179,12 @@ def linear_probe_augmented(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> pd.DataFrame:
-    """As :func:`linear_probe`, with the paper's augmentation (random resized crop of 8 to 100 % of the area, flip) on the fly.
+    """As :func:`linear_probe`, with the paper's augmentation (random resized crop of 8 to 100 % of
+    the area, flip) on the fly.
 
-    Every batch passes the frozen encoder once, for all blocks and poolings of ``val`` (joined ones too). Arguments and rows as
-    there; ``dataset``: map-style, (image, label), with its ``labels``, the training images.
+    Every batch passes the frozen encoder once, for all blocks and poolings of ``val`` (joined ones
+    too). Arguments and rows as there; ``dataset``: map-style, (image, label), with its ``labels``,
+    the training images.
     """
     check_alike(val, test)
     check_finite(val, test)
@@ -159,32 +200,59 @@ def linear_probe_augmented(
     steps = epochs * (len(dataset) // batch_size)
     mean, std = normalisation(encoder)
     batches = view_batches(
-        dataset, Views((crop,), crop, 0), batch_size=batch_size, steps=steps, seed=seed, mean=mean, std=std, device=device,
+        dataset,
+        Views((crop,), crop, 0),
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+        mean=mean,
+        std=std,
+        device=device,
         num_workers=num_workers,
-    )  # fmt: skip
+    )
     grid = _Grid(val, classes, learning_rates, batch_size, seed, device)
     every = torch.arange(batch_size)
     home, was_training = next(encoder.parameters()).device, encoder.training
     encoder.eval().to(device)
     try:
-        for step, (views, _, label) in enumerate(progress(batches, "linear probes, augmented", steps)):
+        for step, (views, _, label) in enumerate(
+            progress(batches, "linear probes, augmented", steps)
+        ):
             with torch.no_grad():
                 pooled = pooled_blocks(encoder, views[0], val.blocks, plain)
             batch = Features(pooled, label, val.blocks, val.depth).joined(list(val.x))
             grid.step(batch, every, torch.searchsorted(classes, label.cpu()), schedule(step, steps))
     finally:
         encoder.train(was_training).to(home)
-    return grid.rows(val, test, choose, {"seed": seed, "n_train": len(dataset), "n_test": len(test.y)})
+    return grid.rows(
+        val, test, choose, {"seed": seed, "n_train": len(dataset), "n_test": len(test.y)}
+    )
 
 
 class _Grid:
-    """Joint probes on every block and pooling of ``like``, one :class:`JointProbes` per width, and the choice among them."""
+    """Joint probes on every block and pooling of ``like``, one :class:`JointProbes` per width, and
+    the choice among them.
+    """
 
-    def __init__(self, like: Features, classes: Tensor, learning_rates: Sequence[float], batch_size: int, seed: int, device):
+    def __init__(
+        self,
+        like: Features,
+        classes: Tensor,
+        learning_rates: Sequence[float],
+        batch_size: int,
+        seed: int,
+        device,
+    ):
         if not len(learning_rates) or not all(rate > 0 for rate in learning_rates):
             raise InputError(f"learning rates must be > 0, got {list(learning_rates)}")
-        self.classes, self.learning_rates, self.device = classes, learning_rates, torch.device(device)
-        self.keys: dict[int, list[tuple[str, int]]] = {}  # width -> (pooling, position of the block)
+        self.classes, self.learning_rates, self.device = (
+            classes,
+            learning_rates,
+            torch.device(device),
+        )
+        self.keys: dict[
+            int, list[tuple[str, int]]
+        ] = {}  # width -> (pooling, position of the block)
         for pool, blocks in like.x.items():
             for position, x in enumerate(blocks):
                 self.keys.setdefault(x.shape[1], []).append((pool, position))
@@ -196,7 +264,11 @@ class _Grid:
 
     def _batch(self, features: Features, keys: list[tuple[str, int]], rows: Tensor) -> Tensor:
         """(kinds, rows, width)."""
-        return torch.stack([features.x[pool][position][rows] for pool, position in keys]).float().to(self.device)
+        return (
+            torch.stack([features.x[pool][position][rows] for pool, position in keys])
+            .float()
+            .to(self.device)
+        )
 
     def step(self, features: Features, rows: Tensor, y: Tensor, share: float) -> None:
         """One step of every probe on ``rows`` of ``features``; ``y``: class indices."""
@@ -205,19 +277,37 @@ class _Grid:
 
     def right(self, features: Features, keys: list[tuple[str, int]], probes: JointProbes) -> Tensor:
         """(kinds, rates, images) bool."""
-        y = torch.where(torch.isin(features.y, self.classes), torch.searchsorted(self.classes, features.y), -1)
+        y = torch.where(
+            torch.isin(features.y, self.classes), torch.searchsorted(self.classes, features.y), -1
+        )
         parts = torch.arange(len(y)).split(4096)
-        return torch.cat([probes.right(self._batch(features, keys, rows), y[rows].to(self.device)).cpu() for rows in parts], -1)
+        return torch.cat(
+            [
+                probes.right(self._batch(features, keys, rows), y[rows].to(self.device)).cpu()
+                for rows in parts
+            ],
+            -1,
+        )
 
-    def rows(self, val: Features, test: Features, choose: bool, common: dict, hits: bool = False) -> pd.DataFrame:
-        """The rate that does best on ``val`` for every block and pooling, and what it does on ``test``."""
+    def rows(
+        self, val: Features, test: Features, choose: bool, common: dict, hits: bool = False
+    ) -> pd.DataFrame:
+        """The rate that does best on ``val`` for every block and pooling, and what it does on
+        ``test``.
+        """
         found, on_val = {}, {}
         for width, keys in self.keys.items():
-            shares, right = self.right(val, keys, self.probes[width]).float().mean(-1), self.right(test, keys, self.probes[width])
+            shares, right = (
+                self.right(val, keys, self.probes[width]).float().mean(-1),
+                self.right(test, keys, self.probes[width]),
+            )
             for i, key in enumerate(keys):
                 best = shares[i].argmax().item()
                 on_val[key] = shares[i, best].item()
-                found[key] = {"value": right[i, best].float().mean().item(), "setting": f"lr={self.learning_rates[best]:g}"}
+                found[key] = {
+                    "value": right[i, best].float().mean().item(),
+                    "setting": f"lr={self.learning_rates[best]:g}",
+                }
                 found[key] |= {"hits": right[i, best]} if hits else {}
         common = {"protocol": "linear", "metric": "accuracy", **common}
         rows = [
@@ -228,7 +318,15 @@ class _Grid:
         for position, block in enumerate(val.blocks) if choose else ():
             pool = max(val.x, key=lambda pool: on_val[pool, position])
             chosen = found[pool, position]
-            rows.append({**common, "block": block, "pool": "chosen", **chosen, "setting": f"{pool} {chosen['setting']}"})
+            rows.append(
+                {
+                    **common,
+                    "block": block,
+                    "pool": "chosen",
+                    **chosen,
+                    "setting": f"{pool} {chosen['setting']}",
+                }
+            )
         return tidy(rows)
 
 

@@ -1,4 +1,6 @@
-"""How alike representations are, and what shape they have: CKA between blocks, effective rank, mean attention distance."""
+"""How alike representations are, and what shape they have: CKA between blocks, effective rank, mean
+attention distance.
+"""
 
 from collections.abc import Sequence
 
@@ -8,16 +10,25 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
-from mimrefiner.features import Features
 from mimrefiner.probes.checks import check_finite, each_block, tidy
+from mimrefiner.probes.features import Features
 
 
-def cka(a: Features, b: Features, *, pool_a: str = "cls", pool_b: str | None = None, batch_size: int = 256) -> Tensor:
-    """Linear CKA between every block of ``a`` and every block of ``b``: (blocks of a, blocks of b), 1 for equal up to rotation.
+def cka(
+    a: Features,
+    b: Features,
+    *,
+    pool_a: str = "cls",
+    pool_b: str | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Linear CKA between every block of ``a`` and every block of ``b``: (blocks of a, blocks of b),
+    1 for equal up to rotation.
 
-    The unbiased estimator of HSIC (Song et al. 2012) is averaged over batches before the ratio is taken (Nguyen et al. 2021,
-    arXiv 2010.15327), so that the value does not depend on the batch size and the cost is linear in the images. Values of
-    unrelated features scatter around 0 and may be negative.
+    The unbiased estimator of HSIC (Song et al. 2012) is averaged over batches before the ratio is
+    taken (Nguyen et al. 2021, arXiv 2010.15327), so that the value does not depend on the batch
+    size and the cost is linear in the images. Values of unrelated features scatter around 0 and may
+    be negative.
 
     Args:
         a, b: features of the same images in the same order.
@@ -25,23 +36,33 @@ def cka(a: Features, b: Features, *, pool_a: str = "cls", pool_b: str | None = N
         batch_size: images per batch, at least 4; an incomplete last batch is left out.
 
     Raises:
-        InputError: different images, a pooling that is not there, fewer than four images, NaN features.
+        InputError: different images, a pooling that is not there, fewer than four images, NaN
+            features.
     """
     pool_b = pool_b or pool_a
     for features, pool in ((a, pool_a), (b, pool_b)):
         if pool not in features.x:
-            raise InputError(f"no features with pooling {pool!r}: there are {', '.join(features.x)}")
+            raise InputError(
+                f"no features with pooling {pool!r}: there are {', '.join(features.x)}"
+            )
     if len(a.y) != len(b.y) or not torch.equal(a.y, b.y):
-        raise InputError(f"CKA compares features of the same images, got {len(a.y)} and {len(b.y)} with other labels or order")
+        raise InputError(
+            f"CKA compares features of the same images, got {len(a.y)} and {len(b.y)} with other labels or order"
+        )
     batch_size = min(batch_size, len(a.y))
     if batch_size < 4:
         raise InputError(f"CKA needs at least 4 images in a batch, got {batch_size}")
     check_finite(a, b)
     cross = torch.zeros(len(a.blocks), len(b.blocks), dtype=torch.double)
-    own_a, own_b = torch.zeros(len(a.blocks), dtype=torch.double), torch.zeros(len(b.blocks), dtype=torch.double)
+    own_a, own_b = (
+        torch.zeros(len(a.blocks), dtype=torch.double),
+        torch.zeros(len(b.blocks), dtype=torch.double),
+    )
     for start in range(0, len(a.y) - batch_size + 1, batch_size):
         part = slice(start, start + batch_size)
-        grams_a, grams_b = (_grams([x[part] for x in f.x[pool]]) for f, pool in ((a, pool_a), (b, pool_b)))
+        grams_a, grams_b = (
+            _grams([x[part] for x in f.x[pool]]) for f, pool in ((a, pool_a), (b, pool_b))
+        )
         cross += _hsic(grams_a[:, None], grams_b[None])
         own_a += _hsic(grams_a, grams_a)
         own_b += _hsic(grams_b, grams_b)
@@ -49,9 +70,11 @@ def cka(a: Features, b: Features, *, pool_a: str = "cls", pool_b: str | None = N
 
 
 def effective_rank(features: Features) -> pd.DataFrame:
-    """exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli 2007), per block.
+    """exp of the entropy of the normalised singular values of the centred features (Roy and
+    Vetterli 2007), per block.
 
-    Between 1 (one direction) and the width (all directions alike). Rows as :data:`mimrefiner.probes.checks.COLUMNS`.
+    Between 1 (one direction) and the width (all directions alike). Rows as
+    :data:`mimrefiner.probes.checks.COLUMNS`.
     """
     check_finite(features)
     rows = []
@@ -59,18 +82,28 @@ def effective_rank(features: Features) -> pd.DataFrame:
         values = torch.linalg.svdvals((x - x.mean(0)).double())
         share = values / values.sum().clamp_min(1e-30)
         rank = torch.special.entr(share).sum().exp().item()
-        rows.append({
-            "block": block, "pool": pool, "protocol": "spectrum", "metric": "effective_rank", "seed": 0, "value": rank,
-            "n_train": 0, "n_test": len(x),
-        })  # fmt: skip
+        rows.append(
+            {
+                "block": block,
+                "pool": pool,
+                "protocol": "spectrum",
+                "metric": "effective_rank",
+                "seed": 0,
+                "value": rank,
+                "n_train": 0,
+                "n_test": len(x),
+            }
+        )
     return tidy(rows)
 
 
 @torch.no_grad()
 def attention_distance(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Mean distance in pixels between a patch and what it attends to, per block and head: (blocks, heads).
+    """Mean distance in pixels between a patch and what it attends to, per block and head: (blocks,
+    heads).
 
-    Weighted by attention among patches (Dosovitskiy et al. 2021, figure 7); prefix tokens are left out.
+    Weighted by attention among patches (Dosovitskiy et al. 2021, figure 7); prefix tokens are left
+    out.
 
     Args:
         encoder: a timm VisionTransformer.
@@ -81,25 +114,32 @@ def attention_distance(encoder: nn.Module, images: Tensor) -> Tensor:
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     places = patch * torch.stack([y.flatten(), x.flatten()], 1).float().to(images.device)
     distance = torch.cdist(places, places)  # (patches, patches)
-    out = [(attention * distance).sum(-1).mean((0, 2)) for attention in attention_maps(encoder, images)]
+    out = [
+        (attention * distance).sum(-1).mean((0, 2)) for attention in attention_maps(encoder, images)
+    ]
     return torch.stack(out).cpu()
 
 
 @torch.no_grad()
 def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
-    """Attention between patches, normalised over them: one (batch, heads, patches, patches) per block.
+    """Attention between patches, normalised over them: one (batch, heads, patches, patches) per
+    block.
 
     Raises:
         InputError: attention of another kind.
     """
     if not all(isinstance(getattr(block, "attn", None), Attention) for block in encoder.blocks):
-        raise InputError("attention maps need the attention of timm's VisionTransformer in every block")
+        raise InputError(
+            "attention maps need the attention of timm's VisionTransformer in every block"
+        )
     maps: list[Tensor] = []
 
     def record(attention: nn.Module, inputs: Sequence[Tensor], _output) -> None:
         tokens = inputs[0]
         batch, n, _ = tokens.shape
-        qkv = attention.qkv(tokens).view(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = (
+            attention.qkv(tokens).view(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        )
         query, key = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
         patches = slice(encoder.num_prefix_tokens, None)
         maps.append((query[:, :, patches] @ key[:, :, patches].mT * attention.scale).softmax(-1))
@@ -120,7 +160,9 @@ def _grams(xs: list[Tensor]) -> Tensor:
 
 
 def _hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741  the literature's names
-    """Unbiased HSIC (equation 5 of Song et al. 2012) of Gram matrices without diagonal, over the last two dimensions."""
+    """Unbiased HSIC (equation 5 of Song et al. 2012) of Gram matrices without diagonal, over the
+    last two dimensions.
+    """
     n = k.shape[-1]
     rows_k, rows_l = k.sum(-1), l.sum(-1)
     trace = (k * l).sum((-2, -1))

@@ -7,19 +7,27 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 
-def umap_map(x: Tensor, *, seed: int = 0, neighbours: int = 15, min_dist: float = 0.1) -> np.ndarray:
-    """Standardised features (images, dim) as points in the plane, (images, 2); one thread, so that a seed repeats.
+def umap_map(
+    x: Tensor, *, seed: int = 0, neighbours: int = 15, min_dist: float = 0.1
+) -> np.ndarray:
+    """Standardised features (images, dim) as points in the plane, (images, 2); one thread, so that
+    a seed repeats.
 
-    ``neighbours`` and ``min_dist`` are UMAP's; neighbours are cut to the number of images there are.
+    ``neighbours`` and ``min_dist`` are UMAP's; neighbours are cut to the number of images there
+    are.
     """
     import umap  # late: importing it compiles for seconds
 
     x = x.double().numpy()
     x = (x - x.mean(0)) / (x.std(0) + 1e-6)
-    fit = umap.UMAP(n_neighbors=min(neighbours, len(x) - 1), min_dist=min_dist, random_state=seed, n_jobs=1)
+    fit = umap.UMAP(
+        n_neighbors=min(neighbours, len(x) - 1), min_dist=min_dist, random_state=seed, n_jobs=1
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "n_jobs value", UserWarning)  # umap repeats what n_jobs=1 already says
-        warnings.filterwarnings("ignore", "'force_all_finite' was renamed", FutureWarning)  # umap behind scikit-learn
+        # Umap repeats what n_jobs=1 already says
+        warnings.filterwarnings("ignore", "n_jobs value", UserWarning)
+        # Umap behind scikit-learn
+        warnings.filterwarnings("ignore", "'force_all_finite' was renamed", FutureWarning)
         return fit.fit_transform(x)
 
 
@@ -30,7 +38,9 @@ def own_class_share(xy: np.ndarray, labels, *, k: int = 10) -> float:
 
 
 def shared_neighbours(a: np.ndarray, b: np.ndarray, *, k: int = 10) -> float:
-    """Share of a point's ``k`` nearest points on one map (images, 2) that are so on the other one too."""
+    """Share of a point's ``k`` nearest points on one map (images, 2) that are so on the other one
+    too.
+    """
     pairs = zip(_nearest(a, k), _nearest(b, k), strict=True)
     return float(np.mean([len(np.intersect1d(x, y)) / len(x) for x, y in pairs]))
 

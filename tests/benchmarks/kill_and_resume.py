@@ -1,8 +1,10 @@
-"""Kill training with SIGKILL at random moments, resume, and compare with a run that was left alone, bit for bit.
+"""Kill training with SIGKILL at random moments, resume, and compare with a run that was left alone,
+bit for bit.
 
     python tests/benchmarks/kill_and_resume.py [KILLS]
 
-Checkpoints are written after every step, so that many kills fall inside the writing of one; how many is printed. Needs fork.
+Checkpoints are written after every step, so that many kills fall inside the writing of one; how
+many is printed. Needs fork.
 """
 
 import os
@@ -17,8 +19,8 @@ from pathlib import Path
 import torch
 
 import mimrefiner as mr
-from mimrefiner.checkpoint import sha256_of
-from mimrefiner.resume import Saving
+from mimrefiner.models.weights import sha256_of
+from mimrefiner.training.checkpoints import Saving
 
 
 def jobs():
@@ -35,7 +37,11 @@ def jobs():
 
     def refine(saving):
         result = mr.refine(encoder, data, refining, saving=saving)
-        return sha256_of(result.encoder) + sha256_of(result.ema_encoder) + str(result.history["loss"].sum())
+        return (
+            sha256_of(result.encoder)
+            + sha256_of(result.ema_encoder)
+            + str(result.history["loss"].sum())
+        )
 
     return {"pretrain": pretrain, "refine": refine}
 
@@ -62,7 +68,10 @@ def where(folder: Path) -> tuple[str, bool]:
     """The newest checkpoint's stage, and whether another was being written."""
     files = sorted((folder / "checkpoints").glob("stage*.pt"))
     stage = files[-1].name.split("-")[0] if files else "before the first checkpoint"
-    writing = any((folder / "checkpoints").glob(".writing-*")) or (folder / "checkpoints" / "writing.pt").exists()
+    writing = (
+        any((folder / "checkpoints").glob(".writing-*"))
+        or (folder / "checkpoints" / "writing.pt").exists()
+    )
     return stage, writing
 
 
@@ -87,7 +96,9 @@ def main(kills: int, seed: int = 0) -> dict[str, int]:
                     for key in (f"{name}, {stage}", *(["while writing"] if writing else [])):
                         counts[key] = counts.get(key, 0) + 1
                     done += 1
-                assert in_child(job, Path(folder), None) == expected, f"{name}: the resumed run differs"
+                assert in_child(job, Path(folder), None) == expected, (
+                    f"{name}: the resumed run differs"
+                )
     return counts
 
 

@@ -1,4 +1,6 @@
-"""Benchmarks of features and probes: ``python -m tests.benchmarks.probing`` prints the tables of docs/probing.md."""
+"""Benchmarks of features and probes: ``python -m tests.benchmarks.probing`` prints the tables of
+docs/probing.md.
+"""
 
 import functools
 import subprocess
@@ -14,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import mimrefiner as mr
-from mimrefiner.features import Features, pooled_blocks
+from mimrefiner.models.blocks import pooled_blocks
+from mimrefiner.probes.features import Features
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import draw_shots, fit_logistic
 from tests.benchmarks.harness import compare as side_by_side
@@ -22,7 +25,9 @@ from tests.benchmarks.harness import machine, own_peak, resident
 from tests.peak import PeakBytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-compare = functools.partial(side_by_side, rounds=3, clock=time.perf_counter if DEVICE == "cuda" else time.process_time)
+compare = functools.partial(
+    side_by_side, rounds=3, clock=time.perf_counter if DEVICE == "cuda" else time.process_time
+)
 
 
 def encoder_and_images(images: int):
@@ -42,11 +47,17 @@ def pooled(encoder, images):
 
 @torch.no_grad()
 def intermediates(encoder, images):
-    kept = encoder.forward_intermediates(images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC")
+    kept = encoder.forward_intermediates(
+        images, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC"
+    )
     return [(prefix[:, 0], patches.mean(1)) for patches, prefix in kept]
 
 
-EXTRACTION = {"plain forward": plain, "all blocks, pooled inside": pooled, "forward_intermediates, then pooled": intermediates}
+EXTRACTION = {
+    "plain forward": plain,
+    "all blocks, pooled inside": pooled,
+    "forward_intermediates, then pooled": intermediates,
+}
 
 
 def peak_mib(run, encoder, images) -> float:
@@ -70,7 +81,10 @@ def extraction() -> str:
     encoder, images = encoder_and_images(32)
     peaks = {name: peak_mib(run, encoder, images) for name, run in EXTRACTION.items()}
     first = next(iter(peaks.values()))
-    lines = ["| batch of 32 images | peak of tensors above model and images, MiB | ratio to the first |", "|---|---|---|"]
+    lines = [
+        "| batch of 32 images | peak of tensors above model and images, MiB | ratio to the first |",
+        "|---|---|---|",
+    ]
     lines += [f"| {name} | {value:.0f} | {value / first:.2f} |" for name, value in peaks.items()]
     return text + "\n" + "\n".join(lines) + "\n"
 
@@ -99,16 +113,23 @@ def knn() -> str:
             for k in ks:
                 for t in temperatures:
                     classifier = KNeighborsClassifier(
-                        k, algorithm="brute", metric="cosine", weights=lambda d, t=t: np.exp((1 - d) / t)
+                        k,
+                        algorithm="brute",
+                        metric="cosine",
+                        weights=lambda d, t=t: np.exp((1 - d) / t),
                     )
                     classifier.fit(bank, train_y.numpy()).predict(queries)
 
     runs = {
-        "one search for all": lambda: mr.knn_predict(train_x, train_y, test_x, ks=ks, temperatures=temperatures, standardize=False),
+        "one search for all": lambda: mr.knn_predict(
+            train_x, train_y, test_x, ks=ks, temperatures=temperatures, standardize=False
+        ),
         "one-hot votes, one search per setting": naive,
         "scikit-learn, one search per setting": scikit,
     }
-    return compare("k-NN, 4 k x 3 temperatures x 24 blocks, 2,000 x 200 images, dim 192, 100 classes", runs)
+    return compare(
+        "k-NN, 4 k x 3 temperatures x 24 blocks, 2,000 x 200 images, dim 192, 100 classes", runs
+    )
 
 
 BANKS = (320_000, 640_000, 1_280_000)  # the last is about ImageNet's training set
@@ -117,15 +138,35 @@ QUERIES = (250, 500, 1000)
 
 def knn_memory() -> str:
     """Memory above the features of one block, each bank in a process of its own."""
-    lines = ["**k-NN of one block, dim 768, float16 features, 1,000 classes, k = 10: memory above the features**", ""]
-    lines += ["| training images | features, MiB | queries | memory above them, MiB | seconds |", "|---|---|---|---|---|"]
-    for images, queries in [*((n, QUERIES[0]) for n in BANKS), *((BANKS[0], n) for n in QUERIES[1:])]:
+    lines = [
+        "**k-NN of one block, dim 768, float16 features, 1,000 classes, k = 10: memory above the features**",
+        "",
+    ]
+    lines += [
+        "| training images | features, MiB | queries | memory above them, MiB | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for images, queries in [
+        *((n, QUERIES[0]) for n in BANKS),
+        *((BANKS[0], n) for n in QUERIES[1:]),
+    ]:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.probing", "--knn-memory", str(images), str(queries)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.probing",
+                "--knn-memory",
+                str(images),
+                str(queries),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         features, above, seconds = map(float, done.stdout.split())
-        lines.append(f"| {images:,} | {features:,.0f} | {queries:,} | {above:,.0f} | {seconds:.0f} |")
+        lines.append(
+            f"| {images:,} | {features:,.0f} | {queries:,} | {above:,.0f} | {seconds:.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -143,7 +184,12 @@ def measure_knn(images: int, queries: int) -> None:
 
 def linear() -> str:
     y = torch.randint(20, (2000,))
-    features = Features({"cls": torch.randn(12, 2000, 192), "mean": torch.randn(12, 2000, 192)}, y, tuple(range(12)), 12)
+    features = Features(
+        {"cls": torch.randn(12, 2000, 192), "mean": torch.randn(12, 2000, 192)},
+        y,
+        tuple(range(12)),
+        12,
+    )
     rates = (0.001, 0.01, 0.1)
 
     def one_by_one():
@@ -154,7 +200,9 @@ def linear() -> str:
                     linear_probe(one, one, epochs=5, batch_size=256, learning_rates=(rate,))
 
     runs = {
-        "all probes together": lambda: linear_probe(features, features, epochs=5, batch_size=256, learning_rates=rates),
+        "all probes together": lambda: linear_probe(
+            features, features, epochs=5, batch_size=256, learning_rates=rates
+        ),
         "one probe after another": one_by_one,
     }
     return compare("Linear probes, 12 blocks x 2 poolings x 3 rates, 2,000 images, 5 epochs", runs)
@@ -163,10 +211,16 @@ def linear() -> str:
 def logistic() -> str:
     """Both to the same tolerance, which accuracies within 0.1 points of the solution need."""
     tables = []
-    train = mr.extract_features(mr.load_encoder("mae_tiny_64"), mr.load_dataset("fruit64", split="train"), pools=("mean",))
+    train = mr.extract_features(
+        mr.load_encoder("mae_tiny_64"), mr.load_dataset("fruit64", split="train"), pools=("mean",)
+    )
     classes = train.y.unique()
     rows = [draw_shots(train.y, classes, shot, split) for shot in (1, 2, 5) for split in range(3)]
-    tables.append(_against_scikit("mae_tiny_64 on fruit64, 14 classes x 1, 2, 5 images", train.x["mean"], train.y, rows))
+    tables.append(
+        _against_scikit(
+            "mae_tiny_64 on fruit64, 14 classes x 1, 2, 5 images", train.x["mean"], train.y, rows
+        )
+    )
     y = torch.arange(4000) % 20
     x = torch.randn(12, 4000, 192) + torch.randn(12, 20, 192)[:, y]
     rows = [draw_shots(y, y.unique(), 5, split) for split in range(9)]
@@ -180,7 +234,9 @@ def _against_scikit(title: str, x, y, rows) -> str:
     def scikit():
         for block in x.double():
             for part in rows:
-                LogisticRegression(C=4000, fit_intercept=False, tol=1e-7, max_iter=10_000).fit(block[part].numpy(), y[part].numpy())
+                LogisticRegression(C=4000, fit_intercept=False, tol=1e-7, max_iter=10_000).fit(
+                    block[part].numpy(), y[part].numpy()
+                )
 
     def batched():
         for _, group in groupby(rows, key=len):
@@ -198,22 +254,38 @@ def growth() -> str:
         y = torch.arange(images) % classes
         return Features({"cls": torch.randn(blocks, images, 192)}, y, tuple(range(blocks)), blocks)
 
-    sizes = {"base": {}, "2 x images": {"images": 4000}, "2 x blocks": {"blocks": 12}, "2 x classes": {"classes": 40}}
+    sizes = {
+        "base": {},
+        "2 x images": {"images": 4000},
+        "2 x blocks": {"blocks": 12},
+        "2 x classes": {"classes": 40},
+    }
     problems = {name: problem(**size) for name, size in sizes.items()}
     probes = {
         "k-NN (bank and queries grow)": lambda f: mr.knn_hits(f, f),
-        "linear probes, 3 rates, 5 epochs": lambda f: linear_probe(f, f, epochs=5, learning_rates=(0.001, 0.01, 0.1)),
+        "linear probes, 3 rates, 5 epochs": lambda f: linear_probe(
+            f, f, epochs=5, learning_rates=(0.001, 0.01, 0.1)
+        ),
         "low-shot, 5 images per class, 3 splits": lambda f: mr.low_shot(f, f, shots=(5,)),
         "k-means, 2 runs": lambda f: mr.cluster(f, runs=2),
     }
     tables = []
     for title, run in probes.items():
         contenders = {name: functools.partial(run, f) for name, f in problems.items()}
-        tables.append(compare(f"{title}; base: 2,000 images, 6 blocks, 20 classes, dim 192", contenders))
+        tables.append(
+            compare(f"{title}; base: 2,000 images, 6 blocks, 20 classes, dim 192", contenders)
+        )
     return "\n".join(tables)
 
 
-TABLES = {"extraction": extraction, "knn": knn, "knn_memory": knn_memory, "linear": linear, "logistic": logistic, "growth": growth}
+TABLES = {
+    "extraction": extraction,
+    "knn": knn,
+    "knn_memory": knn_memory,
+    "linear": linear,
+    "logistic": logistic,
+    "growth": growth,
+}
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """How fast training is, as ratios measured side by side in one run, and what bounds it.
 
-    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device cuda] [--small] [--vit l16]
-    torchrun --nproc-per-node 2 tests/benchmarks/training.py processes [--device cuda] [--small]
+    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device
+    cuda] [--small] [--vit l16] torchrun --nproc-per-node 2 tests/benchmarks/training.py processes
+    [--device cuda] [--small]
 
-Each comparison alternates between the ways and prints medians. ``--small`` is for machines with little memory or time; the
-sizes in use are printed. ``refine`` compares with lightly's parts where that package is installed, and says so where it is not.
-Results are kept in docs/scaling.md.
+Each comparison alternates between the ways and prints medians. ``--small`` is for machines with
+little memory or time; the sizes in use are printed. ``refine`` compares with lightly's parts where
+that package is installed, and says so where it is not. Results are kept in docs/scaling.md.
 """
 
 import argparse
@@ -25,21 +26,24 @@ from harness import own_peak
 from PIL import Image
 
 import mimrefiner as mr
-from mimrefiner import distributed, plan
-from mimrefiner.augment import DRAWS, paper_views, photometric, small_views
-from mimrefiner.heads import Heads
-from mimrefiner.layouts import ViTShape
-from mimrefiner.losses import multi_view_nna_loss
-from mimrefiner.masked import build_masked_model, random_mask
-from mimrefiner.memory import plain_attention, recomputed
-from mimrefiner.monitor import Meter
-from mimrefiner.nn_queue import NNQueue
-from mimrefiner.optim import layer_decay_groups
-from mimrefiner.refiner import forward_backward
-from mimrefiner.views import loaded_crops, resident_crops, view_batches
+from mimrefiner import distributed
+from mimrefiner.data.augment import DRAWS, paper_views, photometric, small_views
+from mimrefiner.data.views import loaded_crops, resident_crops, view_batches
+from mimrefiner.device import plain_attention
+from mimrefiner.method.heads import Heads
+from mimrefiner.method.losses import multi_view_nna_loss
+from mimrefiner.method.nn_queue import NNQueue
+from mimrefiner.models.layouts import ViTShape
+from mimrefiner.models.masked import build_masked_model, random_mask
+from mimrefiner.progress import Meter
+from mimrefiner.training import cost, engine
+from mimrefiner.training.memory import recomputed
+from mimrefiner.training.optim import layer_decay_groups
+from mimrefiner.training.refine import forward_backward
 
 LIGHTLY = "lightly's NNCLR parts"
-VITS = {"s16": ViTShape(224, 16, 384, 12, 6, 1536), "l16": ViTShape(224, 16, 1024, 24, 16, 4096)}  # those of "refine"
+# Those of "refine"
+VITS = {"s16": ViTShape(224, 16, 384, 12, 6, 1536), "l16": ViTShape(224, 16, 1024, 24, 16, 4096)}
 
 
 adamw = partial(torch.optim.AdamW, lr=1e-5, fused=True)
@@ -72,7 +76,9 @@ def table(title: str, seconds: dict[str, float]) -> None:
 
 
 def looped_loss(z, p, index, queue_z, queue_index, temperature):
-    """One head and one pair of views at a time, the queue normalised on every call: (heads,) losses."""
+    """One head and one pair of views at a time, the queue normalised on every call: (heads,)
+    losses.
+    """
     losses = []
     for head in range(z.shape[0]):
         terms = []
@@ -87,7 +93,9 @@ def looped_loss(z, p, index, queue_z, queue_index, temperature):
                     logits = target @ predicted.T
                     positive = (neighbour * predicted).sum(-1)
                     logits = torch.diagonal_scatter(logits, positive) / temperature
-                    terms.append(F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)))
+                    terms.append(
+                        F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+                    )
         losses.append(torch.stack(terms).mean())
     return torch.stack(losses)
 
@@ -107,9 +115,16 @@ def loss(device: str, small: bool, repeats: int) -> None:
         looped_loss(z, p, index, queue.z, queue.index, 0.2).sum().backward()
 
     if repeats > 1:
-        values = [multi_view_nna_loss(z, queue.lookup(z, index), p), looped_loss(z, p, index, queue.z, queue.index, 0.2)]
+        values = [
+            multi_view_nna_loss(z, queue.lookup(z, index), p),
+            looped_loss(z, p, index, queue.z, queue.index, 0.2),
+        ]
         assert torch.allclose(*values, rtol=1e-4)
-    ways = {"batched": batched, "one head and pair at a time": looped, "batched, lookup alone": lambda: queue.lookup(z, index)}
+    ways = {
+        "batched": batched,
+        "one head and pair at a time": looped,
+        "batched, lookup alone": lambda: queue.lookup(z, index),
+    }
     title = f"(a) loss and queue, {heads} heads, batch {batch}, {views} views, dim {dim}, queue {size}, {device}"
     table(title, compare(ways, device, repeats, warm_ups=int(repeats > 1)))
 
@@ -118,12 +133,19 @@ def refiner_and_views(device: str, small: bool):
     """ViT and batch for (b) and (e)."""
     size, local, batch = (64, 32, 16) if small else (224, 96, 64)
     dim, depth, heads = (192, 12, 3) if small else (384, 12, 6)
-    vit = mr.build_vit(mr.ViTConfig(image_size=size, patch_size=16, dim=dim, depth=depth, num_heads=heads))
+    vit = mr.build_vit(
+        mr.ViTConfig(image_size=size, patch_size=16, dim=dim, depth=depth, num_heads=heads)
+    )
     config = mr.RefineConfig(
-        views=paper_views(size, local), blocks=tuple(range(depth - 8, depth)), batch_size=batch, queue_size=8192 if small else 65536
+        views=paper_views(size, local),
+        blocks=tuple(range(depth - 8, depth)),
+        batch_size=batch,
+        queue_size=8192 if small else 65536,
     )
     refiner = mr.MIMRefiner(vit, config).to(device).train()
-    views = [torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops]
+    views = [
+        torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops
+    ]
     return refiner, views, torch.arange(batch, device=device)
 
 
@@ -133,7 +155,11 @@ def separate_heads(refiner, device: str) -> list[Heads]:
     for head, one in enumerate(single):
         one.load_state_dict(
             {
-                name: x[head : head + 1] if x.ndim == 3 else x.unflatten(0, (len(single), -1))[head] if x.ndim else x
+                name: x[head : head + 1]
+                if x.ndim == 3
+                else x.unflatten(0, (len(single), -1))[head]
+                if x.ndim
+                else x
                 for name, x in refiner.heads.state_dict().items()
             }
         )
@@ -153,12 +179,20 @@ def step(device: str, small: bool, repeats: int) -> None:
         refiner.zero_grad()
         with torch.autocast(device, torch.bfloat16):
             features = refiner.features(views)
-            outputs = [one(features[:, :, head : head + 1].flatten(0, 1)) for head, one in enumerate(single)]
+            outputs = [
+                one(features[:, :, head : head + 1].flatten(0, 1))
+                for head, one in enumerate(single)
+            ]
             z, p = (
-                torch.cat([o[i].transpose(0, 1) for o in outputs]).unflatten(1, (len(views), -1)).transpose(1, 2).float()
+                torch.cat([o[i].transpose(0, 1) for o in outputs])
+                .unflatten(1, (len(views), -1))
+                .transpose(1, 2)
+                .float()
                 for i in range(2)
             )
-            total = looped_loss(z[:, :, :2].detach(), p, index, refiner.queue.z, refiner.queue.index, 0.2).sum()
+            total = looped_loss(
+                z[:, :, :2].detach(), p, index, refiner.queue.z, refiner.queue.index, 0.2
+            ).sum()
         total.backward()
 
     for stage in (2, 3):
@@ -168,14 +202,19 @@ def step(device: str, small: bool, repeats: int) -> None:
             f"(b) stage-{stage} step, ViT dim {encoder.embed_dim}, depth {len(encoder.blocks)}, {views[0].shape[-1]} px, "
             f"{len(refiner.blocks)} heads, batch {len(index)}, 12 views, queue {refiner.queue.size}, {device}"
         )
-        table(title, compare({"mimrefiner": ours, "one head and pair at a time": looped}, device, repeats))
+        table(
+            title,
+            compare({"mimrefiner": ours, "one head and pair at a time": looped}, device, repeats),
+        )
 
 
 def processes(device: str, small: bool, repeats: int) -> None:
-    """A stage-3 step in every one of the processes that torchrun started, each with a batch of its own: what the group costs."""
-    with distributed.processes():
+    """A stage-3 step in every one of the processes that torchrun started, each with a batch of its
+    own: what the group costs.
+    """
+    with engine.processes():
         refiner, views, index = refiner_and_views(device, small)
-        through = distributed.averaged(refiner.encoder), distributed.averaged(refiner.heads)
+        through = engine.averaged(refiner.encoder), engine.averaged(refiner.heads)
 
         def ours():
             refiner.zero_grad()
@@ -187,35 +226,62 @@ def processes(device: str, small: bool, repeats: int) -> None:
             grads = [x.grad for x in refiner.parameters() if x.grad is not None]
             flat = torch.cat([x.flatten() for x in grads])
             torch.distributed.all_reduce(flat)
-            for x, part in zip(grads, (flat / distributed.world()).split([x.numel() for x in grads]), strict=True):
+            for x, part in zip(
+                grads, (flat / distributed.world()).split([x.numel() for x in grads]), strict=True
+            ):
                 x.copy_(part.view_as(x))
 
         def alone():
             refiner.zero_grad()
-            with patch.object(distributed, "world", lambda: 1), patch.object(distributed, "rank", lambda: 0):
+            with (
+                patch.object(distributed, "world", lambda: 1),
+                patch.object(distributed, "rank", lambda: 0),
+            ):
                 forward_backward(refiner, views, index, top_k=1)
 
-        ways = {"in the group": ours, "in the group, gradients in one message behind": behind, "alone": alone}
+        ways = {
+            "in the group": ours,
+            "in the group, gradients in one message behind": behind,
+            "alone": alone,
+        }
         seconds, world = compare(ways, device, repeats), distributed.world()
         if distributed.rank() == 0:
-            table(f"stage-3 step of each of {world} processes, batch {len(index)} each, {device}", seconds)
+            table(
+                f"stage-3 step of each of {world} processes, batch {len(index)} each, {device}",
+                seconds,
+            )
 
 
-def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str | None = None) -> None:
-    """(c) Whole stage-3 steps of a ViT, optimiser included, in bfloat16, each peak memory in a process of its own."""
+def refine(
+    device: str, small: bool, repeats: int, vit: str = "s16", only: str | None = None
+) -> None:
+    """(c) Whole stage-3 steps of a ViT, optimiser included, in bfloat16, each peak memory in a
+    process of its own.
+    """
     batch, size = (4, 8192) if small else (64, 65536)
-    shape, names = VITS[vit], ["mimrefiner", "plain loop", *([LIGHTLY] if find_spec("lightly") else [])]
+    shape, names = (
+        VITS[vit],
+        ["mimrefiner", "plain loop", *([LIGHTLY] if find_spec("lightly") else [])],
+    )
     # peaks first: what this process will hold would be missing there
     held = {name: peak_of(name, device, vit, small) for name in names} if only is None else {}
     sizes = {"dim": shape.dim, "depth": shape.depth, "num_heads": shape.num_heads}
     encoder = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, **sizes))
     config = mr.RefineConfig(
-        views=paper_views(), blocks=tuple(range(shape.depth - 8, shape.depth)), batch_size=batch, queue_size=size
+        views=paper_views(),
+        blocks=tuple(range(shape.depth - 8, shape.depth)),
+        batch_size=batch,
+        queue_size=size,
     )
     refiner = mr.MIMRefiner(encoder, config).to(device).train()
-    views = [torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops]
+    views = [
+        torch.randn(batch, 3, crop.size, crop.size, device=device) for crop in config.views.crops
+    ]
     index = torch.arange(batch, device=device)
-    make = {"mimrefiner": partial(ours_stage_3, refiner, index), "plain loop": partial(plain_stage_3, refiner, index, device)}
+    make = {
+        "mimrefiner": partial(ours_stage_3, refiner, index),
+        "plain loop": partial(plain_stage_3, refiner, index, device),
+    }
     make[LIGHTLY] = partial(lightly_stage_3, refiner, device)
     if only is not None:
         make[only]()(views)
@@ -223,41 +289,71 @@ def refine(device: str, small: bool, repeats: int, vit: str = "s16", only: str |
         return
     ways = {name: make[name]() for name in names}
     with plain_attention(refiner, torch.device(device)):
-        seconds = compare({name: lambda way=way: way(views) for name, way in ways.items()}, device, repeats)
+        seconds = compare(
+            {name: lambda way=way: way(views) for name, way in ways.items()}, device, repeats
+        )
     table(
-        f"(c) stage-3 step, ViT-{vit}, 8 heads, batch {batch}, 12 views of 224 and 96 px, queue {size}, bfloat16, {device}", seconds
+        f"(c) stage-3 step, ViT-{vit}, 8 heads, batch {batch}, 12 views of 224 and 96 px, queue {size}, bfloat16, {device}",
+        seconds,
     )
     peak = matmul_peak(device)
-    work = batch * plan.step_flops(shape, config, train_encoder=True)
-    print(f"\n{work / 1e12:.2f} TFLOP a step by formula; a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n")
+    work = batch * cost.step_flops(shape, config, train_encoder=True)
+    print(
+        f"\n{work / 1e12:.2f} TFLOP a step by formula; a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n"
+    )
     photos = [(Image.effect_noise((256, 256), 80).convert("RGB"), 0) for _ in range(batch)]
-    print("| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|")
+    print(
+        "| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|"
+    )
     for name, value in seconds.items():
         with plain_attention(refiner, torch.device(device)):
-            waited = data_wait_share(ways[name], photos, config.views, device, steps=1 if small else 5)
-        print(f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held[name]:,.0f} | {waited:.0%} |")
+            waited = data_wait_share(
+                ways[name], photos, config.views, device, steps=1 if small else 5
+            )
+        print(
+            f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held[name]:,.0f} | {waited:.0%} |"
+        )
     if LIGHTLY not in ways:
         print(f"| {LIGHTLY} | not measured: the package lightly is not installed | | | |")
-    print("\nwaiting for data: images of 256 px in memory, the same loader for all ways, no loader process")
+    print(
+        "\nwaiting for data: images of 256 px in memory, the same loader for all ways, no loader process"
+    )
 
 
 def peak_of(name: str, device: str, vit: str, small: bool) -> float:
     """Peak memory in MiB of one step of one way, in a process of its own."""
-    call = [sys.executable, __file__, "refine", "--device", device, "--vit", vit, "--only", name, *["--small"] * small]
-    return float(subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1])
+    call = [
+        sys.executable,
+        __file__,
+        "refine",
+        "--device",
+        device,
+        "--vit",
+        vit,
+        "--only",
+        name,
+        *["--small"] * small,
+    ]
+    return float(
+        subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def data_wait_share(way, photos: list, views, device: str, steps: int) -> float:
     """The share of the time that ``way`` waits for its views, as ``--watch`` records it."""
     options = {"seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": device}
     meter = Meter(len(photos), device)
-    for images, *_ in meter.waiting(view_batches(photos, views, batch_size=len(photos), steps=steps, **options)):
+    for images, *_ in meter.waiting(
+        view_batches(photos, views, batch_size=len(photos), steps=steps, **options)
+    ):
         way(images)
     return meter.read()["data_wait_share"]
 
 
 def matmul_peak(device: str) -> float:
-    """Operations per second of large bfloat16 matrix products; on a GPU larger ones, several of them between two waits."""
+    """Operations per second of large bfloat16 matrix products; on a GPU larger ones, several of
+    them between two waits.
+    """
     size, times = (8192, 10) if device == "cuda" else (2048, 1)
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
 
@@ -269,7 +365,10 @@ def matmul_peak(device: str) -> float:
 
 
 def ours_stage_3(refiner, index):
-    groups = [*layer_decay_groups(refiner.encoder, 0.05, 0.65), {"params": list(refiner.heads.parameters())}]
+    groups = [
+        *layer_decay_groups(refiner.encoder, 0.05, 0.65),
+        {"params": list(refiner.heads.parameters())},
+    ]
     optimizer = adamw(groups)
 
     def run(views):
@@ -285,7 +384,11 @@ def block_features(refiner, views, device: str) -> list[list]:
     with torch.autocast(device, torch.bfloat16):
         outputs = [
             refiner.encoder.forward_intermediates(
-                x, indices=list(refiner.blocks), return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+                x,
+                indices=list(refiner.blocks),
+                return_prefix_tokens=True,
+                output_fmt="NLC",
+                intermediates_only=True,
             )
             for x in views
         ]
@@ -295,7 +398,9 @@ def block_features(refiner, views, device: str) -> list[list]:
 def plain_stage_3(refiner, index, device: str):
     """One view and one head at a time, one backward pass."""
     heads = separate_heads(refiner, device)
-    optimizer = adamw([*refiner.encoder.parameters(), *(x for head in heads for x in head.parameters())])
+    optimizer = adamw(
+        [*refiner.encoder.parameters(), *(x for head in heads for x in head.parameters())]
+    )
 
     def run(views):
         features = block_features(refiner, views, device)
@@ -303,7 +408,9 @@ def plain_stage_3(refiner, index, device: str):
         with torch.autocast(device, torch.bfloat16):
             for h, head in enumerate(heads):
                 both = head(torch.cat([view[h] for view in features])[:, None])
-                z.append(both[0][:, 0].unflatten(0, (len(views), -1)).transpose(0, 1)[:, :2].float())
+                z.append(
+                    both[0][:, 0].unflatten(0, (len(views), -1)).transpose(0, 1)[:, :2].float()
+                )
                 p.append(both[1][:, 0].unflatten(0, (len(views), -1)).transpose(0, 1).float())
         z, p = torch.stack(z).detach(), torch.stack(p)
         optimizer.zero_grad()
@@ -315,8 +422,9 @@ def plain_stage_3(refiner, index, device: str):
 
 
 def lightly_stage_3(refiner, device: str):
-    """Projection and prediction heads, memory bank and loss of lightly, for the same heads and pairs of views. (Its loss takes
-    negatives from both sides.)"""
+    """Projection and prediction heads, memory bank and loss of lightly, for the same heads and
+    pairs of views. (Its loss takes negatives from both sides.)
+    """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead, NNMemoryBankModule
 
@@ -331,7 +439,9 @@ def lightly_stage_3(refiner, device: str):
         ).to(device)
         for _ in refiner.blocks
     ]
-    optimizer = adamw([*refiner.encoder.parameters(), *(x for part in parts for x in part.parameters())])
+    optimizer = adamw(
+        [*refiner.encoder.parameters(), *(x for part in parts for x in part.parameters())]
+    )
 
     def run(views):
         features, losses = block_features(refiner, views, device), []
@@ -341,7 +451,12 @@ def lightly_stage_3(refiner, device: str):
                 p = predict(z).float().chunk(len(views))
             z = z.detach().float().chunk(len(views))
             neighbours = [bank(z[a], update=a == 0) for a in range(2)]
-            losses += [criterion(neighbours[a], p[b]) for a in range(2) for b in range(len(views)) if a != b]
+            losses += [
+                criterion(neighbours[a], p[b])
+                for a in range(2)
+                for b in range(len(views))
+                if a != b
+            ]
         optimizer.zero_grad()
         (sum(losses) / (2 * len(views) - 2)).backward()
         optimizer.step()
@@ -350,12 +465,19 @@ def lightly_stage_3(refiner, device: str):
 
 
 def attention(device: str, small: bool, repeats: int) -> None:
-    """Pre-training steps with plain and with fused attention: ViT-Tiny/8 at 64 px, batch 128, bfloat16."""
+    """Pre-training steps with plain and with fused attention: ViT-Tiny/8 at 64 px, batch 128,
+    bfloat16.
+    """
     images = torch.randn(128, 3, 64, 64, device=device)
     for method, ratio in (("mae", 0.75), ("simmim", 0.6)):
-        vit = mr.build_vit(mr.ViTConfig(image_size=64, patch_size=8, dim=192, depth=12, num_heads=3))
+        vit = mr.build_vit(
+            mr.ViTConfig(image_size=64, patch_size=8, dim=192, depth=12, num_heads=3)
+        )
         config = mr.PretrainConfig(method=method, mask_ratio=ratio, decoder_dim=96)
-        model, mask = build_masked_model(vit, config).to(device).train(), random_mask(128, 64, ratio).to(device)
+        model, mask = (
+            build_masked_model(vit, config).to(device).train(),
+            random_mask(128, 64, ratio).to(device),
+        )
 
         def run(context, model=model, mask=mask):
             with context:
@@ -372,9 +494,15 @@ def attention(device: str, small: bool, repeats: int) -> None:
 
 
 def compiled(device: str, small: bool, repeats: int) -> None:
-    """Forward and backward of ViT-S/16 (``small``: two blocks) over both crop sizes, as it is and by ``torch.compile``."""
+    """Forward and backward of ViT-S/16 (``small``: two blocks) over both crop sizes, as it is and
+    by ``torch.compile``.
+    """
     depth = 2 if small else 12
-    vit = mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=depth, num_heads=6)).to(device).train()
+    vit = (
+        mr.build_vit(mr.ViTConfig(image_size=224, patch_size=16, dim=384, depth=depth, num_heads=6))
+        .to(device)
+        .train()
+    )
     views = [torch.randn(n, 3, size, size, device=device) for n, size in ((4, 224), (20, 96))]
 
     def run(forward):
@@ -391,8 +519,10 @@ def compiled(device: str, small: bool, repeats: int) -> None:
 
 
 def augment(device: str, small: bool, repeats: int) -> None:
-    """(d) Views per second of the batched photometric part, against torchvision's transforms image by image; and of whole views of
-    images in memory, whose crops are cut for the batch on the device or image by image by Pillow."""
+    """(d) Views per second of the batched photometric part, against torchvision's transforms image
+    by image; and of whole views of images in memory, whose crops are cut for the batch on the
+    device or image by image by Pillow.
+    """
     from torchvision.transforms import v2
 
     batch, crop = (32 if small else 256), paper_views().global_crops[0]
@@ -411,7 +541,12 @@ def augment(device: str, small: bool, repeats: int) -> None:
     }
     seconds = compare(ways, device, repeats)
     table(f"(d) photometric part of {batch} global views of {crop.size} px", seconds)
-    print("\n" + "; ".join(f"{name}: {batch / value:.0f} views per second" for name, value in seconds.items()))
+    print(
+        "\n"
+        + "; ".join(
+            f"{name}: {batch / value:.0f} views per second" for name, value in seconds.items()
+        )
+    )
 
     views, batch = small_views(64, 8), 128
     photos = mr.load_dataset("fruit64", split="train").in_memory()
@@ -427,15 +562,28 @@ def augment(device: str, small: bool, repeats: int) -> None:
         f"crops for the whole batch, {device}": lambda: finish(
             resident_crops(photos.pixels, photos.labels, views, iter(keys), 0, where)
         ),
-        "crops by Pillow, cpu": lambda: finish(loaded_crops(photos, views, iter(keys), 0, where, 0)),
+        "crops by Pillow, cpu": lambda: finish(
+            loaded_crops(photos, views, iter(keys), 0, where, 0)
+        ),
     }
     seconds = compare(ways, device, repeats)
-    table(f"(d) {len(views.crops)} views of {batch} images of 64 px in memory, photometric part on {device}", seconds)
-    print("\n" + "; ".join(f"{name}: {batch * len(views.crops) / value:.0f} views per second" for name, value in seconds.items()))
+    table(
+        f"(d) {len(views.crops)} views of {batch} images of 64 px in memory, photometric part on {device}",
+        seconds,
+    )
+    print(
+        "\n"
+        + "; ".join(
+            f"{name}: {batch * len(views.crops) / value:.0f} views per second"
+            for name, value in seconds.items()
+        )
+    )
 
 
 def memory(device: str, small: bool, repeats: int) -> None:
-    """(e) Bytes of the queue, and bytes that the graph holds with and without the options that save memory."""
+    """(e) Bytes of the queue, and bytes that the graph holds with and without the options that save
+    memory.
+    """
 
     def resident() -> float:
         if device == "cuda":
@@ -446,7 +594,9 @@ def memory(device: str, small: bool, repeats: int) -> None:
     queue = NNQueue(8, 16384 if small else 65536, 256).to(device)
     held = resident() - before
     formula = 2 * queue.z.nbytes / 2**20
-    print(f"\n(e) queue {tuple(queue.z.shape)}: resident {held:.0f} MiB; two copies (stored and normalised) {formula:.0f} MiB\n")
+    print(
+        f"\n(e) queue {tuple(queue.z.shape)}: resident {held:.0f} MiB; two copies (stored and normalised) {formula:.0f} MiB\n"
+    )
     refiner, views, _ = refiner_and_views(device, small)
     print("| options | MiB held for the backward pass | formula |\n|---|---|---|")
     vit = refiner.encoder
@@ -473,15 +623,29 @@ def memory(device: str, small: bool, repeats: int) -> None:
                     features = refiner.features(views)
             else:
                 features = refiner.features(views)
-        kept = sum(plan.kept_bytes(shape, x.shape[-1], recompute=recompute) for x in views)
+        kept = sum(cost.kept_bytes(shape, x.shape[-1], recompute=recompute) for x in views)
         formula = len(views[0]) * kept * (1 - frozen / refiner.depth) / 2**20
-        print(f"| frozen blocks {frozen}, recompute {recompute} | {sum(storages.values()) / 2**20:.0f} | {formula:.0f} |")
+        print(
+            f"| frozen blocks {frozen}, recompute {recompute} | {sum(storages.values()) / 2**20:.0f} | {formula:.0f} |"
+        )
         del features
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("loss", "step", "processes", "refine", "augment", "memory", "attention", "compiled"))
+    parser.add_argument(
+        "what",
+        choices=(
+            "loss",
+            "step",
+            "processes",
+            "refine",
+            "augment",
+            "memory",
+            "attention",
+            "compiled",
+        ),
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,0 +1,147 @@
+"""The ablations of refinement: every variant is the preset's recipe with a few settings changed.
+
+The groups follow Table 1 and Table 8 of the paper (as far as the released configurations tell),
+with one that is not in it: the pairing of views that the method's description implies against that
+of the released code. Rows of many seeds are measured once (``python -m experiments.ablations
+--help``), kept in ``assets/ablations_PRESET.csv`` and drawn by notebook 05.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from mimrefiner.config import LOSS_SCHEDULES, Views
+from mimrefiner.data.datasets import short_name
+from mimrefiner.files import write_csv
+from mimrefiner.probes.features import extract_features
+from mimrefiner.probes.knn import knn_hits
+from mimrefiner.study import presets, store
+from mimrefiner.study.claims import Run
+from mimrefiner.study.presets import Preset, load_preset
+
+BASE = "recipe"  # the variant without a change, common to all groups
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """``change``: fields of RefineConfig; ``core``: measured with several seeds, the others with
+    one (exploratory).
+    """
+
+    group: str
+    variant: str
+    change: dict = field(default_factory=dict)
+    core: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}: {self.variant}"
+
+
+def ablations(preset: Preset) -> list[Ablation]:
+    """All variants for the preset's encoder, views and seed, which draws the random blocks; the
+    recipe itself comes first.
+    """
+    depth, views = preset.encoder.depth, preset.refine.views
+    heads = preset.refine.resolve_blocks(depth)
+    last = depth - 1
+    other = "published" if preset.refine.pairing == "intended" else "intended"
+    spaced, wider = (tuple(range(last, max(-1, heads[0] - less), -2))[::-1] for less in (1, 2))
+    rng = np.random.default_rng(preset.refine.seed)
+    anywhere = (*(int(b) for b in np.sort(rng.choice(last, len(heads) - 1, replace=False))), last)
+    variants = [
+        Ablation(
+            "recipe",
+            f"{len(heads)} heads, {preset.refine.pairing} pairing, top-{preset.refine.refine_top_k}",
+        ),
+        Ablation("pairing of views", other, {"pairing": other}),
+        Ablation("number of heads", "1 (last block)", {"blocks": (last,)}),
+        Ablation("neighbours", "top-1 in stage 3", {"refine_top_k": 1}),
+        Ablation("negatives", "swapped too (NNCLR)", {"swap_negatives": True}),
+        Ablation("place of heads", "last and random blocks", {"blocks": anywhere}),
+        Ablation("number of heads", "2", {"blocks": (last - 1, last)}, core=False),
+        Ablation(
+            "number of heads",
+            f"{depth // 2}",
+            {"blocks": tuple(range(depth - depth // 2, depth))},
+            core=False,
+        ),
+        Ablation("place of heads", "every other block", {"blocks": spaced}, core=False),
+        Ablation("place of heads", "every other block, one more", {"blocks": wider}, core=False),
+        Ablation("frozen blocks", "none", {"frozen_blocks": 0}, core=False),
+        Ablation("frozen blocks", f"first {depth // 2}", {"frozen_blocks": depth // 2}, core=False),
+        Ablation(
+            "augmentation", "2 global views only", {"views": replace(views, n_local=0)}, core=False
+        ),
+        Ablation("augmentation", "crops only", {"views": _crops_only(views)}, core=False),
+        *(
+            Ablation("loss of heads", how, {"loss_schedule": how}, core=False)
+            for how in LOSS_SCHEDULES[1:]
+        ),
+    ]
+    recipe = asdict(preset.refine)
+    return [a for a in variants if not a.change or asdict(changed(preset, a).refine) != recipe]
+
+
+def measure(preset: Preset, seeds: Sequence[int], run: Run, *, exploratory: bool) -> None:
+    """Refine once per variant and seed (trained models come from the store) and add k-NN rows of
+    every block to ``run``.
+
+    ``exploratory``: with the first seed the exploratory variants too.
+    """
+    train, test = presets.load_split(preset, "train"), presets.load_split(preset, "test")
+    for seed in seeds:
+        seeded = preset.with_seed(seed)
+        models = {"before": store.pretrained(seeded).encoder}
+        for ablation in ablations(seeded):
+            if ablation.core or (exploratory and seed == seeds[0]):
+                models[ablation.name] = store.refined(changed(seeded, ablation)).ema_encoder
+        for name, encoder in models.items():
+            hits = knn_hits(extract_features(encoder, train), extract_features(encoder, test))
+            for pool, right in hits.items():
+                run.add_blocks({name: (encoder, right)}, pool, seed, len(train), len(test))
+
+
+def changed(preset: Preset, ablation: Ablation) -> Preset:
+    """The preset with the variant's settings."""
+    return replace(preset, refine=replace(preset.refine, **ablation.change))
+
+
+def _crops_only(views: Views) -> Views:
+    def plain(crop):
+        return replace(crop, jitter_p=0.0, grey_p=0.0, blur_p=0.0, solarize_p=0.0)
+
+    return Views(
+        tuple(plain(crop) for crop in views.global_crops), plain(views.local_crop), views.n_local
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m experiments.ablations", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument(
+        "--data",
+        help="other than the preset's, such as parquet:PATH; rows carry the name of the folder",
+    )
+    parser.add_argument(
+        "--seeds",
+        default="0,1,2",
+        help="of the core ablations; the exploratory ones take the first",
+    )
+    parser.add_argument("--core", action="store_true", help="leave out the exploratory ones")
+    args = parser.parse_args()
+    preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
+    preset = replace(preset, dataset=args.data or preset.dataset)
+    run = Run("05_ablations", replace(preset, dataset=short_name(preset.dataset)), seeds, HERE)
+    measure(preset, seeds, run, exploratory=not args.core)
+    write_csv(run.table(), HERE / f"ablations_{args.preset}.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Notebooks in batch: run, watched and copied."""

@@ -1,0 +1,53 @@
+"""Where to compute, and in which precision."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU; the CPU also where several processes were started on it."""
+    on_cpus = dist.is_initialized() and dist.get_backend() == "gloo"
+    return torch.device("cuda" if torch.cuda.is_available() and not on_cpus else "cpu")
+
+
+def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
+    """bfloat16 where it helps: on GPUs, and on CPUs from width 192 up."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or encoder.embed_dim >= 192)
+
+
+@contextmanager
+def frozen(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Within it, ``encoder`` is on ``device``, in eval mode and needs no gradient; after it, as it was."""
+    home, was_training = next(encoder.parameters()).device, encoder.training
+    needed = [x.requires_grad for x in encoder.parameters()]
+    encoder.eval().requires_grad_(False).to(device)
+    try:
+        yield
+    finally:
+        encoder.train(was_training).to(home)
+        for x, flag in zip(encoder.parameters(), needed, strict=True):
+            x.requires_grad_(flag)
+
+
+@contextmanager
+def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, attention on a CPU is three plain operations: the fused kernel's backward pass is slower there, most of all
+    for the short sequences of small images (docs/scaling.md has the ratios)."""
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False) and device.type == "cpu"]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+def loader_workers() -> int:
+    """Processes that decode and crop: those a GPU would wait for; on a CPU training itself has the cores."""
+    return min(8, (os.cpu_count() or 2) - 1) if default_device().type == "cuda" else 0

@@ -1,0 +1,245 @@
+"""Files that are whole or absent, folders that are finished or not, and where they lie."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimrefiner.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent  # where the package lies in one
+ASSETS = PACKAGE / "assets"
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it is renamed when the block ends well, else removed.
+
+    >>> with atomic_file("runs/note.txt") as temporary:  # doctest: +SKIP
+    ...     temporary.write_text("whole or not there")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix is kept, because writers read the file type off it
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+    )
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def goes_on_without(what: str, then: str = "training goes on") -> Iterator[None]:
+    """Inside this block a full disk is reported and does not end the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        logger.warning("%s not written (%s): %s", what, first_line(error), then)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def cache_folder() -> Path:
+    """The folder of trained models and downloads: ``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``."""
+    return Path(os.environ.get("MIMREFINER_CACHE") or "~/.cache/mimrefiner").expanduser()
+
+
+def data_folder() -> Path:
+    """The folder of downloaded data sets: ``$MIMREFINER_DATA``, default ``data`` in ``~/.cache/mimrefiner``."""
+    return Path(os.environ.get("MIMREFINER_DATA") or "~/.cache/mimrefiner/data").expanduser()
+
+
+def project_folder() -> Path:
+    """The checkout that holds this package, else the nearest folder upwards that has notebooks."""
+    for folder in (CHECKOUT, Path.cwd(), *Path.cwd().parents):
+        if (folder / "notebooks").is_dir():
+            return folder
+    return Path.cwd()
+
+
+def write_csv(frame: "pd.DataFrame", path: Path) -> None:
+    """Write ``frame`` without its index, whole or not at all."""
+    with atomic_file(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def write_json(value, path: Path) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """InputError unless files can be written under ``folder``."""
+    try:
+        with atomic_file(folder / ".writable") as temporary:
+            temporary.write_text("x")
+        (folder / ".writable").unlink(missing_ok=True)  # several runs may write to one folder
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
+        ) from error
+
+
+def sha256_of_file(file: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    with Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def key_of(settings: dict) -> str:
+    """The first 16 digits of the SHA-256 of ``settings`` (anything that JSON can hold)."""
+    return hashlib.sha256(_text(settings).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The one memory of what is done: a folder, the settings that made it, and its manifest.
+
+    The manifest is a JSON file that is written last. It holds the settings, facts about the result
+    and the SHA-256 of every file, so that a folder is finished and undamaged or counts as absent.
+
+    Attributes:
+        folder: where the files lie.
+        settings: everything that decides what the files hold; JSON must be able to hold it.
+        manifest: the name of the manifest, relative to ``folder``.
+
+    >>> from tempfile import mkdtemp
+    >>> entry = Entry(Path(mkdtemp()) / "squares", {"upto": 3})
+    >>> entry.facts() is None
+    True
+    >>> with entry.filled_aside() as folder:
+    ...     (folder / "squares.txt").write_text("1 4 9")
+    ...     entry.finish(folder, {"n": 3})
+    5
+    >>> entry.facts()
+    {'n': 3}
+    """
+
+    folder: Path
+    settings: dict
+    manifest: str = "manifest.json"
+
+    @classmethod
+    def named(cls, parent: Path, kind: str, settings: dict) -> "Entry":
+        """An entry in ``parent`` whose name ends in the hash of its settings."""
+        return cls(Path(parent) / f"{kind}-{key_of(settings)}", settings)
+
+    def facts(self) -> dict | None:
+        """What :meth:`finish` was given; None unless the entry is finished, of these settings and
+        undamaged.
+        """
+        if self.damage() or self.different():
+            return None
+        return json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))["facts"]
+
+    def damage(self) -> str | None:
+        """Why the entry does not count as finished, in words; None where it does."""
+        try:
+            content = json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))
+            files = content["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{self.manifest} is missing or unreadable ({first_line(error)})"
+        for name, expected in files.items():
+            file = self.folder / name
+            if not file.is_file() or sha256_of_file(file) != expected:
+                return f"{name} is missing or changed"
+        return None
+
+    def different(self) -> list[str]:
+        """Names of the settings that differ from those in the manifest; [] without a manifest."""
+        try:
+            content = json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))
+            there = content["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return different_settings(there, json.loads(_text(self.settings)))
+
+    def finish(self, folder: Path, facts: dict, files: Iterable[Path] | None = None) -> None:
+        """Write the manifest into ``folder``, which makes the entry finished.
+
+        Args:
+            folder: where the files lie now; the entry's own folder, or the one that
+                :meth:`filled_aside` yields.
+            facts: what is known about the result; JSON must be able to hold it.
+            files: the files that belong to the entry; None takes all in ``folder``.
+        """
+        folder = Path(folder)
+        found = folder.rglob("*") if files is None else map(Path, files)
+        hashes = {
+            file.relative_to(folder).as_posix(): sha256_of_file(file)
+            for file in sorted(found)
+            if file.is_file() and file != folder / self.manifest
+        }
+        content = {"settings": self.settings, "facts": facts, "files": hashes}
+        write_json(content, folder / self.manifest)
+
+    @contextmanager
+    def filled_aside(self) -> Iterator[Path]:
+        """Yield a new folder beside the entry's own; it takes its place when the block ends well.
+
+        What was there before is removed only then. Leftovers of killed processes are removed first,
+        so hold :meth:`locked` around it where several processes may fill the same entry.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.parent.glob(f".{self.folder.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            dir=self.folder.parent, prefix=f".{self.folder.name}-"
+        ) as aside:
+            part = Path(aside) / "entry"
+            part.mkdir()
+            yield part
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            part.rename(self.folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time holds the lock; the system frees it when a process dies."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder.parent / "locks" / f"{self.folder.name}.lock")
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another process is filling %s: waiting for it", self.folder.name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def different_settings(there: dict, here: dict) -> list[str]:
+    """Names of the settings in which two dictionaries differ."""
+    return [name for name in {**there, **here} if there.get(name) != here.get(name)]
+
+
+def _text(settings: dict) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)

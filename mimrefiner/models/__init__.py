@@ -1,0 +1,1 @@
+"""Encoders: built, named, loaded and written; what counts as a block."""

@@ -1,0 +1,96 @@
+"""What a block is, and how its tokens are pooled."""
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor, nn
+
+from mimrefiner.errors import InputError
+
+
+def block_modules(encoder: nn.Module) -> Sequence[nn.Module]:
+    """What counts as a block: the blocks of a ViT (Hiera too), the stages of a convolutional
+    network.
+    """
+    for name in ("blocks", "stages"):
+        if hasattr(encoder, name):
+            return getattr(encoder, name)
+    raise InputError(
+        f"{type(encoder).__name__} has neither blocks nor stages: expected a timm ViT, Hiera or ConvNeXt"
+    )
+
+
+def available_pools(encoder: nn.Module) -> tuple[str, ...]:
+    """The poolings ``encoder`` has: "cls" only where there is a cls token, "mean" over patch tokens
+    always.
+    """
+    return ("cls", "mean") if getattr(encoder, "cls_token", None) is not None else ("mean",)
+
+
+def check_pools(encoder: nn.Module, pools: Sequence[str] | None) -> tuple[str, ...]:
+    """``pools`` (None: all there are), or an InputError naming those the encoder has."""
+    available = available_pools(encoder)
+    if pools is not None and not len(pools):
+        raise InputError(f"expected one or more poolings of {', '.join(available)}, got none")
+    for pool in pools or ():
+        if pool not in ("cls", "mean"):
+            raise InputError(f"unknown pooling {pool!r}: choose from cls, mean")
+        if pool not in available:
+            raise InputError(
+                "pooling 'cls' needs a cls token, which this model does not have: use pool 'mean'"
+            )
+    return available if pools is None else tuple(pools)
+
+
+def pooled_blocks(
+    encoder: nn.Module,
+    images: Tensor,
+    blocks: Sequence[int],
+    pools: Sequence[str],
+    *,
+    norm_blocks: Collection[int] = (),
+) -> dict[str, list[Tensor]]:
+    """Run ``encoder`` once and pool the raw output of every block in ``blocks``.
+
+    Args:
+        encoder: a timm ViT (anything with ``blocks`` and ``forward_features``).
+        images: normalised images, (batch, 3, height, width).
+        blocks: 0-based blocks.
+        pools: of "cls", "mean".
+        norm_blocks: blocks whose tokens pass the encoder's final LayerNorm first.
+
+    Returns:
+        For every pooling, a list of (batch, dim), in the order of ``blocks``.
+    """
+    pooled: dict[str, list] = {pool: [None] * len(blocks) for pool in pools}
+
+    def pool_output(position: int, normed: bool):
+        def hook(module, inputs, output):
+            tokens = output[0] if isinstance(output, tuple) else output  # (batch, tokens, dim)
+            if type(encoder).__name__ == "ConvNeXt":
+                tokens = tokens.flatten(2).mT  # from (batch, dim, rows, columns)
+            norm = encoder.norm if normed else nn.Identity()
+            if "cls" in pooled:
+                # A view would keep all tokens alive
+                pooled["cls"][position] = norm(tokens[:, 0].clone())
+            if "mean" in pooled:
+                pooled["mean"][position] = norm(
+                    tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]
+                ).mean(1)
+
+        return hook
+
+    modules = block_modules(encoder)
+    handles = [
+        modules[b].register_forward_hook(pool_output(i, b in norm_blocks))
+        for i, b in enumerate(blocks)
+    ]
+    try:
+        encoder.forward_features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pooled
+
+
+def depth_of(encoder: nn.Module) -> int:
+    return len(block_modules(encoder))

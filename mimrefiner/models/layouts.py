@@ -1,0 +1,315 @@
+"""Published checkpoint layouts: which keys they have, and the one plain ViT that all of them
+become.
+
+Every layout is a row of :data:`LAYOUTS`. The facts come from the public repositories named there. A
+checkpoint's sizes are read off its tensors; only the number of attention heads leaves no trace in
+the shapes.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from mimrefiner.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published layout.
+
+    ``containers``: names under which the tensors lie, "" for the top of the file; ``mark``: a part
+    of a key that only this
+    layout has; ``strip``: prefixes taken off, in this order; ``rename``: other keys; ``drop``:
+    beginnings of keys that are no part of the encoder; ``fixed_positions``: sin-cos positions that
+    are not trained.
+    """
+
+    name: str
+    source: str
+    containers: tuple[str, ...]
+    mark: str
+    strip: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    drop: tuple[str, ...] = ()
+    fixed_positions: bool = True
+
+
+DECODER = ("decoder_", "mask_token")
+
+
+MUGS_HEADS = ("relation_blocks.", "instance_head.", "group_head.", "relation_head.", "head.")
+
+
+FAIRSEQ = "modality_encoders.IMAGE."
+
+
+LAYOUTS = (
+    Layout(
+        "data2vec 2.0 (fairseq)", "facebookresearch/fairseq, examples/data2vec", ("model", ""), FAIRSEQ + "local_encoder.",
+        ("model.",),
+        (
+            (FAIRSEQ + "local_encoder.proj", "patch_embed.proj"),
+            (FAIRSEQ + "extra_tokens", "cls_token"),
+            (FAIRSEQ + "fixed_positional_encoder.positions", "pos_embed"),
+            (FAIRSEQ + "context_encoder.norm", "norm_pre"),
+        ),
+        (FAIRSEQ + "decoder.", "decoder", "_ema", "head.", "fc_norm.", "linear_norm."),
+    ),
+    Layout(
+        "MIM-Refiner", "ml-jku/MIM-Refiner, hub/", ("state_dict", ""), "pos_embed.embed",
+        rename=(("pos_embed.embed", "pos_embed"), ("cls_tokens.tokens", "cls_token"), ("embed_norm", "norm_pre")),
+    ),
+    Layout("I-JEPA", "facebookresearch/ijepa", ("target_encoder",), "pos_embed", ("module.",)),
+    Layout(
+        "Mugs", "sail-sg/mugs", ("state_dict", "student", ""), "relation_blocks.", ("module.", "backbone."),
+        drop=MUGS_HEADS, fixed_positions=False,
+    ),
+    Layout(
+        "iBOT or DINO teacher", "bytedance/ibot", ("teacher",), "backbone.", ("module.", "backbone."),
+        drop=("head.", "masked_embed"), fixed_positions=False,
+    ),
+    Layout(
+        "Mugs without relation blocks", "sail-sg/mugs", ("state_dict", ""), "backbone.", ("module.", "backbone."),
+        drop=MUGS_HEADS, fixed_positions=False,
+    ),
+    Layout("CrossMAE", "TonyLianLong/CrossMAE", ("model", ""), "wfm.", drop=(*DECODER, "dec_norms.", "wfm.")),
+    Layout("MAE or dBOT", "facebookresearch/mae, liuxingbin/dbot", ("model", ""), "decoder_", drop=DECODER),
+    Layout("MAE or dBOT without decoder", "facebookresearch/mae", ("model",), "patch_embed.proj", drop=DECODER),
+    Layout("MAE-CT", "ml-jku/MAE-CT", ("state_dict",), "patch_embed.proj"),
+    Layout(
+        "plain ViT (DINO, MAWS, MAE-CT)", "facebookresearch/dino, facebookresearch/maws", ("",), "patch_embed.proj",
+        drop=("head.", "relation_blocks."), fixed_positions=False,
+    ),
+)  # fmt: skip
+
+
+FOREIGN = {  # a part of a key -> what the file looks like
+    "embeddings.patch_embeddings": "a Hugging Face transformers ViT",
+    "vision_encoder.": "a MAWS model with its text encoder (maws_clip)",
+    "visual.": "an OpenCLIP model",
+    "relative_position_bias_table": "a BEiT or data2vec 1.0 model",
+    "ls1.gamma": "a DINOv2 model",
+}
+
+
+BLOCK_KEYS = tuple(
+    f"{part}.{kind}"
+    for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+)
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """Sizes and form of a plain ViT: pixels, channels, blocks; ``post_norm`` is data2vec 2.0's
+    form.
+    """
+
+    image_size: int
+    patch_size: int
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    cls_token: bool = True
+    post_norm: bool = False
+    final_norm: bool = True
+    fixed_positions: bool = True
+
+
+class PostNormBlock(Block):
+    """Attention and MLP, each followed by a LayerNorm of the sum (``AltBlock`` of fairseq with
+    ``layer_norm_first`` off).
+    """
+
+    def forward(self, x: Tensor, *args, **mask) -> Tensor:
+        x = self.norm1(x + self.drop_path1(self.attn(x, *args, **mask)))
+        return self.norm2(x + self.drop_path2(self.mlp(x)))
+
+
+class ReleasedViT(VisionTransformer):
+    """A plain ViT that resizes its positions as the official implementations do: bicubic without
+    antialiasing.
+
+    The cls token carries its own position (the two are constants that are always added), so
+    ``pos_embed`` is (1, height * width, dim) in every layout. Positions that are not trained are a
+    buffer.
+    """
+
+    def __init__(self, shape: ViTShape):
+        super().__init__(
+            img_size=shape.image_size, patch_size=shape.patch_size, num_classes=0, embed_dim=shape.dim, depth=shape.depth,
+            num_heads=shape.num_heads, mlp_ratio=shape.mlp_dim / shape.dim, class_token=shape.cls_token, no_embed_class=True,
+            global_pool="token" if shape.cls_token else "avg", fc_norm=False, final_norm=shape.final_norm,
+            dynamic_img_size=True, block_fn=PostNormBlock if shape.post_norm else Block,
+        )  # fmt: skip
+        self.shape = shape
+        if shape.post_norm:
+            self.norm_pre = nn.LayerNorm(shape.dim, eps=1e-6)
+        if shape.fixed_positions:
+            self._set_positions(self.pos_embed.detach())
+
+    def _set_positions(self, positions: Tensor) -> None:
+        del self.pos_embed
+        if self.shape.fixed_positions:
+            self.register_buffer("pos_embed", positions)
+        else:
+            self.pos_embed = nn.Parameter(positions)
+
+    def _resized(self, height: int, width: int) -> Tensor:
+        old = self.patch_embed.grid_size
+        return resample_abs_pos_embed(
+            self.pos_embed, [height, width], list(old), num_prefix_tokens=0, antialias=False
+        )
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape  # patches, channels last
+        x = x.flatten(1, 2) + self._resized(h, w)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(b, -1, -1), x], dim=1)
+        return self.pos_drop(x)
+
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """Change the input size (pixels, square) for good; positions are resized."""
+        self.shape = replace(self.shape, image_size=img_size)
+        side = img_size // self.shape.patch_size
+        positions = self._resized(side, side).detach()
+        self.patch_embed.set_input_size(img_size=img_size)
+        self._set_positions(positions)
+
+
+def convert(
+    file: Mapping, path: str, num_heads: int | None = None
+) -> tuple[ViTShape, dict[str, Tensor], Layout]:
+    """Tensors of a published checkpoint under the names of :class:`ReleasedViT`, the sizes they
+    have, and their layout.
+
+    Args:
+        file: what the checkpoint file holds.
+        path: its name, for messages.
+        num_heads: attention heads; None looks the sizes up in the table of models.
+
+    Raises:
+        InputError: no known layout, or keys or shapes that do not fit the layout the file looks
+            like.
+    """
+    layout, found = find_layout(file, path)
+    tensors = dict(_renamed(layout, found))
+    try:
+        weight, positions = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
+        mlp_dim = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise InputError(
+            f"{path} looks like the {layout.name} layout, but has no {error.args[0]}"
+        ) from None
+    dim, depth = (
+        weight.shape[0],
+        1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))),
+    )
+    positions = positions.reshape(1, -1, dim)
+    side = math.isqrt(positions.shape[1])
+    # A row for the cls token: add it to the token
+    if "cls_token" in tensors and side**2 != positions.shape[1]:
+        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
+        positions = positions[:, 1:]
+        side = math.isqrt(positions.shape[1])
+    if side**2 != positions.shape[1]:
+        raise InputError(
+            f"{path}: expected positions of a square grid, with or without cls token, got {positions.shape[1]}"
+        )
+    tensors["pos_embed"] = positions
+    patch = weight.shape[-1]
+    shape = ViTShape(
+        side * patch, patch, dim, depth, num_heads or _heads(dim, depth, path), mlp_dim, "cls_token" in tensors,
+        post_norm="norm_pre.weight" in tensors, final_norm="norm.weight" in tensors, fixed_positions=layout.fixed_positions,
+    )  # fmt: skip
+    if dim % shape.num_heads:
+        raise InputError(f"{path}: width {dim} is not divisible by num_heads={shape.num_heads}")
+    _check_keys(shape, tensors, layout, path)
+    return shape, tensors, layout
+
+
+def find_layout(file: Mapping, path: str) -> tuple[Layout, Mapping]:
+    """The first layout that fits, and the mapping of keys to tensors inside ``file``."""
+    for layout in LAYOUTS:
+        for container in layout.containers:
+            found = file.get(container) if container else file
+            if isinstance(found, Mapping) and any(
+                layout.mark in key for key in found if isinstance(key, str)
+            ):
+                return layout, found
+    keys = [
+        key
+        for part in (file, *file.values())
+        if isinstance(part, Mapping)
+        for key in part
+        if isinstance(key, str)
+    ]
+    like = next(
+        (what for mark, what in FOREIGN.items() if any(mark in key for key in keys)),
+        "no layout that is known",
+    )
+    names = ", ".join(layout.name for layout in LAYOUTS)
+    raise InputError(f"{path} looks like {like}, with keys {_few(keys)}; expected one of: {names}")
+
+
+def _renamed(layout: Layout, tensors: Mapping):
+    for key, x in tensors.items():
+        for prefix in layout.strip:
+            key = key.removeprefix(prefix)
+        if not isinstance(x, Tensor) or key.startswith(layout.drop):
+            continue
+        for old, new in layout.rename:
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
+        yield key, x
+
+
+def _check_keys(shape: ViTShape, tensors: dict[str, Tensor], layout: Layout, path: str) -> None:
+    expected = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"}
+    expected |= {f"blocks.{i}.{key}" for i in range(shape.depth) for key in BLOCK_KEYS}
+    norms = [
+        name for name, there in (("norm", shape.final_norm), ("norm_pre", shape.post_norm)) if there
+    ]
+    expected |= {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")} | (
+        {"cls_token"} if shape.cls_token else set()
+    )
+    missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if missing or unexpected:
+        like = next(
+            (
+                f" or {what}"
+                for mark, what in FOREIGN.items()
+                if any(mark in key for key in tensors)
+            ),
+            "",
+        )
+        raise InputError(
+            f"{path} looks like the {layout.name} layout{like}, but its keys do not fit: "
+            f"missing {_few(missing)}, unexpected {_few(unexpected)}"
+        )
+
+
+def _heads(dim: int, depth: int, path: str) -> int:
+    from mimrefiner.models.catalogue import MODELS
+
+    heads = {row.heads for row in MODELS if row.heads and (row.dim, row.depth) == (dim, depth)}
+    if len(heads) != 1:
+        raise InputError(
+            f"{path}: the table of models has no ViT of width {dim} and {depth} blocks; give num_heads="
+        )
+    return heads.pop()
+
+
+def _few(keys: list[str]) -> str:
+    return (
+        ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        if keys
+        else "none"
+    )

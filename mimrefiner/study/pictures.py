@@ -1,0 +1,381 @@
+"""Figures made of images and maps: neighbours, clusters, forces, likeness; in the style of
+:mod:`mimrefiner.study.figures`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from mimrefiner.study.figures import COLUMN, MARKERS, PAGE, PALETTE, legend_below
+
+# of classes, of which there are more than seven; after Petroff 2021, arXiv 2107.02270, with black
+# and four more for its two greys
+CLASS_PALETTE = (
+    "#3f90da",
+    "#ffa90e",
+    "#bd1f01",
+    "#009e73",
+    "#832db6",
+    "#a96b59",
+    "#e76300",
+    "#b9ac70",
+    "#111111",
+    "#92dadd",
+    "#1f3a93",
+    "#e58ac0",
+    "#a6d854",
+    "#8a8d96",
+)
+CELLS = 14  # thumbnails on one side of a map
+
+
+def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
+    """A row of images, (height, width, 3) uint8 each, with a word under each."""
+    figure, all_axes = plt.subplots(
+        1, len(images), figsize=(PAGE, PAGE / len(images) + 0.5), layout="constrained"
+    )
+    for axes, image, label in zip(np.atleast_1d(all_axes), images, labels, strict=True):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_xlabel(label)
+        axes.set(xticks=[], yticks=[])
+        sns.despine(ax=axes, left=True, bottom=True)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, title: str) -> Figure:
+    """Rows of small pictures under each other, such as queries and what was found for them.
+
+    Args:
+        rows: row label -> (image (height, width, 3) uint8, right or wrong or None) for every
+            column; right gets a blue frame, wrong an orange dashed one.
+        title: over the figure, in one line or more.
+    """
+    figure, all_axes = _picture_grid(
+        len(rows), max(len(row) for row in rows.values()), list(rows), title
+    )
+    for row_axes, row in zip(all_axes, rows.values(), strict=True):
+        for axes, (image, right) in zip(row_axes, row, strict=True):
+            axes.imshow(image, interpolation="nearest")
+            if right is not None:
+                style = (
+                    {"edgecolor": PALETTE[0]}
+                    if right
+                    else {"edgecolor": PALETTE[1], "linestyle": (0, (2.2, 1))}
+                )
+                axes.add_patch(
+                    plt.Rectangle(
+                        (0, 0),
+                        1,
+                        1,
+                        transform=axes.transAxes,
+                        fill=False,
+                        clip_on=False,
+                        linewidth=1.8,
+                        **style,
+                    )
+                )
+    return figure
+
+
+def plot_attention(
+    images: Sequence[np.ndarray],
+    maps: dict[str, np.ndarray],
+    place: tuple[float, float, float],
+    *,
+    title: str,
+) -> Figure:
+    """Images, and under each what one of its patches attends to, as colours on one scale; the
+    image's outlines are drawn on top.
+
+    Args:
+        images: (height, width, 3) uint8 each.
+        maps: row label -> attention (images, rows of patches, columns of patches), which sums to 1
+            over the patches.
+        place: left, top and side in pixels of the patch that attends; it gets a frame.
+        title: over the figure.
+    """
+    figure, all_axes = _picture_grid(
+        1 + len(maps), len(images), ["image", *maps], title, right=0.91
+    )
+    top, (height, width, _) = max(weights.max() for weights in maps.values()), images[0].shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for column, image in enumerate(images):
+        all_axes[0, column].imshow(image, interpolation="nearest")
+        for axes, weights in zip(all_axes[1:, column], maps.values(), strict=True):
+            drawn = axes.imshow(
+                weights[column],
+                cmap="magma",
+                vmin=0,
+                vmax=top,
+                extent=extent,
+                interpolation="nearest",
+            )
+            axes.contour(image.mean(-1), levels=[127.5], colors="white", linewidths=0.7)
+        for axes in all_axes[:, column]:
+            left, upper, side = place
+            axes.add_patch(
+                plt.Rectangle(
+                    (left - 0.5, upper - 0.5),
+                    side,
+                    side,
+                    fill=False,
+                    edgecolor=PALETTE[5],
+                    linewidth=1.4,
+                )
+            )
+    bottom, height = (
+        all_axes[-1, 0].get_position().y0,
+        all_axes[1, 0].get_position().y1 - all_axes[-1, 0].get_position().y0,
+    )
+    bar = figure.colorbar(drawn, cax=figure.add_axes((0.925, bottom, 0.014, height)))
+    uniform = 1 / next(iter(maps.values()))[0].size
+    bar.ax.axhline(uniform, color=PALETTE[5], linewidth=1.5)
+    bar.set_label(f"attention (line: uniform, {uniform:.3g})", fontsize=7)
+    return figure
+
+
+def _picture_grid(
+    rows: int, columns: int, labels: Sequence[str], title: str, right: float = 0.995
+) -> tuple[Figure, np.ndarray]:
+    """Square axes without ticks, a fixed gap between them and a label left of every row: (figure,
+    axes (rows, columns)).
+    """
+    left, gap = 0.14, 0.075  # share of the width, inches
+    side = (PAGE * (right - left) - gap * (columns - 1)) / columns
+    above = 0.14 + 0.16 * (1 + title.count("\n"))
+    height = rows * side + (rows - 1) * gap + above + 0.05
+    figure, all_axes = plt.subplots(rows, columns, figsize=(PAGE, height), squeeze=False)
+    figure.subplots_adjust(left, 0.05 / height, right, 1 - above / height, gap / side, gap / side)
+    for axes in all_axes.flat:
+        axes.set(xticks=[], yticks=[])
+        sns.despine(ax=axes, left=True, bottom=True)
+    for axes, label in zip(all_axes[:, 0], labels, strict=True):
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6, fontsize=7)
+    figure.suptitle(title, fontsize=9, x=(left + right) / 2, y=1 - 0.04 / height, va="top")
+    return figure, all_axes
+
+
+def plot_circles(
+    panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]], *, title: str
+) -> Figure:
+    """Unit vectors in the plane and the forces on some of them.
+
+    Args:
+        panels: panel title -> (label -> points (n, 2), starts of arrows (m, 2), arrows (m, 2)).
+        title: over the figure.
+    """
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE * 0.8, 3.2), layout="constrained")
+    angle = np.linspace(0, 2 * np.pi, 200)
+    for axes, (name, (points, starts, arrows)) in zip(
+        np.atleast_1d(all_axes), panels.items(), strict=True
+    ):
+        axes.plot(np.cos(angle), np.sin(angle), color="0.85", zorder=0)
+        for i, (label, x) in enumerate(points.items()):
+            axes.plot(x[:, 0], x[:, 1], MARKERS[i], color=PALETTE[i], label=label, markersize=5)
+        axes.quiver(
+            *starts.T,
+            *arrows.T,
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            width=0.007,
+            headwidth=4,
+            headlength=4,
+            headaxislength=3.5,
+            color="0.15",
+            zorder=4,
+        )
+        axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
+        sns.despine(ax=axes, left=True, bottom=True)
+        axes.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(points))
+    return figure
+
+
+def plot_maps(
+    maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str, columns: int = 2
+) -> Figure:
+    """Points in the plane, one panel per entry, one colour and marker per class.
+
+    Args:
+        maps: panel title -> (images, 2).
+        labels: (images,) indices into ``classes``.
+        classes, title, columns: names of the classes, title of the figure, panels per row.
+    """
+    rows = -(-len(maps) // columns)
+    side = PAGE / columns
+    figure, all_axes = plt.subplots(
+        rows, columns, figsize=(PAGE, rows * side * 0.9 + 0.7), layout="constrained", squeeze=False
+    )
+    for axes in all_axes.flat[len(maps) :]:
+        axes.remove()
+    for axes, (name, xy) in zip(all_axes.flat, maps.items(), strict=False):
+        _draw_map(axes, xy, labels, classes)
+        axes.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
+    return figure
+
+
+def plot_thumbnails(
+    maps: dict[str, np.ndarray],
+    images: Sequence[np.ndarray],
+    labels,
+    classes: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """Maps drawn with the images themselves, framed in their class's colour, one panel per map.
+
+    An image stands in the cell of a grid nearest to its place, or in the nearest free one a few
+    cells away, so that several of one island are seen; it is left out where there is none.
+    Arguments as :func:`plot_maps`, ``images`` (height, width, 3) uint8.
+    """
+    figure, all_axes = plt.subplots(
+        1, len(maps), figsize=(PAGE, PAGE / len(maps) + 0.6), layout="constrained", squeeze=False
+    )
+    for axes, (name, xy) in zip(all_axes.flat, maps.items(), strict=True):
+        # UMAP's axes have no unit
+        cells = _free_cells(CELLS * (xy - xy.min(0)) / np.ptp(xy, axis=0))
+        for i, (column, row) in cells.items():
+            axes.imshow(
+                images[i],
+                extent=(column, column + 0.92, row, row + 0.92),
+                interpolation="nearest",
+                zorder=2,
+            )
+            colour, _ = _class_style(int(labels[i]))
+            axes.add_patch(
+                plt.Rectangle(
+                    (column, row), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=1.2, zorder=3
+                )
+            )
+        axes.set(
+            xlim=(-0.1, CELLS + 0.1), ylim=(-0.1, CELLS + 0.1), xticks=[], yticks=[], aspect="equal"
+        )
+        sns.despine(ax=axes, left=True, bottom=True)
+        axes.set_title(f"{name}: {len(cells)} of {len(images)} images", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    for i, name in enumerate(classes):
+        all_axes[0, 0].plot(
+            [],
+            [],
+            "s",
+            color=_class_style(i)[0],
+            markerfacecolor="none",
+            markeredgewidth=1.2,
+            label=name,
+        )
+    legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
+    return figure
+
+
+def _free_cells(places: np.ndarray, reach: float = 1.6) -> dict[int, tuple[int, int]]:
+    """Point -> cell of the grid, no cell twice: the nearest free one within ``reach``; ``places``:
+    (images, 2) from 0 to CELLS.
+    """
+    grid = np.stack(np.meshgrid(*[np.arange(CELLS)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    free, cells = np.ones(len(grid), bool), {}
+    # Else the first classes would take all cells
+    for i in np.random.default_rng(0).permutation(len(places)):
+        distance = np.where(free, np.linalg.norm(grid + 0.5 - places[i], axis=1), np.inf)
+        nearest = int(distance.argmin())
+        if distance[nearest] <= reach:
+            free[nearest] = False
+            cells[int(i)] = (int(grid[nearest, 0]), int(grid[nearest, 1]))
+    return cells
+
+
+def block_slider(
+    map_of: Callable[[str, int], np.ndarray],
+    models: Sequence[str],
+    depth: int,
+    labels,
+    classes: Sequence[str],
+    *,
+    title: str,
+) -> None:
+    """A slider over blocks and a choice of models, shown in the notebook; needs ipywidgets and a
+    live kernel.
+
+    ``map_of``: (model, 0-based block) -> points in the plane, (images, 2); asked for when a map is
+    first shown.
+    """
+    import ipywidgets
+
+    map_of = functools.cache(map_of)
+
+    def show(model: str, block: int) -> None:
+        axes = plt.figure(figsize=(COLUMN, COLUMN), layout="constrained").add_subplot()
+        _draw_map(axes, map_of(model, block), labels, classes)
+        axes.set_title(f"{title}: {model}, block {block + 1}")
+        plt.show()
+
+    slider = ipywidgets.SelectionSlider(
+        options=[(f"block {b + 1}", b) for b in range(depth)],
+        description="after",
+        continuous_update=False,
+    )
+    ipywidgets.interact(
+        show,
+        model=ipywidgets.ToggleButtons(options=list(models), description="model"),
+        block=slider,
+    )
+
+
+def plot_similarity(
+    table: np.ndarray, *, title: str, xlabel: str, ylabel: str, top: float | None = 1
+) -> Figure:
+    """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the
+    one on x).
+
+    ``top``: of the colour scale, which begins at 0; None: the highest value of the table.
+    """
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
+    image = axes.imshow(
+        table,
+        origin="lower",
+        aspect="auto",
+        cmap="viridis",
+        vmin=0,
+        vmax=top,
+        interpolation="nearest",
+    )
+    for axis, blocks in ((axes.xaxis, table.shape[1]), (axes.yaxis, table.shape[0])):
+        shown = [b for b in range(blocks) if blocks <= 12 or b == 0 or (b + 1) % 4 == 0]
+        axis.set_ticks(shown, [str(b + 1) for b in shown])
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    figure.colorbar(image, ax=axes, label="linear CKA")
+    return figure
+
+
+def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
+    for i, name in enumerate(classes):
+        colour, marker = _class_style(i)
+        axes.scatter(
+            *xy[np.asarray(labels) == i].T,
+            s=9,
+            color=colour,
+            marker=marker,
+            linewidths=0,
+            label=name,
+        )
+    axes.set(xticks=[], yticks=[])
+    sns.despine(ax=axes, left=True, bottom=True)
+
+
+def _legend_columns(classes: Sequence[str]) -> int:
+    """About 110 letters and marks fit in a line of the page's width."""
+    return min(len(classes), 10, max(1, 110 // (max(map(len, classes)) + 5)))
+
+
+def _class_style(i: int) -> tuple[str, str]:
+    """Colour and marker of class ``i``: colours repeat after fourteen, pairs of both after 98."""
+    n = len(CLASS_PALETTE)
+    return CLASS_PALETTE[i % n], MARKERS[(i + i // n) % len(MARKERS)]

@@ -1,0 +1,149 @@
+"""Tables as csv, Markdown and LaTeX, and how numbers, versions and machines are written in them."""
+
+import functools
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mimrefiner.files import CHECKOUT, atomic_file, write_csv
+
+
+def write_table(frame: pd.DataFrame, path: Path, *, printed: Sequence[str] | None = None) -> None:
+    """Write ``frame`` without its index as ``path``.csv, .md and .tex (LaTeX, booktabs).
+
+    ``printed``: the columns that a page has room for, where the table is long: LaTeX then breaks it
+    over pages (longtable).
+    """
+    write_csv(frame, path.with_suffix(".csv"))
+    shown = frame if printed is None else frame[list(printed)]
+    form = {}
+    if printed is not None:
+        # These break into lines
+        wide = [shown[column].astype(str).str.len().max() > 20 for column in shown]
+        form = {
+            "longtable": True,
+            "column_format": "".join(r"p{0.2\linewidth}" if w else "l" for w in wide),
+        }
+    latex = shown.to_latex(index=False, escape=True, na_rep="", float_format="%.4g", **form)
+    text = {".md": markdown_table(frame), ".tex": latex}
+    for suffix, table in text.items():
+        with atomic_file(path.with_suffix(suffix)) as temporary:
+            temporary.write_text(table)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """``frame`` without its index as Markdown; missing values are empty."""
+    cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def count(n: int, noun: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{n} {noun}" + ("s" if n != 1 else "")
+
+
+def readable(text: str) -> str:
+    """Names of protocols in ``text`` as people say them: "logistic_1shot" is "1-shot",
+    "logistic_0.01" "1 %", "knn" "k-NN".
+    """
+    text = re.sub(r"logistic_(\d+)shot", r"\1-shot", text)
+    text = re.sub(r"logistic_(0\.\d+)", lambda share: f"{100 * float(share[1]):g} %", text)
+    text = re.sub(r"\blinear(_\w+)?\b", "linear probe", text)
+    return re.sub(r"\bknn(_k\w+(\.\w+)?)?\b", "k-NN", text).replace("kmeans", "k-means")
+
+
+def mean_sd(values) -> str:
+    """Mean and standard deviation over seeds as text (percent); the deviation is left out for one
+    seed.
+    """
+    values = 100 * np.asarray(values, float)
+    return (
+        f"{values.mean():.1f}"
+        if len(values) == 1
+        else f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+    )
+
+
+def environment() -> dict:
+    """Versions and hardware for a manifest; nothing that names the machine or its folders."""
+    names = (
+        "mimrefiner",
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "scikit-learn",
+        "pandas",
+        "papermill",
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "git_sha": git_sha(),
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+        if hasattr(os, "sysconf")
+        else None,
+    }
+
+
+def _processor() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+@functools.cache
+def git_sha() -> str:
+    """Commit of the checkout this package lies in, "-dirty" behind it where files are changed; ""
+    outside one.
+    """
+    root = CHECKOUT
+    if not (root / ".git").exists():
+        return ""
+    try:
+        sha = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return sha.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+@functools.cache
+def device_name() -> str:
+    """The GPU's name, or the processor's architecture and thread count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {count(torch.get_num_threads(), 'thread')})"

@@ -1,0 +1,1 @@
+"""The training stages as plain loops, and what keeps them alive."""

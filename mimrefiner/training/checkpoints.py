@@ -1,0 +1,98 @@
+"""Checkpoints of the whole state of a training."""
+
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mimrefiner.errors import InputError
+from mimrefiner.files import atomic_file, goes_on_without
+
+KEEP = 2
+NAME = re.compile(r"stage(\d)-step(\d{8})-([0-9a-f]{16})\.pt")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where and how often training writes checkpoints.
+
+    Attributes:
+        folder: the checkpoints' folder.
+        every: steps between two; one more is written at the end of every stage and on SIGTERM.
+        resume: go on from the newest valid one, if there is any.
+    """
+
+    folder: Path
+    every: int = 500
+    resume: bool = False
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise InputError(f"steps between checkpoints must be at least 1, got {self.every}")
+
+
+class Checkpoints:
+    """The last good :data:`KEEP` checkpoints in ``folder``."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def clear(self) -> None:
+        """Remove what a killed process left half written."""
+        for file in self.folder.glob(".writing-*.pt"):
+            file.unlink()
+
+    def files(self) -> list[Path]:
+        """Oldest first."""
+        found = [file for file in self.folder.glob("stage*.pt") if NAME.fullmatch(file.name)]
+        return sorted(found, key=lambda file: NAME.fullmatch(file.name).groups()[:2])
+
+    def save(self, state: dict) -> None:
+        """Write ``state`` aside, rename it when it is whole and on disk, then drop all but the
+        newest. A full disk is said, and loses no earlier checkpoint.
+        """
+        aside = self.folder / "writing.pt"
+        with goes_on_without(f"checkpoint at step {state['step']}", "earlier ones are kept"):
+            with atomic_file(aside) as temporary:
+                torch.save(state, temporary)
+                with temporary.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+            aside.rename(
+                self.folder / f"stage{state['stage']}-step{state['step']:08d}-{digest_of(aside)}.pt"
+            )
+            for file in self.files()[:-KEEP]:
+                file.unlink(missing_ok=True)
+
+    def newest_file(self) -> Path | None:
+        """The newest valid checkpoint, None where there is none. Damaged ones are named and
+        renamed: as ``*.damaged`` they no longer count among the newest, for which new ones would be
+        dropped.
+        """
+        for file in reversed(self.files()):
+            if digest_of(file) == NAME.fullmatch(file.name).group(3):
+                return file
+            kept = file.rename(file.with_name(f"{file.name}.damaged"))
+            print(
+                f"{file} is damaged (its checksum differs): now {kept.name}; trying the one before",
+                file=sys.stderr,
+            )
+        return None
+
+    def newest(self) -> dict | None:
+        """What :meth:`newest_file` holds."""
+        file = self.newest_file()
+        return None if file is None else load_checkpoint(file)
+
+
+def digest_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def load_checkpoint(file: Path) -> dict:
+    # Processes of one machine share it
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -1,0 +1,164 @@
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from mimrefiner.study import figures, paper
+
+
+@pytest.fixture(autouse=True)
+def _style():
+    figures.use_style()
+    yield
+    plt.close("all")
+
+
+def block_lines(seeds):
+    rows = [
+        {"label": label, "block": block, "seed": seed, "value": 0.1 * block + 0.01 * seed}
+        for label in ("a", "b")
+        for block in range(4)
+        for seed in seeds
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_blocks_are_labelled_from_one_and_values_are_percent():
+    figure = figures.plot_blocks(block_lines((0, 1)), title="t", baselines={"raw pixels": 0.25})
+    axes = figure.axes[0]
+    line = next(line for line in axes.lines if line.get_label() == "a")
+    assert line.get_xdata().tolist() == [1, 2, 3, 4]
+    assert line.get_ydata().tolist() == pytest.approx([0.5, 10.5, 20.5, 30.5])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "4"]
+    assert len(axes.collections) == 2  # one band per line, as there are two seeds
+    assert (
+        next(line for line in axes.lines if line.get_label() == "raw pixels").get_ydata()[0] == 25
+    )
+
+
+def test_one_seed_has_no_band():
+    assert len(figures.plot_blocks(block_lines((0,)), title="t").axes[0].collections) == 0
+
+
+def test_a_label_looks_the_same_in_every_panel_and_is_explained_once():
+    rows = block_lines((0,))
+    panels = {
+        "first": rows,
+        "second": rows[rows["label"] == "b"].assign(label="c"),
+        "third": rows[rows["label"] == "b"],
+    }
+    figure = figures.plot_block_panels(panels, title="t", baselines={})
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.lines if line.get_label() in "abc"}
+        for axes in figure.axes
+    ]
+    assert colours[0]["b"] == colours[2]["b"]
+    assert len({colours[0]["a"], colours[0]["b"], colours[1]["c"]}) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+
+
+def test_figures_are_saved_three_times_and_repeat(tmp_path):
+    for name in ("a", "b"):
+        figures.save_figure(
+            figures.plot_blocks(block_lines((0,)), title="t"), tmp_path / name, block_lines((0,))
+        )
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{n}.{kind}" for n in "ab" for kind in ("pdf", "png", "csv")
+    }
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_history_sets_stage_three_behind_stage_two():
+    rows = [
+        {"stage": s, "step": t, "block": b, "loss": float(t)}
+        for s in (2, 3)
+        for t in range(3)
+        for b in (0, 1)
+    ]
+    figure = figures.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t")
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0, 1, 2, 3, 4, 5]
+    assert [line.get_label() for line in figure.axes[0].lines[:2]] == ["block 1", "block 2"]
+    assert figure.legends[0].get_title().get_text() == "head on (block 1 = first)"
+
+
+def test_history_of_several_seeds_is_their_mean_smoothed_within_a_stage():
+    rows = [
+        {"seed": seed, "stage": s, "step": t, "block": 0, "loss": 10.0 * s + t + seed}
+        for seed in (0, 2)
+        for s in (2, 3)
+        for t in range(3)
+    ]
+    axes = figures.plot_history(pd.DataFrame(rows), {"loss": "loss"}, title="t", window=3).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([21.5, 22, 22.5, 31.5, 32, 32.5])
+    assert axes.lines[1].get_ydata().tolist() == [21, 22, 23, 31, 32, 33]  # faint, as measured
+    assert len(axes.collections) == 1
+
+
+def test_the_timeline_draws_other_models_in_grey():
+    line = pd.DataFrame({"date": ["2020/01", "2021/01"], "name": ["a", "b"], "value": [80.0, 80.2]})
+    figure = figures.plot_timeline(line, title="t", others=line.assign(value=[79.9, 80.1]))
+    assert figure.axes[0].lines[1].get_ydata().tolist() == [79.9, 80.1]
+    # The second would meet the first
+    assert [text.get_ha() for text in figure.axes[0].texts] == ["right", "left"]
+
+
+def test_two_curves_have_units():
+    curves = pd.DataFrame({"block": [0, 1], "seed": 0, "accuracy": [0.1, 0.2], "loss": [2.0, 1.0]})
+    left, right = figures.plot_two_curves(curves, "accuracy", "loss", unit="nats", title="t").axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("accuracy\n(%)", "loss\n(nats)")
+    assert left.lines[0].get_ydata().tolist() == pytest.approx([10, 20])
+    assert right.lines[0].get_ydata().tolist() == [2, 1]
+
+
+def test_ablations_show_every_seed_and_the_recipe():
+    rows = pd.DataFrame(
+        {
+            "group": ["recipe"] * 2 + ["heads"] * 3,
+            "variant": ["4"] * 2 + ["1", "1", "2"],
+            "seed": [0, 1, 0, 1, 0],
+            "value": [0.5, 0.6, 0.4, 0.45, 0.45],
+            "n_test": 100,
+        }
+    )
+    figure = figures.plot_ablations(rows, title="t")
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1 (2 seeds)", "2 (1 seed)"]
+    dots, mean, exploratory = axes.lines[1:]
+    assert dots.get_xdata().tolist() == pytest.approx(
+        [-10, -15]
+    ) and mean.get_xdata() == pytest.approx([-12.5])
+    assert exploratory.get_xdata().tolist() == pytest.approx([-5])
+    assert "recipe: 55.0 ± 7.1 % (2 seeds)" in figure.get_suptitle()
+
+
+def test_spider_scales_every_axis_on_its_own():
+    rows = pd.DataFrame(
+        {"axis": ["x", "x", "y", "y"], "group": ["a", "b"] * 2, "value": [1.0, 3.0, 90.0, 80.0]}
+    )
+    figure = figures.plot_spider(rows, title="t")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.25, 1.0, 0.25]
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "x\n1.0 to 3.0 %"
+
+
+def test_paper_figures_use_the_published_numbers():
+    values = paper.paper_values()
+    line = values[values["table_or_figure"] == "Figure 1 (timeline)"].assign(
+        date="2024/02", name="m"
+    )
+    drawn = figures.plot_timeline(line, title="t").axes[0].lines[0].get_ydata()
+    assert sorted(drawn) == sorted(line["value"])
+
+
+def test_a_running_mean_is_drawn_over_the_values_and_does_not_cross_stages():
+    rows = [
+        {"stage": s, "step": t, "block": 0, "loss": float(10 * s + t % 2)}
+        for s in (2, 3)
+        for t in range(4)
+    ]
+    history = pd.concat([pd.DataFrame(rows[:4]), pd.DataFrame(rows[4:])])
+    figure = figures.plot_history(history, {"loss": "loss"}, title="t", window=3)
+    smooth, raw = figure.axes[0].lines[:2]
+    assert raw.get_ydata().tolist() == [20, 21, 20, 21, 30, 31, 30, 31]
+    assert smooth.get_ydata().tolist() == pytest.approx(
+        [20.5, 61 / 3, 62 / 3, 20.5, 30.5, 91 / 3, 92 / 3, 30.5]
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block 1"]
