@@ -60,6 +60,17 @@ def digit_views(size: int, patch_size: int, n_local: int = 10) -> Views:
     return Views((crop, crop), replace(crop, size=local_size, scale=(0.2, 0.5)), n_local)
 
 
+def plain_views(size: int, scale: tuple[float, float], flip: bool = True) -> Views:
+    """One view of an image: a random resized crop, mirrored in half of the cases if ``flip``.
+
+    >>> crop, = plain_views(32, (0.08, 1.0)).crops
+    >>> crop.size, crop.flip_p, crop.jitter_p
+    (32, 0.5, 0.0)
+    """
+    crop = Crop(size, scale, flip_p=0.5 * flip, jitter_p=0.0, grey_p=0.0)
+    return Views((crop,), crop, n_local=0)
+
+
 def uniforms(
     seed: int, epoch: int, index: int | np.ndarray, views: int, draws: int = DRAWS
 ) -> np.ndarray:
