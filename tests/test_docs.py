@@ -33,3 +33,9 @@ def test_broken_links_are_found(tmp_path):
         "b.html: a/#gone",
         "b.html: c.png",
     ]
+
+
+def test_the_picture_of_the_rooms_shows_the_code():
+    assert (DOCS / "house.svg").read_text() == load("make_house").draw(), (
+        "rooms or modules have changed: python docs/make_house.py"
+    )

@@ -1,1 +1,1 @@
-"""Images: data sets with their splits, and the views that training sees."""
+"""Images: data sets, splits and views."""

@@ -1,1 +1,1 @@
-"""Encoders: built, named, loaded and written; what counts as a block."""
+"""Encoders: built, named, loaded and written."""

@@ -1,1 +1,1 @@
-"""The study: presets, trained models, claims, figures and the numbers of the paper."""
+"""The study: presets, trained models, claims, figures, and the numbers of the paper."""
