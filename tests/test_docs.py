@@ -39,3 +39,9 @@ def test_the_picture_of_the_rooms_shows_the_code():
     assert (DOCS / "house.svg").read_text() == load("make_house").draw(), (
         "rooms or modules have changed: python docs/make_house.py"
     )
+
+
+def test_the_schematic_is_what_its_script_draws():
+    assert (DOCS / "schematic.svg").read_text() == load("make_schematic").draw(), (
+        "the script has changed: python docs/make_schematic.py"
+    )
