@@ -1,6 +1,8 @@
 """What a block is, and how its tokens are pooled."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -41,6 +43,24 @@ def check_pools(encoder: nn.Module, pools: Sequence[str] | None) -> tuple[str, .
     return available if pools is None else tuple(pools)
 
 
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Within it, ``hook(i, module, inputs, output)`` follows every call of the i-th module.
+
+    >>> layers, seen = nn.Sequential(nn.Identity(), nn.Identity()), []
+    >>> with hooked(layers, lambda i, module, inputs, output: seen.append((i, output))):
+    ...     _ = layers("tokens")
+    >>> seen
+    [(0, 'tokens'), (1, 'tokens')]
+    """
+    handles = [module.register_forward_hook(partial(hook, i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def pooled_blocks(
     encoder: nn.Module,
     images: Tensor,
@@ -63,32 +83,21 @@ def pooled_blocks(
     """
     pooled: dict[str, list] = {pool: [None] * len(blocks) for pool in pools}
 
-    def pool_output(position: int, normed: bool):
-        def hook(module, inputs, output):
-            tokens = output[0] if isinstance(output, tuple) else output  # (batch, tokens, dim)
-            if type(encoder).__name__ == "ConvNeXt":
-                tokens = tokens.flatten(2).mT  # from (batch, dim, rows, columns)
-            norm = encoder.norm if normed else nn.Identity()
-            if "cls" in pooled:
-                # A view would keep all tokens alive
-                pooled["cls"][position] = norm(tokens[:, 0].clone())
-            if "mean" in pooled:
-                pooled["mean"][position] = norm(
-                    tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]
-                ).mean(1)
-
-        return hook
+    def pool(position: int, module: nn.Module, inputs, output) -> None:
+        tokens = output[0] if isinstance(output, tuple) else output  # (batch, tokens, dim)
+        if type(encoder).__name__ == "ConvNeXt":
+            tokens = tokens.flatten(2).mT  # from (batch, dim, rows, columns)
+        norm = encoder.norm if blocks[position] in norm_blocks else nn.Identity()
+        if "cls" in pooled:
+            # A view would keep all tokens alive
+            pooled["cls"][position] = norm(tokens[:, 0].clone())
+        if "mean" in pooled:
+            patches = tokens[:, getattr(encoder, "num_prefix_tokens", 0) :]
+            pooled["mean"][position] = norm(patches).mean(1)
 
     modules = block_modules(encoder)
-    handles = [
-        modules[b].register_forward_hook(pool_output(i, b in norm_blocks))
-        for i, b in enumerate(blocks)
-    ]
-    try:
+    with hooked([modules[block] for block in blocks], pool):
         encoder.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return pooled
 
 

@@ -5,6 +5,7 @@ released code).
 from collections.abc import Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -208,6 +209,25 @@ def knn_hits_within(train: Features, test: Features, groups: Tensor) -> dict[str
         for pool, right in knn_hits(few, asked).items():
             hits[pool][:, groups[test.y] == group] = right
     return hits
+
+
+def hits_to_rows(hits, *, blocks: Sequence[int] | None = None, **columns) -> list[dict]:
+    """One row per block: ``columns``, the 0-based block, and the share of right test images.
+
+    Args:
+        hits: (blocks, test images) bool, as :func:`knn_hits` gives them for one pooling; a row may
+            also be one value.
+        blocks: the 0-based block of every row of ``hits``; None counts from 0.
+        columns: what every row holds beside block and value.
+
+    >>> hits_to_rows([[True, False], [True, True]], blocks=(3, 11), pool="cls")
+    [{'pool': 'cls', 'block': 3, 'value': 0.5}, {'pool': 'cls', 'block': 11, 'value': 1.0}]
+    """
+    blocks = range(len(hits)) if blocks is None else blocks
+    return [
+        {**columns, "block": block, "value": float(np.mean(np.asarray(right)))}
+        for block, right in zip(blocks, hits, strict=True)
+    ]
 
 
 def knn_accuracy(
