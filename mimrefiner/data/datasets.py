@@ -167,14 +167,28 @@ def short_name(data: str) -> str:
     return Path(data.partition(":")[2]).name or data
 
 
-def data_hash(dataset: ImageDataset, images: int = 64) -> str:
-    """Hash of name, rows, labels and a sample of the pixels."""
-    digest = hashlib.sha256(f"{dataset.name.partition(':')[0]} {len(dataset)}".encode())
-    digest.update(
-        dataset.rows.tobytes() + (b"" if dataset.labels is None else dataset.labels.tobytes())
-    )
+def data_hash(dataset: Dataset, images: int = 64) -> str:
+    """SHA-256 of what a map-style data set holds, judged by a sample of its pixels.
+
+    Args:
+        dataset: (image, label); an :class:`ImageDataset` also gives its name and rows, and every
+            data set with the attribute ``labels`` gives all of them.
+        images: how many images, spread evenly over the data set, give their pixels.
+
+    >>> pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    >>> data_hash(list(zip(pixels, (0, 1)))) == data_hash(list(zip(pixels, (0, 0))))
+    False
+    """
+    own = isinstance(dataset, ImageDataset)
+    name = dataset.name.partition(":")[0] if own else type(dataset).__name__
+    digest = hashlib.sha256(f"{name} {len(dataset)}".encode())
+    for numbers in (dataset.rows if own else None, getattr(dataset, "labels", None)):
+        if numbers is not None:
+            digest.update(np.asarray(numbers, dtype=np.int64).tobytes())
     for i in range(0, len(dataset), max(1, len(dataset) // images)):
-        digest.update(dataset[i][0].tobytes())
+        image, label = dataset[i]
+        digest.update(np.asarray(image).tobytes())
+        digest.update(b"" if hasattr(dataset, "labels") else str(int(label)).encode())
     return digest.hexdigest()
 
 
