@@ -1,5 +1,6 @@
 """Files that are whole or absent, folders that are finished or not, and where they lie."""
 
+import glob
 import hashlib
 import json
 import logging
@@ -28,8 +29,13 @@ ASSETS = PACKAGE / "assets"
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it is renamed when the block ends well, else removed.
 
-    >>> with atomic_file("runs/note.txt") as temporary:  # doctest: +SKIP
-    ...     temporary.write_text("whole or not there")
+    >>> from tempfile import mkdtemp
+    >>> file = Path(mkdtemp()) / "folder" / "note.txt"
+    >>> with atomic_file(file) as temporary:
+    ...     temporary.write_text("whole or absent")
+    15
+    >>> file.read_text()
+    'whole or absent'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +70,12 @@ def first_line(error: BaseException) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of trained models and downloads: ``$MIMREFINER_CACHE``, default ``~/.cache/mimrefiner``."""
+    """Where trained models and downloads lie: ``$MIMREFINER_CACHE``, or ``~/.cache/mimrefiner``."""
     return Path(os.environ.get("MIMREFINER_CACHE") or "~/.cache/mimrefiner").expanduser()
 
 
 def data_folder() -> Path:
-    """The folder of downloaded data sets: ``$MIMREFINER_DATA``, default ``data`` in ``~/.cache/mimrefiner``."""
+    """Where downloaded data sets lie: ``$MIMREFINER_DATA``, or ``~/.cache/mimrefiner/data``."""
     return Path(os.environ.get("MIMREFINER_DATA") or "~/.cache/mimrefiner/data").expanduser()
 
 
@@ -90,11 +96,11 @@ def write_csv(frame: "pd.DataFrame", path: Path) -> None:
 def write_json(value, path: Path) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, default=_jsonable) + "\n")
 
 
 def check_writable(folder: Path) -> None:
-    """InputError unless files can be written under ``folder``."""
+    """Raise InputError unless files can be written under ``folder``."""
     try:
         with atomic_file(folder / ".writable") as temporary:
             temporary.write_text("x")
@@ -112,8 +118,23 @@ def sha256_of_file(file: Path) -> str:
 
 
 def key_of(settings: dict) -> str:
-    """The first 16 digits of the SHA-256 of ``settings`` (anything that JSON can hold)."""
-    return hashlib.sha256(_text(settings).encode()).hexdigest()[:16]
+    """The first 16 digits of the SHA-256 of ``settings``, whatever the order of their names."""
+    text = json.dumps(settings, sort_keys=True, default=_jsonable)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def different_settings(there: dict, here: dict) -> list[str]:
+    """The names of the settings in which two dictionaries differ.
+
+    >>> different_settings({"seed": 0, "epochs": 3}, {"seed": 1, "epochs": 3})
+    ['seed']
+    """
+    return [name for name in {**there, **here} if there.get(name) != here.get(name)]
+
+
+def _jsonable(value):
+    """NumPy's numbers as Python's; paths and the like as text."""
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
 
 @dataclass(frozen=True)
@@ -149,19 +170,22 @@ class Entry:
         """An entry in ``parent`` whose name ends in the hash of its settings."""
         return cls(Path(parent) / f"{kind}-{key_of(settings)}", settings)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder holds a manifest, of whatever settings."""
+        return (self.folder / self.manifest).is_file()
+
     def facts(self) -> dict | None:
-        """What :meth:`finish` was given; None unless the entry is finished, of these settings and
-        undamaged.
+        """What :meth:`finish` was given, or None.
+
+        None stands for an entry that is unfinished, damaged or of other settings.
         """
-        if self.damage() or self.different():
-            return None
-        return json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))["facts"]
+        return None if self.different() or self.damage() else self._content()["facts"]
 
     def damage(self) -> str | None:
         """Why the entry does not count as finished, in words; None where it does."""
         try:
-            content = json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))
-            files = content["files"]
+            files = self._content()["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{self.manifest} is missing or unreadable ({first_line(error)})"
         for name, expected in files.items():
@@ -171,13 +195,16 @@ class Entry:
         return None
 
     def different(self) -> list[str]:
-        """Names of the settings that differ from those in the manifest; [] without a manifest."""
+        """The names of the settings that differ from the manifest's; [] without a manifest."""
         try:
-            content = json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))
-            there = content["settings"]
+            there = self._content()["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return []
-        return different_settings(there, json.loads(_text(self.settings)))
+        here = json.loads(json.dumps(self.settings, default=_jsonable))  # as a file gives it back
+        return different_settings(there, here)
+
+    def _content(self) -> dict:
+        return json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))
 
     def finish(self, folder: Path, facts: dict, files: Iterable[Path] | None = None) -> None:
         """Write the manifest into ``folder``, which makes the entry finished.
@@ -202,15 +229,17 @@ class Entry:
     def filled_aside(self) -> Iterator[Path]:
         """Yield a new folder beside the entry's own; it takes its place when the block ends well.
 
-        What was there before is removed only then. Leftovers of killed processes are removed first,
-        so hold :meth:`locked` around it where several processes may fill the same entry.
+        What was there before is removed only then, and a warning says what was damaged in it.
+        Leftovers of killed processes are removed first, so hold :meth:`locked` around this where
+        several processes may fill the same entry.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.parent.glob(f".{self.folder.name}-*"):
+        beside = f".{self.folder.name}."
+        for leftover in self.folder.parent.glob(f"{glob.escape(beside)}????????"):
             shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            dir=self.folder.parent, prefix=f".{self.folder.name}-"
-        ) as aside:
+        if self.folder.exists() and (damage := self.damage()):
+            logger.warning("%s is damaged (%s): it is made anew", self.folder, damage)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=beside) as aside:
             part = Path(aside) / "entry"
             part.mkdir()
             yield part
@@ -220,7 +249,7 @@ class Entry:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time holds the lock; the system frees it when a process dies."""
+        """Hold the entry's lock, which one process at a time has; it ends with the process."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.folder.parent / "locks" / f"{self.folder.name}.lock")
@@ -234,12 +263,3 @@ class Entry:
             yield
         finally:
             lock.release()
-
-
-def different_settings(there: dict, here: dict) -> list[str]:
-    """Names of the settings in which two dictionaries differ."""
-    return [name for name in {**there, **here} if there.get(name) != here.get(name)]
-
-
-def _text(settings: dict) -> str:
-    return json.dumps(settings, sort_keys=True, default=str)
