@@ -19,7 +19,7 @@ from mimrefiner.files import write_csv
 from mimrefiner.probes.features import extract_features
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.study import presets, store
-from mimrefiner.study.claims import Run
+from mimrefiner.study.claims import Record
 from mimrefiner.study.presets import Preset, load_preset
 
 BASE = "recipe"  # the variant without a change, common to all groups
@@ -87,7 +87,7 @@ def ablations(preset: Preset) -> list[Ablation]:
     return [a for a in variants if not a.change or asdict(changed(preset, a).refine) != recipe]
 
 
-def measure(preset: Preset, seeds: Sequence[int], run: Run, *, exploratory: bool) -> None:
+def measure(preset: Preset, seeds: Sequence[int], run: Record, *, exploratory: bool) -> None:
     """Refine once per variant and seed (trained models come from the store) and add k-NN rows of
     every block to ``run``.
 
@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
     preset = replace(preset, dataset=args.data or preset.dataset)
-    run = Run("05_ablations", replace(preset, dataset=short_name(preset.dataset)), seeds, HERE)
+    run = Record("05_ablations", replace(preset, dataset=short_name(preset.dataset)), seeds, HERE)
     measure(preset, seeds, run, exploratory=not args.core)
     write_csv(run.table(), HERE / f"ablations_{args.preset}.csv")
 

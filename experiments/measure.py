@@ -21,7 +21,7 @@ from mimrefiner.probes.features import Features, extract_features, pixel_feature
 from mimrefiner.probes.knn import KNN_PROTOCOL, knn_hits, knn_hits_within
 from mimrefiner.probes.linear import linear_probe
 from mimrefiner.probes.logistic import low_shot
-from mimrefiner.study.claims import Run
+from mimrefiner.study.claims import Record
 from mimrefiner.study.presets import Preset
 
 # Training images that vote, and validation images on which blocks are chosen
@@ -80,7 +80,7 @@ def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Meas
     validation images of a transfer set may show what its training images show, as those of fruit64
     do.
     """
-    run = Run("evidence", model.preset, (model.seed,), Path())  # for its rows; nothing is written
+    run = Record("evidence", model.preset, (model.seed,), Path())  # for its rows; nothing is written
     sha = "" if model.encoder is None else sha256_of(model.encoder)
     measured = Measured([], {}, {})
     for name in (data, *transfer):

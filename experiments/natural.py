@@ -30,7 +30,7 @@ from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes.features import extract_features
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.study import presets, store
-from mimrefiner.study.claims import Run
+from mimrefiner.study.claims import Record
 from mimrefiner.study.intervals import image_difference, seed_difference
 from mimrefiner.study.presets import Preset, load_preset
 from mimrefiner.study.tables import count, mean_sd
@@ -233,7 +233,7 @@ def settings(trainings: Sequence[Training], recipes: Sequence[Recipe]) -> pd.Dat
 def claims(
     found: dict[tuple[str, int], Measured],
     recipes: Sequence[Recipe],
-    run: Run,
+    run: Record,
     transfer: Sequence[str] = TRANSFER,
 ) -> None:
     """Add to ``run`` what the measurements say about the paper's claims."""
@@ -258,7 +258,7 @@ def claims(
 
 
 def _claims_of_blocks(
-    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Run
+    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Record
 ) -> None:
     """What k-NN says of the blocks of a recipe's models, with one pooling."""
     name, key, before = recipe.name, f"{data} {pool}", found[recipe.name, 0]
@@ -303,7 +303,7 @@ def _claims_of_blocks(
 
 
 def _claims_of_fine_classes(
-    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Run
+    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Record
 ) -> None:
     """Whether refinement tells classes of one kind apart, by k-NN of the last block among images of
     that kind.
@@ -330,7 +330,7 @@ def _claims_of_fine_classes(
 
 
 def _claims_of_probes(
-    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Run
+    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Record
 ) -> None:
     """What linear probes, few-shot and clusters say of the last block: before, after, and of the
     control.
@@ -386,7 +386,7 @@ def _cluster_accuracy(measured: Measured, data: str) -> float:
     return float(rows.loc[rows["block"] == rows["block"].max(), "value"].item())
 
 
-def _claim_of_decoders(by_depth: dict[int, Measured], run: Run, main: Recipe) -> None:
+def _claim_of_decoders(by_depth: dict[int, Measured], run: Record, main: Recipe) -> None:
     """Whether the last blocks fall further behind the best one where the decoder is light."""
     for pool in ("cls", "mean"):
         key = f"{short_name(main.preset.dataset)} {pool}"
@@ -449,7 +449,7 @@ def main() -> None:
         (model.name, model.seed): kept(args.out, model, args.data, transfer)
         for model in models(chosen)
     }
-    run = Run("evidence", chosen[0].preset, (0,), args.out)
+    run = Record("evidence", chosen[0].preset, (0,), args.out)
     claims(found, chosen, run, transfer)
     write_csv(
         pd.DataFrame([row for m in found.values() for row in m.rows]),

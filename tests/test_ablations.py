@@ -31,7 +31,7 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
     groups = ("recipe", "pairing of views", "frozen blocks")
     few = [a for a in ablations.ablations(preset) if a.group in groups]
     monkeypatch.setattr(ablations, "ablations", lambda preset: few[:3])
-    run = claims.Run("05_ablations", preset, (0, 1), tmp_path)
+    run = claims.Record("05_ablations", preset, (0, 1), tmp_path)
     ablations.measure(preset, (0, 1), run, exploratory=True)
     rows = run.table()
     models = rows.groupby("model")["seed"].unique().map(list).to_dict()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -6,13 +7,13 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner.probes import knn
+from mimrefiner.probes.protocols import DECODER, KNN
 from mimrefiner.study import claims, figures, intervals, paper, tables
 
 
 @pytest.fixture
 def run(tmp_path):
-    return claims.Run("99_test", mr.load_preset("smoke"), (0, 1), tmp_path)
+    return claims.Record("99_test", mr.load_preset("smoke"), (0, 1), tmp_path)
 
 
 def test_rows_have_the_fixed_columns(run, vit):
@@ -25,16 +26,27 @@ def test_rows_have_the_fixed_columns(run, vit):
         run.add(value=1)
 
 
-def test_run_writes_rows_and_claims(run, vit, capsys):
+def test_a_record_writes_rows_and_claims(run, vit, caplog):
     run.add_blocks({"before": (vit, torch.ones(1, 4, dtype=torch.bool))}, "cls", 0, 10, 4)
     assert run.claim("it works", seen=False, measured="x", n_test=4).startswith(
         "NOT SEEN: it works (x; 2 seeds, 4 test images)"
     )
-    run.write()
+    with caplog.at_level("INFO", logger="mimrefiner"):
+        run.write()
+    assert "1 rows, 1 claims and the figures are in" in caplog.text
     assert len(pd.read_csv(run.out / "results" / "99_test.csv")) == 1
-    claims = pd.read_csv(run.out / "claims" / "99_test.csv")
-    assert list(claims["verdict"]) == ["not seen"]
-    assert "| not seen |" in tables.markdown_table(claims.claims_table(claims))
+    written = pd.read_csv(run.out / "claims" / "99_test.csv")
+    assert tuple(written.columns) == claims.CLAIM_COLUMNS
+    assert list(written["verdict"]) == ["not seen"]
+    assert "| not seen |" in tables.markdown_table(claims.claims_table(written))
+
+
+def test_rows_say_how_and_on_which_blocks_was_measured(run, vit):
+    run.add_blocks({"model": (vit, {2: 0.5, 3: 0.25})}, "tokens", 0, 10, 4, protocol=DECODER)
+    assert run.table()[["block", "value", "protocol", "metric", "unit"]].values.tolist() == [
+        [2, 0.5, "decoder_per_block", "masked_mse", "mse"],
+        [3, 0.25, "decoder_per_block", "masked_mse", "mse"],
+    ]
 
 
 def test_a_difference_decides_a_claim(run):
@@ -45,19 +57,32 @@ def test_a_difference_decides_a_claim(run):
     assert run.claims[0]["n_seeds"] == 2
 
 
-def test_a_claim_about_no_images_and_one_of_another_preset(run):
+def test_a_claim_about_no_images(run):
     assert run.claim("it works", seen=None, measured="x", n_test=0) == "OPEN: it works (x)"
-    run.claim("it works", seen=True, measured="x", n_test=4, preset="natural")
-    assert [claim["preset"] for claim in run.claims] == ["smoke", "natural"]
 
 
-def test_protocols_are_named_as_people_say_them():
-    assert tables.readable("raises logistic_1shot accuracy above") == "raises 1-shot accuracy above"
-    assert tables.readable("logistic_0.01") == "1 %"
-    assert (
-        tables.readable("a linear_10epochs gain, kmeans ACC") == "a linear probe gain, k-means ACC"
+def test_a_claim_says_what_it_is_about(run):
+    run.claim("it works", seen=True, measured="x", n_test=4)
+    about = claims.About("MAE", "fruit64", "cls", KNN.name, "raw pixels")
+    run.claim("it works", seen=True, measured="x", n_test=4, about=about)
+    fields = ["model", "dataset", "pool", "protocol", "against"]
+    assert run.claims_table()[fields].values.tolist() == [
+        ["", "digits", "", "", ""],
+        ["MAE", "fruit64", "cls", KNN.name, "raw pixels"],
+    ]
+
+
+def test_claims_measured_elsewhere_keep_their_preset_and_say_what_they_are_about(run, tmp_path):
+    preset = replace(mr.load_preset("natural"), dataset="photos")
+    other = claims.Record("evidence", preset, (0, 1, 2), tmp_path)
+    other.claim(
+        "it works", seen=False, opposite=True, measured="x", n_test=9, about=claims.About("SimMIM")
     )
-    assert [tables.readable(name) for name in ("knn", knn.KNN_PROTOCOL, "k-NN")] == ["k-NN"] * 3
+    other.write()
+    (line,) = run.repeat(pd.read_csv(tmp_path / "claims" / "evidence.csv"))
+    assert line == "OPPOSITE: it works (SimMIM, photos) (x; 3 seeds, 9 test images)"
+    (claim,) = run.claims
+    assert (claim["notebook"], claim["preset"], claim["model"]) == ("99_test", "natural", "SimMIM")
 
 
 def test_a_long_table_is_printed_in_part_and_over_pages(tmp_path):

@@ -155,7 +155,7 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
         ("MAE refined", 1): measured((0.6, 0.7), 0.7, 1),
         ("MAE trained longer", 0): measured((0.8, 0.9), 0.9, 1),
     }
-    run = claims.Run("evidence", preset, (0,), tmp_path)
+    run = claims.Record("evidence", preset, (0,), tmp_path)
     natural.claims(found, [recipe], run)
     verdicts = {c["claim"]: c["verdict"] for c in run.claims}
     for pool in ("cls", "mean"):

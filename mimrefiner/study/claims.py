@@ -1,20 +1,24 @@
 """Result rows, claims and the comparison with the paper's numbers."""
 
+import itertools
+import logging
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
 from mimrefiner.files import write_csv
 from mimrefiner.models.weights import sha256_of
-from mimrefiner.probes.knn import KNN_PROTOCOL
+from mimrefiner.probes.knn import hits_to_rows
+from mimrefiner.probes.protocols import KNN, Protocol
 from mimrefiner.study.intervals import Difference
 from mimrefiner.study.presets import Preset
 from mimrefiner.study.tables import count, device_name, git_sha
+
+logger = logging.getLogger(__name__)
 
 ROW_COLUMNS = (
     "run_id",
@@ -35,17 +39,62 @@ ROW_COLUMNS = (
     "seconds",
     "device",
 )
-CLAIM_COLUMNS = ("notebook", "claim", "measured", "verdict", "n_seeds", "n_test", "preset")
+CLAIM_COLUMNS = (
+    "notebook",
+    "claim",
+    "model",
+    "dataset",
+    "pool",
+    "protocol",
+    "against",
+    "measured",
+    "verdict",
+    "n_seeds",
+    "n_test",
+    "preset",
+)
 NOT_A_RESULT = ("run_id", "git_sha", "seconds")  # differ between two runs that agree
+PROBE_COLUMNS = (
+    "model",
+    "weights_sha256",
+    "n_train",
+    "n_test",
+    "block",
+    "pool",
+    "protocol",
+    "metric",
+    "seed",
+    "value",
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a claim is about, so that claims can be grouped; "" where a field does not apply.
+
+    Attributes:
+        model: the model or recipe that the claim speaks of.
+        dataset: the data set that was measured on; the record's own where it is empty.
+        pool: the pooling of the features.
+        protocol: the name of the protocol that measured (:mod:`mimrefiner.probes.protocols`).
+        against: what the model is compared with.
+    """
+
+    model: str = ""
+    dataset: str = ""
+    pool: str = ""
+    protocol: str = ""
+    against: str = ""
+
+
+NOTHING_SAID = About()
 
 
 @dataclass
-class Run:
-    """One execution of a notebook or command: its folder, and the rows and claims it has made so
-    far.
+class Record:
+    """One execution of a notebook or command: its folder, and the rows and claims made so far.
 
-    Files: ``results/NAME.csv``, ``claims/NAME.csv`` and ``figures/NAME_*.{pdf,png,csv}`` under
-    ``out``.
+    It writes ``results/NAME.csv`` and ``claims/NAME.csv`` under ``out``, where figures lie too.
     """
 
     name: str
@@ -62,16 +111,15 @@ class Run:
         return [(seed, self.preset.with_seed(seed)) for seed in self.seeds]
 
     def add(self, **values) -> None:
-        """Add one result row; every column of ROW_COLUMNS that is not the run's own must be given.
+        """Add one result row: every column of ROW_COLUMNS that the record does not know itself.
 
-        ``seconds`` is the wall time from the start of the run to this row.
+        ``seconds`` is the wall time from the start of the record to this row.
         """
-        seconds = round(time.monotonic() - self.began, 1)
         own = {
             "run_id": self.run_id,
             "git_sha": git_sha(),
             "preset": self.preset.name,
-            "seconds": seconds,
+            "seconds": round(time.monotonic() - self.began, 1),
             "device": device_name(),
         }
         row = {**own, **values}
@@ -87,58 +135,45 @@ class Run:
         n_train: int,
         n_test: int,
         *,
-        blocks=None,
-        protocol=KNN_PROTOCOL,
-        metric="accuracy",
-        unit="share",
+        protocol: Protocol = KNN,
         dataset: str | None = None,
     ) -> None:
-        """Add one row per block; ``models``: name -> (encoder, hits), hits as in
-        :func:`mimrefiner.knn_hits`.
+        """Add one row per model and block.
 
-        ``blocks``: the 0-based block of every row of hits where they are not all; ``protocol``,
-            ``metric``, ``unit``: what was
-        measured; a row of hits may also be one value; ``dataset``: where it is not the preset's.
+        Args:
+            models: name -> (encoder, hits). The hits are those of :func:`mimrefiner.knn_hits`,
+                (blocks, images), or one value per block; a dictionary gives them by 0-based block.
+            pool, seed, n_train, n_test: the columns of these names.
+            protocol: how it was measured; its first metric and its unit stand in the rows.
+            dataset: the data set, where it differs from the preset's.
         """
+        common = {
+            "dataset": dataset or self.preset.dataset,
+            "n_train": n_train,
+            "n_test": n_test,
+            "pool": pool,
+            "protocol": protocol.name,
+            "metric": protocol.metrics[0],
+            "seed": seed,
+            "unit": protocol.unit,
+        }
         for name, (encoder, hits) in models.items():
-            sha = sha256_of(encoder)
-            for block, right in zip(
-                range(len(hits)) if blocks is None else blocks, hits, strict=True
-            ):
-                self.add(
-                    model=name,
-                    weights_sha256=sha,
-                    dataset=dataset or self.preset.dataset,
-                    n_train=n_train,
-                    n_test=n_test,
-                    block=block,
-                    pool=pool,
-                    protocol=protocol,
-                    metric=metric,
-                    seed=seed,
-                    value=float(np.mean(np.asarray(right))),
-                    unit=unit,
-                )
+            known = {"model": name, "weights_sha256": sha256_of(encoder), **common}
+            blocks, values = (hits, hits.values()) if isinstance(hits, dict) else (None, hits)
+            for row in hits_to_rows(values, blocks=blocks, **known):
+                self.add(**row)
 
     def add_table(
         self, rows: pd.DataFrame, *, unit: str = "share", dataset: str | None = None
     ) -> None:
-        """Add the rows of a probe; ``rows``: columns model, weights_sha256 and those of the probes'
-        tables; ``dataset``: where it is not the preset's.
+        """Add the rows of a probe.
+
+        Args:
+            rows: the columns of the probes' tables, model and weights_sha256.
+            unit: the unit of the values.
+            dataset: the data set, where it differs from the preset's.
         """
-        columns = (
-            "model",
-            "weights_sha256",
-            "n_train",
-            "n_test",
-            "block",
-            "pool",
-            "protocol",
-            "metric",
-            "seed",
-            "value",
-        )
-        for row in rows[list(columns)].to_dict("records"):
+        for row in rows[list(PROBE_COLUMNS)].to_dict("records"):
             self.add(dataset=dataset or self.preset.dataset, unit=unit, **row)
 
     def claim(
@@ -150,26 +185,47 @@ class Run:
         n_test: int,
         opposite: bool = False,
         n_seeds: int | None = None,
-        preset: str | None = None,
+        about: About = NOTHING_SAID,
     ) -> str:
         """Record what was measured about a claim of the paper and return it as one line.
 
-        ``seen``: None is not decided at this scale; ``opposite``: not only not seen, but the other
-            way round beyond its interval;
-        ``n_seeds``: of the measurement, None for all of the run; ``n_test``: 0 where no test image
-            was asked; ``preset``: of the
-        measurement, where it is not the run's.
+        Args:
+            claim: the claim as a sentence.
+            seen: whether it was seen; None where that stays open at this scale.
+            measured: what was measured, in words.
+            n_test: the number of test images; 0 where none was asked.
+            opposite: whether the opposite was seen, beyond its interval.
+            n_seeds: how many seeds were measured; None takes all of the record.
+            about: what the claim is about.
         """
-        n_seeds = len(self.seeds) if n_seeds is None else n_seeds
         verdict = "opposite" if opposite else {True: "seen", False: "not seen", None: "open"}[seen]
-        row = (self.name, claim, measured, verdict, n_seeds, n_test, preset or self.preset.name)
-        self.claims.append(dict(zip(CLAIM_COLUMNS, row, strict=True)))
-        asked = f"; {count(n_seeds, 'seed')}, {n_test} test images" if n_test else ""
-        return f"{verdict.upper()}: {claim} ({measured}{asked})"
+        row = {
+            "claim": claim,
+            **asdict(about),
+            "dataset": about.dataset or self.preset.dataset,
+            "measured": measured,
+            "verdict": verdict,
+            "n_seeds": len(self.seeds) if n_seeds is None else n_seeds,
+            "n_test": n_test,
+            "preset": self.preset.name,
+        }
+        return self._keep(row)
 
-    def judge(self, claim: str, difference: Difference, *, n_test: int, text: str = "") -> str:
-        """Record a claim that a difference decides and return it as one line; ``text`` comes before
-        the measured difference.
+    def judge(
+        self,
+        claim: str,
+        difference: Difference,
+        *,
+        n_test: int,
+        text: str = "",
+        about: About = NOTHING_SAID,
+    ) -> str:
+        """Record a claim that a difference decides and return it as one line.
+
+        Args:
+            claim, n_test, about: as for :meth:`claim`.
+            difference: decides the verdict and stands in the line.
+            text: comes before the difference.
         """
         return self.claim(
             claim,
@@ -178,33 +234,63 @@ class Run:
             measured=f"{text}{difference}",
             n_test=n_test,
             n_seeds=len(difference.by_seed),
+            about=about,
         )
+
+    def repeat(self, claims: pd.DataFrame) -> list[str]:
+        """Record claims that were measured elsewhere and return one line each.
+
+        Args:
+            claims: columns CLAIM_COLUMNS; the notebook's name becomes this record's.
+        """
+        rows = claims.astype(object).where(claims.notna(), "").to_dict("records")
+        return [self._keep({**row, "claim": full_sentence(row)}) for row in rows]
+
+    def _keep(self, row: dict) -> str:
+        row = {**row, "notebook": self.name}
+        self.claims.append({column: row[column] for column in CLAIM_COLUMNS})
+        seeds, images = count(row["n_seeds"], "seed"), row["n_test"]
+        asked = f"; {seeds}, {images} test images" if images else ""
+        return f"{row['verdict'].upper()}: {row['claim']} ({row['measured']}{asked})"
 
     def table(self) -> pd.DataFrame:
+        """The rows so far, with the columns ROW_COLUMNS."""
         return pd.DataFrame(self.rows, columns=ROW_COLUMNS)
 
+    def claims_table(self) -> pd.DataFrame:
+        """The claims so far, with the columns CLAIM_COLUMNS."""
+        return pd.DataFrame(self.claims, columns=CLAIM_COLUMNS)
+
     def write(self) -> None:
-        """Write rows and claims; called at the end of every notebook."""
+        """Write rows and claims; every notebook ends with it."""
         write_csv(self.table(), self.out / "results" / f"{self.name}.csv")
-        write_csv(
-            pd.DataFrame(self.claims, columns=CLAIM_COLUMNS),
-            self.out / "claims" / f"{self.name}.csv",
-        )
-        print(
-            f"{len(self.rows)} rows, {len(self.claims)} claims and the figures are in {_short(self.out)}"
-        )
+        write_csv(self.claims_table(), self.out / "claims" / f"{self.name}.csv")
+        counts = len(self.rows), len(self.claims)
+        logger.info("%d rows, %d claims and the figures are in %s", *counts, _short(self.out))
 
 
 def block_rows(hits: dict[str, torch.Tensor], seed: int) -> pd.DataFrame:
-    """Accuracy per block in the form the figures take: label, block, seed, value; ``hits``: label
-    -> (blocks, images) bool.
+    """Accuracy per block in the form that figures take: label, block, seed, value.
+
+    >>> block_rows({"MAE": torch.tensor([[True, False], [True, True]])}, 0)["value"].tolist()
+    [0.5, 1.0]
+
+    Args:
+        hits: label -> which images are right, (blocks, images) bool.
+        seed: the column of this name.
     """
-    rows = [
-        {"label": label, "block": block, "seed": seed, "value": right.float().mean().item()}
-        for label, blocks in hits.items()
-        for block, right in enumerate(blocks)
-    ]
-    return pd.DataFrame(rows)
+    rows = [hits_to_rows(right, label=label, seed=seed) for label, right in hits.items()]
+    return pd.DataFrame(itertools.chain(*rows), columns=["label", "block", "seed", "value"])
+
+
+def full_sentence(claim: dict) -> str:
+    """A claim's sentence with its model, data set and pooling behind it.
+
+    >>> full_sentence({"claim": "it helps", "model": "MAE", "dataset": "digits", "pool": ""})
+    'it helps (MAE, digits)'
+    """
+    about = [claim[name] for name in ("model", "dataset", "pool") if claim[name]]
+    return f"{claim['claim']} ({', '.join(about)})"
 
 
 def claims_table(claims: pd.DataFrame) -> pd.DataFrame:
@@ -214,9 +300,7 @@ def claims_table(claims: pd.DataFrame) -> pd.DataFrame:
 
 
 def _short(path: Path) -> str:
-    """``path`` seen from the working folder where that is shorter, so that notebooks carry no
-    machine paths.
-    """
+    """``path`` seen from the working folder, else its name, so that notebooks show no machine."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
