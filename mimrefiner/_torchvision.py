@@ -1,60 +1,52 @@
 """Make ``import torchvision`` (and so ``import timm``) work beside a CPU-only torch.
 
-A torchvision wheel that was compiled for another torch build cannot load its C++ operators, and its
-Python part then fails on ``operator torchvision::nms does not exist`` although nothing here needs
-an operator. It is enough to declare the two schemas. Nothing is imported before somebody asks for
-torchvision, and where its plain import succeeds nothing else happens.
+A torchvision wheel that was compiled for another build of torch cannot load its C++ operators. Its
+Python part then fails with ``operator torchvision::nms does not exist``, although nothing here
+needs an operator: it is enough to declare two schemas. That happens when somebody first asks for
+torchvision, and only where its plain import fails.
 """
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from importlib.machinery import ModuleSpec, SourceFileLoader
 
-_schemas = []  # must stay alive: the schemas are unregistered with the object
+_schemas = []  # torch forgets a schema with the object that declared it
 
 
 def mend_torchvision() -> None:
-    """From now on the first import of torchvision declares the operators that it misses."""
-    if "torchvision" not in sys.modules and not any(isinstance(x, _Finder) for x in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """From now on, importing torchvision declares the operators that it misses."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
+    sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
-    """Finds torchvision where it lies, with a loader that can mend it."""
+class _Finder:
+    """Lets the other finders look for torchvision and gives what they find a mending loader."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name != "torchvision":
             return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                if type(spec.loader) is SourceFileLoader:
+                    spec.loader = _Loader(spec.loader.name, spec.loader.path)
+                return spec
+        return None
 
 
-class _Loader(Loader):
-    """The plain loader; after the one error that it knows it declares the schemas and loads again."""
+class _Loader(SourceFileLoader):
+    """Loads as usual; after the one error that it knows, declares the schemas and loads again."""
 
-    def __init__(self, plain: Loader):
-        self.plain = plain
-
-    def __getattr__(self, name: str):  # is_package, get_data and what else tools ask of a loader
-        return getattr(self.plain, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.plain.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module) -> None:
         try:
-            self.plain.exec_module(module)
+            super().exec_module(module)
         except RuntimeError as error:
             if "torchvision::nms" not in str(error):
                 raise
             for name in [name for name in sys.modules if name.startswith("torchvision.")]:
                 del sys.modules[name]
+                vars(module).pop(name.split(".")[1], None)
             _declare_schemas()
-            self.plain.exec_module(module)
+            super().exec_module(module)
 
 
 def _declare_schemas() -> None:

@@ -6,7 +6,7 @@ import torch
 
 import mimrefiner as mr
 from mimrefiner.__main__ import main
-from mimrefiner.models.encoders import _as_encoder
+from mimrefiner.models.encoders import released_encoder
 from mimrefiner.models.export import export
 from mimrefiner.models.layouts import ReleasedViT, ViTShape
 from mimrefiner.models.weights import save_encoder
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def released(shape):
-    return _as_encoder(ReleasedViT(shape), None)
+    return released_encoder(ReleasedViT(shape))
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "own"])

@@ -9,7 +9,7 @@ from peak import PeakBytes
 
 import mimrefiner as mr
 from mimrefiner.models.blocks import available_pools, block_modules, pooled_blocks
-from mimrefiner.models.catalogue import MODELS
+from mimrefiner.models.catalogue import CATALOGUE
 from mimrefiner.models.encoders import eval_transform
 
 PLAIN = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -89,7 +89,7 @@ FAMILIES = {  # name -> (arguments that cut the model down, image sizes that one
 }
 
 
-@pytest.mark.parametrize("name", [row.name for row in MODELS if not row.dim])
+@pytest.mark.parametrize("name", [row.name for row in CATALOGUE if not row.dim])
 def test_families_of_the_table(name, monkeypatch):
     """Every timm name of the table without sizes of its own, cut down: all blocks, at the size it
     was built for and another one.

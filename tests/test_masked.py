@@ -3,7 +3,7 @@ import timm
 import torch
 
 import mimrefiner as mr
-from mimrefiner.models.encoders import masked
+from mimrefiner.models import masked
 
 
 def test_patchify_keeps_rows_first_and_inverts():

@@ -18,8 +18,8 @@ from mimrefiner.__main__ import main
 from mimrefiner.config import Crop, Views
 from mimrefiner.method.refiner import MIMRefiner
 from mimrefiner.models.blocks import pooled_blocks
-from mimrefiner.models.catalogue import MODELS
-from mimrefiner.models.encoders import _as_encoder
+from mimrefiner.models.catalogue import CATALOGUE
+from mimrefiner.models.encoders import released_encoder
 from mimrefiner.models.layouts import ReleasedViT, ViTShape
 from mimrefiner.models.masked import build_masked_model, random_mask
 from mimrefiner.study import plan
@@ -51,7 +51,7 @@ def trainer(shape, train, **changes):
         mr.load_preset("smoke").refine,
         **{"batch_size": 8, "queue_size": 64, "refine_top_k": 1} | changes,
     )
-    encoder = _as_encoder(ReleasedViT(shape), None).train().requires_grad_(train)
+    encoder = released_encoder(ReleasedViT(shape)).train().requires_grad_(train)
     if train:
         freeze_first(encoder, config.frozen_blocks)
     return MIMRefiner(encoder, config), config
@@ -102,7 +102,7 @@ def test_all_steps_together_cost_what_the_plan_says(digits):
         blocks=(1,),
         warmup_epochs=0.5,
     )
-    encoder = _as_encoder(ReleasedViT(shape), None)
+    encoder = released_encoder(ReleasedViT(shape))
     with FlopCounterMode(display=False) as counter:
         result = mr.refine(encoder, images, config, device="cpu")
     p = cost.make_plan(shape, config, len(images))
@@ -192,7 +192,7 @@ def test_pretraining_takes_the_memory_that_the_plan_says(method):
 
 
 def test_probing_takes_the_memory_that_the_plan_says():
-    encoder = _as_encoder(ReleasedViT(WIDE), None)
+    encoder = released_encoder(ReleasedViT(WIDE))
     with PeakBytes() as measured, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         measured.add(encoder.state_dict(keep_vars=True).values())
         pooled_blocks(encoder, torch.randn(64, 3, 64, 64), range(3), ("cls", "mean"))
@@ -228,7 +228,7 @@ def test_activations_are_those_that_autograd_keeps():
 
 
 def test_every_plain_model_of_the_table_has_a_plan():
-    for row in MODELS:
+    for row in CATALOGUE:
         if row.dim:
             shape = plan.shape_of(row.name)
             p = cost.make_plan(shape, plan.paper_recipe(shape), 1_281_167, gpus=8)

@@ -15,7 +15,7 @@ UNKNOWN = "see source page"
 
 
 @dataclass(frozen=True)
-class Model:
+class CatalogueRow:
     """One model.
 
     ``name`` is what :func:`mimrefiner.load_encoder` takes: a timm name, the name of a file in
@@ -77,12 +77,12 @@ TABLES = "low-shot, probe, k-NN; clustering"
 
 def _released(
     family: str, licence: str, page: str, verified: str, paper: str, base: str, rows: dict
-) -> tuple[Model, ...]:
+) -> tuple[CatalogueRow, ...]:
     """Rows of published files: ``rows`` maps a name to the size and the file's address below
     ``base``.
     """
     return tuple(
-        Model(
+        CatalogueRow(
             name,
             family,
             *SIZES[size],
@@ -107,8 +107,8 @@ def _timm(
     cls: int | None = 0,
     paper: str = "",
     verified: str = TIMM_CODE,
-) -> Model:
-    return Model(
+) -> CatalogueRow:
+    return CatalogueRow(
         name,
         family,
         *SIZES.get(size, (0,) * 5),
@@ -120,8 +120,10 @@ def _timm(
     )
 
 
-def _packaged(name: str, family: str, licence: str, sizes: tuple[int, ...], sha256: str) -> Model:
-    return Model(
+def _packaged(
+    name: str, family: str, licence: str, sizes: tuple[int, ...], sha256: str
+) -> CatalogueRow:
+    return CatalogueRow(
         name,
         family,
         *sizes,
@@ -153,7 +155,7 @@ ZHOUPANS = "https://huggingface.co/zhoupans/Mugs/resolve/main/pretrained%20model
 FAIRSEQ = GITHUB + "facebookresearch/fairseq"
 
 
-MODELS = (
+CATALOGUE = (
     *_released("MIM-Refiner", UNKNOWN, GITHUB + "ml-jku/MIM-Refiner", OFFICIAL, f"{TABLES}; transfer; fine-tuning", JKU, {
         "mae_refined_l16": ("l16", "maerefined_l16.th"),
         "mae_refined_h14": ("h14", "maerefined_h14.th"),
@@ -238,7 +240,7 @@ MODELS = (
 )  # fmt: skip
 
 
-BY_NAME = {row.name: row for row in MODELS}
+BY_NAME = {row.name: row for row in CATALOGUE}
 
 
 def table(width: int = 100) -> str:
@@ -246,7 +248,7 @@ def table(width: int = 100) -> str:
     proof stand together.
     """
     head = ("name", "dim", "blocks", "heads", "patch", "px", "cls", "sha256")
-    size = max(len(m.name) for m in MODELS)
+    size = max(len(m.name) for m in CATALOGUE)
     formats = (f"  {{:{size}}}", "{:>5}", "{:>6}", "{:>5}", "{:>5}", "{:>5}", "{:>5}", "{}")
 
     def line(*cells) -> str:
@@ -258,7 +260,7 @@ def table(width: int = 100) -> str:
         "px: image size; cls: position of the cls token; timm: sizes are timm's; sha256: of the file"
     ]
     for (family, licence, page, verified, paper), rows in groupby(
-        MODELS, key=lambda m: (m.family, m.licence, m.page, m.verified, m.paper)
+        CATALOGUE, key=lambda m: (m.family, m.licence, m.page, m.verified, m.paper)
     ):
         lines += ["", f"{family}: licence {licence}, {page}"]
         lines += wrap(

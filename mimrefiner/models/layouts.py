@@ -297,9 +297,9 @@ def _check_keys(shape: ViTShape, tensors: dict[str, Tensor], layout: Layout, pat
 
 
 def _heads(dim: int, depth: int, path: str) -> int:
-    from mimrefiner.models.catalogue import MODELS
+    from mimrefiner.models.catalogue import CATALOGUE
 
-    heads = {row.heads for row in MODELS if row.heads and (row.dim, row.depth) == (dim, depth)}
+    heads = {row.heads for row in CATALOGUE if row.heads and (row.dim, row.depth) == (dim, depth)}
     if len(heads) != 1:
         raise InputError(
             f"{path}: the table of models has no ViT of width {dim} and {depth} blocks; give num_heads="
