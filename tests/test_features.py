@@ -8,7 +8,7 @@ import torch
 from peak import PeakBytes
 
 import mimrefiner as mr
-from mimrefiner.models.blocks import available_pools, block_modules, pooled_blocks
+from mimrefiner.models.blocks import available_pools, block_modules, hooked, pooled_blocks
 from mimrefiner.models.catalogue import CATALOGUE
 from mimrefiner.models.encoders import eval_transform
 
@@ -145,8 +145,11 @@ def test_no_hook_stays_and_the_mode_comes_back(vit, images):
     vit.train()
     with pytest.raises(RuntimeError):
         pooled_blocks(vit, torch.zeros(1, 4, 32, 32), (0, 1), ("cls",))
+    vit.pos_embed.requires_grad_(False)
     mr.extract_features(vit, images)
     assert vit.training
+    # As it was
+    assert [name for name, x in vit.named_parameters() if not x.requires_grad] == ["pos_embed"]
     assert not any(block._forward_hooks for block in vit.blocks)
 
 
@@ -278,7 +281,22 @@ def test_processes_share_the_images_and_all_return_the_whole(vit, digits, tmp_pa
             assert torch.allclose(there["x"][pool], x, atol=1e-5)
 
 
-def test_a_long_extraction_says_what_it_takes(vit, images, capsys, monkeypatch):
+def test_a_long_extraction_says_what_it_takes(vit, images, caplog, monkeypatch):
+    caplog.set_level("INFO", "mimrefiner")
+    mr.extract_features(vit, images)
+    assert caplog.text == ""
     monkeypatch.setattr("mimrefiner.probes.features.LONG_SECONDS", 0)
     mr.extract_features(vit, images)
-    assert "features of 10 images: 0.0 MiB as float32, about 0 minutes" in capsys.readouterr().err
+    assert "features of 10 images: 0.0 MiB as float32, about 0 minutes" in caplog.text
+
+
+def test_a_hook_leaves_with_an_error_too(vit):
+    seen = []
+    with (
+        pytest.raises(RuntimeError),
+        hooked(vit.blocks, lambda i, module, inputs, output: seen.append((i, module))),
+    ):
+        vit.forward_features(torch.zeros(1, 3, 32, 32))
+        raise RuntimeError
+    assert seen == list(enumerate(vit.blocks))
+    assert not any(block._forward_hooks for block in vit.blocks)

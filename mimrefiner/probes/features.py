@@ -4,8 +4,8 @@ Tokens are pooled as each block ends, so that only (batch, dim) per block stays 
 ``forward_intermediates``, which keeps every block's tokens, is the oracle in the tests.
 """
 
+import logging
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +17,22 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mimrefiner import distributed
 from mimrefiner.config import check_blocks
-from mimrefiner.data.datasets import to_pil
-from mimrefiner.device import default_device
+from mimrefiner.data.views import to_pil
+from mimrefiner.device import default_device, frozen
 from mimrefiner.distributed import gather_rows
 from mimrefiner.errors import InputError
 from mimrefiner.models.blocks import check_pools, depth_of, pooled_blocks
 from mimrefiner.models.encoders import eval_transform
 from mimrefiner.progress import progress
 
-LONG_SECONDS, LARGE_GIB = 120, 4  # from here on an estimate is printed
+logger = logging.getLogger(__name__)
+
+LONG_SECONDS, LARGE_GIB = 120, 4  # from here on an estimate is announced
 
 
 @dataclass
 class Features:
-    """Features of a data set.
+    """Features of a data set, one row per image after every block.
 
     Attributes:
         x: for every pooling ("cls", "mean"), float32 (blocks, images, dim); a list of (images,
@@ -38,6 +40,14 @@ class Features:
         y: labels, (images,), -1 where there are none.
         blocks: the 0-based block of every row of ``x``.
         depth: number of blocks of the encoder.
+
+    >>> import mimrefiner as mr, torch
+    >>> x = {"cls": torch.zeros(2, 5, 8), "mean": torch.ones(2, 5, 8)}
+    >>> features = mr.Features(x, y=torch.arange(5), blocks=(3, 7), depth=8)
+    >>> features.subset([4, 0]).y
+    tensor([4, 0])
+    >>> features.joined(("cls+mean",)).x["cls+mean"].shape
+    torch.Size([2, 5, 16])
     """
 
     x: dict[str, Tensor | list[Tensor]]
@@ -48,19 +58,16 @@ class Features:
     def subset(self, rows) -> "Features":
         """The images at positions ``rows``, in that order."""
         rows = torch.as_tensor(rows)
-        return replace(
-            self,
-            x={pool: _stack([x[rows] for x in blocks]) for pool, blocks in self.x.items()},
-            y=self.y[rows],
-        )
+        x = {pool: _stack([x[rows] for x in blocks]) for pool, blocks in self.x.items()}
+        return replace(self, x=x, y=self.y[rows])
 
     def joined(self, pools: Sequence[str]) -> "Features":
         """Poolings joined to wider ones.
 
         Args:
-            pools: of "cls", "mean" and "cls+mean" (one behind the other), each with "_lastN" for
-                the blocks b - N + 1 to b behind each other: "cls+mean_last4" is the widest of the
-                paper's grid. The first blocks take what is before them.
+            pools: of "cls", "mean" and "cls+mean" (both side by side), each also with "_lastN",
+                which puts the blocks b - N + 1 to b side by side: "cls+mean_last4" is the widest
+                of the paper's grid. The first N - 1 blocks take all blocks before them.
 
         Raises:
             InputError: another name, a pooling that is not there, a block that was not extracted.
@@ -84,20 +91,24 @@ class Features:
         for other in wanted:
             if other not in self.blocks:
                 raise InputError(
-                    f"pooling {pool!r} of block {block} needs block {other}, which was not extracted"
+                    f"pooling {pool!r} of block {block} needs block {other}, "
+                    "which was not extracted"
                 )
         found = [self.x[part][self.blocks.index(other)] for other in wanted for part in parts]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def parse_pool(pool: str) -> tuple[tuple[str, ...], int]:
-    """("cls", "mean"), 4 for "cls+mean_last4": what is joined, and of how many blocks; see
-    :meth:`Features.joined`.
+    """What a pooling joins, and of how many blocks; see :meth:`Features.joined`.
+
+    >>> parse_pool("cls+mean_last4")
+    (('cls', 'mean'), 4)
     """
     match = re.fullmatch(r"(cls|mean|cls\+mean)(?:_last([1-9]\d*))?", pool)
     if not match:
         raise InputError(
-            f"unknown pooling {pool!r}: choose from cls, mean, cls+mean, each with _lastN for the last N blocks"
+            f"unknown pooling {pool!r}: choose from cls, mean, cls+mean, "
+            "each with _lastN for the last N blocks"
         )
     return tuple(match[1].split("+")), int(match[2] or 1)
 
@@ -107,35 +118,34 @@ def _stack(blocks: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def _room(images: int, like: list[Tensor]) -> Tensor | list[Tensor]:
-    """Memory for the features of ``images`` images after every block, as :attr:`Features.x` holds
-    them.
-    """
+    """Memory for ``images`` rows after every block, in the form of :attr:`Features.x`."""
     dims = [x.shape[1] for x in like]
-    return (
-        torch.empty(len(dims), images, dims[0])
-        if len(set(dims)) == 1
-        else [torch.empty(images, dim) for dim in dims]
-    )
+    if len(set(dims)) == 1:
+        return torch.empty(len(dims), images, dims[0])
+    return [torch.empty(images, dim) for dim in dims]
 
 
 def pixel_features(dataset: Dataset, size: int) -> Features:
-    """The raw-pixel baseline: images resized to ``size`` and flattened, as one "block" with the
-    pooling "pixels".
+    """The raw-pixel baseline: images as features of one "block" with the pooling "pixels".
+
+    Args:
+        dataset: map-style, (image, label).
+        size: images are resized to this many pixels on each side and flattened.
+
+    >>> import mimrefiner as mr
+    >>> images = mr.load_dataset("digits", split="test").take(10)
+    >>> mr.pixel_features(images, 8).x["pixels"].shape  # 8 x 8 pixels of 3 colours
+    torch.Size([1, 10, 192])
     """
     rows = [dataset[i] for i in range(len(dataset))]
-    x = torch.stack(
-        [
-            torch.from_numpy(np.array(to_pil(image).resize((size, size)))).flatten()
-            for image, _ in rows
-        ]
-    )
-    return Features(
-        {"pixels": x.float()[None] / 255}, torch.tensor([int(label) for _, label in rows]), (0,), 1
-    )
+    pixels = [np.array(to_pil(image).resize((size, size))) for image, _ in rows]
+    x = torch.stack([torch.from_numpy(x).flatten() for x in pixels])
+    y = torch.tensor([int(label) for _, label in rows])
+    return Features({"pixels": x.float()[None] / 255}, y, (0,), 1)
 
 
 class Transformed(Dataset):
-    """(transformed image, label) of a map-style data set of (image, label)."""
+    """(transformed image, label) from a map-style data set of (image, label)."""
 
     def __init__(self, dataset: Dataset, transform):
         self.dataset, self.transform = dataset, transform
@@ -146,6 +156,60 @@ class Transformed(Dataset):
     def __getitem__(self, i: int):
         image, label = self.dataset[i]
         return self.transform(to_pil(image)), int(label)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of an encoder's outputs.
+
+    Attributes:
+        blocks: 0-based.
+        pools: of "cls", "mean".
+        final_norm: whether tokens pass the encoder's final LayerNorm first.
+    """
+
+    blocks: tuple[int, ...]
+    pools: tuple[str, ...]
+    final_norm: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        encoder: nn.Module,
+        blocks: str | Sequence[int],
+        pools: Sequence[str] | None,
+        final_norm: bool = False,
+    ) -> "Selection":
+        """What :func:`extract_features` is asked for, checked against the encoder."""
+        depth = depth_of(encoder)
+        blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
+        return cls(blocks, check_pools(encoder, pools), final_norm)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images pass the encoder.
+
+    Attributes:
+        batch_size: images at a time.
+        num_workers: processes that load them; 0 loads in this one.
+        device: None takes a GPU where there is one.
+        autocast: torch.bfloat16 or torch.float16 for lower precision.
+    """
+
+    batch_size: int = 256
+    num_workers: int = 0
+    device: torch.device | str | None = None
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise InputError(
+                "expected batch_size >= 1 and loader processes (workers) >= 0, "
+                f"got {self.batch_size} and {self.num_workers}"
+            )
+        device = default_device() if self.device is None else torch.device(self.device)
+        object.__setattr__(self, "device", device)
 
 
 def extract_features(
@@ -168,63 +232,70 @@ def extract_features(
 
     Args:
         encoder: from :func:`mimrefiner.load_encoder`, or any timm ViT; its ``pretrained_cfg`` says
-            how images are prepared.
+            how images are prepared. It is returned to the device where it was.
         dataset: map-style, (image, label).
         blocks: "all" or 0-based blocks.
         pools: of "cls", "mean"; None takes those the model has.
         final_norm: apply the encoder's final LayerNorm to every block's tokens (as
             ``forward_intermediates(norm=True)``).
-        batch_size, num_workers: of the loader.
-        device: None takes a GPU where there is one. The encoder is returned to where it was.
-        autocast: torch.bfloat16 or torch.float16 to run in lower precision; features are stored as
-            float32.
+        batch_size, num_workers, device, autocast: see :class:`Loading`; features are float32 in
+            any precision.
 
     Raises:
         InputError: a block out of range, cls pooling of a model without cls token, an empty data
             set.
+
+    >>> import mimrefiner as mr
+    >>> encoder = mr.build_vit(mr.ViTConfig(dim=32, depth=3, num_heads=2))
+    >>> images = mr.load_dataset("digits", split="test").take(8)
+    >>> features = mr.extract_features(encoder, images, pools=("cls",))
+    >>> features.x["cls"].shape, features.blocks
+    (torch.Size([3, 8, 32]), (0, 1, 2))
     """
-    blocks, pools = resolve(encoder, blocks, pools)
-    rank, world = distributed.rank(), distributed.world()
-    n = len(dataset)
-    shares = [range(n * r // world, n * (r + 1) // world) for r in range(world)]
-    # The same number everywhere: sharded encoders wait
-    rows = [*shares[rank], *[0] * (-(-n // world) - len(shares[rank]))]
-    share: dict[
-        str, Tensor | list[Tensor]
-    ] = {}  # of this process, per pooling and block (images, dim)
-    labels = []
-    options = {
-        "final_norm": final_norm,
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "autocast": autocast,
-    }
-    for pooled, label in feature_batches(encoder, dataset, rows, blocks, pools, **options):
-        if not share:  # written in place: small tensors kept from every batch would break up the memory that forward passes reuse
-            share = {pool: _room(len(rows), pooled[pool]) for pool in pools}
+    selection = Selection.of(encoder, blocks, pools, final_norm)
+    loading = Loading(batch_size, num_workers, device, autocast)
+    shares = [process_share(range(len(dataset)), rank) for rank in range(distributed.world())]
+    rows = padded(shares[distributed.rank()], max(map(len, shares)))
+    share: dict[str, Tensor | list[Tensor]] = {}  # per pooling and block (images, dim)
+    labels: list[Tensor] = []
+    for pooled, label in feature_batches(encoder, dataset, rows, selection, loading):
+        # Written in place: small tensors kept from every batch would break up the memory that
+        # forward passes reuse
+        if not share:
+            share = {pool: _room(len(rows), like) for pool, like in pooled.items()}
         begin = sum(map(len, labels))
-        for pool in pools:
-            for whole, x in zip(share[pool], pooled[pool], strict=True):
+        for pool, parts in pooled.items():
+            for whole, x in zip(share[pool], parts, strict=True):
                 whole[begin : begin + len(label)] = x
         labels.append(label)
-    counts, y = [len(part) for part in shares], torch.cat(labels)
-    if world > 1:
-        share, y = (
-            {pool: _stack([gather_rows(part, counts) for part in share[pool]]) for pool in pools},
-            gather_rows(y, counts),
-        )
-    return Features(share, y, blocks, depth_of(encoder))
+    y = torch.cat(labels)
+    if len(shares) > 1:
+        counts = [len(part) for part in shares]
+        share = {pool: _stack([gather_rows(x, counts) for x in share[pool]]) for pool in share}
+        y = gather_rows(y, counts)
+    return Features(share, y, selection.blocks, depth_of(encoder))
 
 
-def resolve(
-    encoder: nn.Module, blocks: str | Sequence[int], pools: Sequence[str] | None
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """0-based blocks and poolings as tuples, checked against the encoder."""
-    depth = depth_of(encoder)
-    return (tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)), check_pools(
-        encoder, pools
-    )
+def process_share(rows: range, rank: int) -> range:
+    """The part of ``rows`` that process ``rank`` takes; all parts in order are the whole.
+
+    >>> process_share(range(10, 17), 0)
+    range(10, 17)
+    """
+    world = distributed.world()
+    return rows[len(rows) * rank // world : len(rows) * (rank + 1) // world]
+
+
+def padded(rows: range, number: int) -> list[int]:
+    """``rows`` and as often the last of them (image 0 where there are none) as makes ``number``.
+
+    All processes of a group pass equally many images, because sharded encoders wait for each other.
+
+    >>> padded(range(3, 5), 4)
+    [3, 4, 4, 4]
+    """
+    last = rows[-1] if rows else 0
+    return [*rows, *[last] * (number - len(rows))]
 
 
 @torch.no_grad()
@@ -232,47 +303,31 @@ def feature_batches(
     encoder: nn.Module,
     dataset: Dataset,
     rows: Sequence[int],
-    blocks: Sequence[int],
-    pools: Sequence[str],
-    *,
-    final_norm: bool = False,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
+    selection: Selection,
+    loading: Loading,
 ) -> Iterator[tuple[dict[str, list[Tensor]], Tensor]]:
-    """Pooled features and labels of the images ``rows``, batch by batch, float32 on the CPU; see
-    :func:`extract_features`.
-    """
+    """Pooled features and labels of the images ``rows``, batch by batch, float32 on the CPU."""
     if len(dataset) == 0:
         raise InputError("the data set is empty")
-    if batch_size < 1 or num_workers < 0:
-        raise InputError(
-            f"expected batch_size >= 1 and loader processes (workers) >= 0, got {batch_size} and {num_workers}"
-        )
-    device = torch.device(device) if device is not None else default_device()
-    home, was_training = next(encoder.parameters()).device, encoder.training
+    device, autocast = loading.device, loading.autocast
     loader = DataLoader(
         Subset(Transformed(dataset, eval_transform(encoder)), rows),
-        batch_size,
-        num_workers=num_workers,
+        loading.batch_size,
+        num_workers=loading.num_workers,
         pin_memory=device.type == "cuda",
     )
-    encoder.eval().to(device)
-    began = time.monotonic()
-    try:
+    blocks, pools = selection.blocks, selection.pools
+    norm_blocks = blocks if selection.final_norm else ()
+    with frozen(encoder, device):
+        began = time.monotonic()
         for i, (images, label) in enumerate(progress(loader, "features", unit="batch")):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 images = images.to(device, non_blocking=True)
-                pooled = pooled_blocks(
-                    encoder, images, blocks, pools, norm_blocks=blocks if final_norm else ()
-                )
+                pooled = pooled_blocks(encoder, images, blocks, pools, norm_blocks=norm_blocks)
             pooled = {pool: [x.float().cpu() for x in pooled[pool]] for pool in pools}
             if i == 0:
                 _announce(pooled, len(rows), len(label), time.monotonic() - began)
             yield pooled, label
-    finally:
-        encoder.train(was_training).to(home)
 
 
 def _announce(pooled: dict[str, list[Tensor]], images: int, batch: int, seconds: float) -> None:
@@ -281,7 +336,6 @@ def _announce(pooled: dict[str, list[Tensor]], images: int, batch: int, seconds:
     if seconds * images / batch > LONG_SECONDS or size > LARGE_GIB:
         minutes = seconds * images / batch / 60
         room = f"{size:,.1f} GiB" if size >= 1 else f"{1024 * size:,.1f} MiB"
-        print(
-            f"features of {images:,} images: {room} as float32, about {minutes:.0f} minutes",
-            file=sys.stderr,
+        logger.info(
+            "features of %s images: %s as float32, about %.0f minutes", f"{images:,}", room, minutes
         )
