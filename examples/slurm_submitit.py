@@ -1,14 +1,13 @@
-"""Refinement on SLURM: one task per GPU, requeued before the time limit, going on from the newest
-checkpoint.
+"""Refinement on SLURM: one task per GPU; before its time limit it saves and is queued again.
 
     pip install submitit
     python examples/slurm_submitit.py --nodes 4 --gpus 8 --partition gpu -- \
         --model WEIGHTS.safetensors --data imagefolder:IMAGENET --preset paper-mae-l16 --workers 10
         --out RUN
 
-What stands behind ``--`` goes to ``mimrefiner refine``. SLURM must be asked for SIGTERM some
-minutes before the end (``--signal``): training then saves and stops, and the job is put back into
-the queue.
+What stands behind ``--`` goes to ``mimrefiner refine``. SLURM is asked for SIGTERM some minutes
+before the end (``--signal``): training then saves and stops, and the job goes back into the queue,
+where it later goes on from its newest checkpoint.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import sys
 
 
 class Refine:
-    """One task; submitit calls it in every process."""
+    """The work of one task; submitit calls it in every process."""
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
@@ -28,14 +27,14 @@ class Refine:
 
         from mimrefiner.__main__ import main
 
-        # RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; every process sees all GPUs and
-        # takes that of its LOCAL_RANK
+        # Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; every process sees all
+        # GPUs and takes that of its LOCAL_RANK
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         status = main(["refine", *self.arguments, "--resume"])
         if status == 143 and os.environ["RANK"] == "0":  # stopped by SIGTERM, state saved
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         if status not in (0, 143):
-            # Else it counts as done
+            # Without an error the job would count as done
             raise RuntimeError(
                 f"mimrefiner refine ended with status {status}: the lines above say why"
             )

@@ -1,9 +1,6 @@
-"""One way to show progress: a bar in a terminal or a live notebook, a quiet line every ten seconds
-in a log or a batch run.
+"""One way to show progress, and the meter of a training's throughput."""
 
-Of several processes the first one shows it.
-"""
-
+import logging
 import os
 import resource
 import sys
@@ -13,12 +10,22 @@ from collections.abc import Iterable, Iterator
 import torch
 from tqdm.auto import tqdm
 
+logger = logging.getLogger(__name__)
+
 LOG_SECONDS = 10
 
 
 def progress(items: Iterable, title: str, total: int | None = None, unit: str = "step") -> Iterator:
-    """Yield from ``items`` and show how far it is. ``MIMREFINER_PROGRESS=log`` asks for lines
-    instead of a bar.
+    """Yield from ``items`` and show how far that is.
+
+    A terminal and a live notebook get a bar; elsewhere, and with ``MIMREFINER_PROGRESS=log``, the
+    logger of this module gets a line every ten seconds. Only the first of several processes tells.
+
+    Args:
+        items: what to go through.
+        title: names the work.
+        total: the number of items, where ``len(items)`` does not tell.
+        unit: what one item is, in the bar.
     """
     if os.environ.get("RANK", "0") != "0":
         yield from items
@@ -37,12 +44,17 @@ def progress(items: Iterable, title: str, total: int | None = None, unit: str = 
             left = f" of {total} ({done / total:.0%})" if total else ""
             if total and done:  # the first item alone may take longer than this
                 left += f", about {(now - start) / done * (total - done):.0f} s left"
-            print(f"{title}: {done}{left}", file=sys.stderr, flush=True)
+            logger.info("%s: %s%s", title, done, left)
         yield item
 
 
 class Meter:
-    """Throughput of training on ``device`` since it was started."""
+    """Measures how fast a training goes: images per second, waiting, memory.
+
+    Args:
+        batch_size: images in the batch of all processes together.
+        device: the device that trains.
+    """
 
     def __init__(self, batch_size: int, device: torch.device | str = "cpu"):
         self.batch_size, self.device = batch_size, torch.device(device)
@@ -52,7 +64,7 @@ class Meter:
         self.began, self.waited, self.batches = time.perf_counter(), 0.0, 0
 
     def waiting(self, batches: Iterable) -> Iterator:
-        """``batches``, with the time spent waiting for each counted."""
+        """Yield from ``batches`` and count the time spent waiting for each."""
         batches = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -65,8 +77,11 @@ class Meter:
             yield batch
 
     def read(self) -> dict[str, float]:
-        """Images per second of all processes, share of the time spent waiting for data, peak memory
-        in MiB (GPU, else process).
+        """What was measured since :meth:`start`.
+
+        Returns:
+            ``images_per_second`` of all processes, ``data_wait_share`` of the time, and
+            ``peak_memory_mib`` of the GPU, else of the process.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -78,7 +78,7 @@ def page(tmp_path):
 
 
 def _run_all_cells(page, lab, name):
-    """Open a notebook and run it, once more if JupyterLab lost the cells because it was too early."""
+    """Open a notebook and run it; once more where JupyterLab, asked too early, lost the cells."""
     for _ in range(3):
         page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
         _wait_for(
@@ -138,8 +138,9 @@ def test_moving_the_block_slider_changes_the_picture(page, lab):
     before = picture.get_attribute("src")
     slider.press("ArrowRight")  # it begins at the left end
     slider.press("ArrowRight")
+    shown = "document.querySelector('.jp-OutputArea-output:has(.widget-slider) img')"
     page.wait_for_function(
-        "before => document.querySelector('.jp-OutputArea-output:has(.widget-slider) img')?.src !== before",
+        f"before => {shown}?.src !== before",
         arg=before,
         timeout=MINUTES,
     )

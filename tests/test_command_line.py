@@ -1,4 +1,5 @@
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 import mimrefiner as mr
+from mimrefiner import notices
 from mimrefiner.__main__ import main
 from mimrefiner.errors import Stopped
 
@@ -29,6 +31,71 @@ def test_help_has_an_example_of_every_command(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"example: mimrefiner {command}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["models"], ["datasets"], ["modles"]])
+def test_help_and_lists_import_nothing_heavy(arguments):
+    code = f"""
+import sys
+from mimrefiner.__main__ import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+heavy = {{name.split(".")[0] for name in sys.modules}} & {{"torch", "timm", "pandas", "seaborn"}}
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "can_be_mended"),
+    [
+        (PermissionError(13, "Permission denied", "{given}/encoder.safetensors"), True),
+        (FileNotFoundError(2, "No such file or directory", "{cache}/weights/mae.pth"), True),
+        (OSError(28, "No space left on device"), True),
+        (OSError("no network"), True),
+        (FileNotFoundError(2, "No such file or directory", "{package}/table.csv"), False),
+    ],
+)
+def test_only_errors_about_files_of_a_person_are_one_line(
+    error, can_be_mended, tmp_path, monkeypatch, capsys
+):
+    folders = {"given": tmp_path / "out", "cache": tmp_path / "cache", "package": mr.__path__[0]}
+    if error.filename:
+        error.filename = error.filename.format(**folders)
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("mimrefiner.__main__.do_export", fail)
+    arguments = ["export", "simmim_digits", "--to", str(tmp_path / "out")]
+    if can_be_mended:
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == f"mimrefiner: error: {error}\n"
+    else:
+        with pytest.raises(FileNotFoundError):
+            main(arguments)
+
+
+def test_lists_may_have_spaces(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["probe", "simmim_digits", "digits", "--no-baselines", "--out", str(tmp_path)]
+    lists = {"--blocks": "0, 11", "--pools": "cls, mean", "--probes": "knn, low_shot"}
+    for option, text in lists.items():
+        arguments += [option, text]
+    assert main([*arguments, "--shots", "1, 2"]) == 0
+    found = pd.read_csv(tmp_path / "report.csv")
+    assert set(found["block"]) == {0, 11} and set(found["pool"]) == {"cls", "mean"}
+    assert {"logistic_1shot", "logistic_2shot"} <= set(found["protocol"])
+
+
+def test_notices_go_to_the_standard_error_of_the_moment_once(capsys):
+    notices.show_notices()
+    notices.show_notices()
+    logging.getLogger("mimrefiner.study.store").info("trained %s", "anew")
+    assert capsys.readouterr().err == "trained anew\n"
 
 
 def test_pretrain_then_refine(tmp_path, capsys):

@@ -5,7 +5,6 @@ import pytest
 
 import mimrefiner as mr
 from mimrefiner.batch import copies, runner
-from mimrefiner.batch import copies as students
 
 NOTEBOOKS = runner.find_notebooks([])
 
@@ -97,7 +96,7 @@ def test_notebooks_that_were_not_published_stay(tmp_path, name, monkeypatch):
         copies.publish(run, to)
     (to / name).write_bytes((run / "notebooks" / "00_one.ipynb").read_bytes())
     # Sources that somebody has executed
-    monkeypatch.setattr(students, "project_folder", lambda: tmp_path)
+    monkeypatch.setattr(copies, "project_folder", lambda: tmp_path)
     with pytest.raises(mr.InputError, match="which is no published notebook"):
         copies.publish(run, to)
     assert [file.name for file in to.iterdir()] == [name]

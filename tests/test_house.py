@@ -1,10 +1,15 @@
 """The house: rooms, the one direction of their imports, and walls between modules."""
 
 import ast
+import doctest
+import inspect
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import mimrefiner as mr
 
 CHECKOUT = Path(__file__).parent.parent
 # A room may import from rooms to its right, and from its own. Rooms in one group do not meet.
@@ -146,3 +151,84 @@ def test_planted_offences_are_found(tmp_path, file, line, complaint):
     with (tmp_path / file).open("a", encoding="utf-8") as stream:
         stream.write(f"\n{line}\n")
     assert any(complaint in problem for problem in problems(tmp_path))
+
+
+SPEAKING = {"__main__", "batch", "experiments"}  # rooms that talk to a terminal or a notebook
+LONGEST = 60  # lines of one function, with its docstring
+
+
+def prints(trees: dict[str, ast.Module]) -> list[str]:
+    """The calls of ``print`` in rooms that should log."""
+    return [
+        f"{name}, line {node.lineno}"
+        for name, tree in trees.items()
+        if room_of(name) not in SPEAKING and ".assets." not in name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+
+
+def long_functions(trees: dict[str, ast.Module]) -> list[str]:
+    return [
+        f"{name}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > LONGEST
+    ]
+
+
+def test_print_belongs_to_the_command_line():
+    assert prints(modules(CHECKOUT)) == []
+    planted = {
+        "mimrefiner.study.store": ast.parse("print(1)"),
+        "mimrefiner.__main__": ast.parse("print(1)"),
+    }
+    assert prints(planted) == ["mimrefiner.study.store, line 1"]
+
+
+def test_functions_are_short():
+    assert long_functions(modules(CHECKOUT)) == []
+    body = "    x = 1\n" * LONGEST
+    assert long_functions({"a": ast.parse(f"def f():\n{body}")}) == ["a.f: 61 lines"]
+
+
+def test_public_names_are_the_same_in_every_list():
+    """``__all__``, the table that loads them, what type checkers see, and completion."""
+    tree = ast.parse((CHECKOUT / "mimrefiner" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    for_checkers = {
+        (node.module.removeprefix("mimrefiner."), alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {(room, name) for room, names in mr._ROOMS.items() for name in names} == for_checkers
+    assert sorted(name for _, name in for_checkers) == sorted(mr.__all__)
+    assert {*mr.__all__, "__version__"} <= set(dir(mr))
+
+
+@pytest.mark.parametrize("name", mr.__all__)
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in (inspect.getdoc(getattr(mr, name)) or "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name.removesuffix(".__init__")
+        for name in modules(CHECKOUT)
+        if ".assets." not in name and not name.endswith("__main__")
+    ),
+)
+def test_examples_in_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path))
+    said = []
+    runner = doctest.DocTestRunner()
+    for examples in doctest.DocTestFinder().find(import_module(name)):
+        runner.run(examples, out=said.append)
+    assert runner.failures == 0, "".join(said)

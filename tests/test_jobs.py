@@ -61,19 +61,69 @@ def test_keep_going_leaves_out_only_what_needs_the_failed(tmp_path, monkeypatch)
     needs = {"a": [], "b": ["a"], "c": ["b"], "d": []}
     states, *_ = run(tmp_path, monkeypatch, needs, failing="a", keep_going=True)
     assert states == {"a": "failed", "b": "not run", "c": "not run", "d": "done"}
-    assert "b: not run, it needs a" in (tmp_path / "run.log").read_text()
+    told = (tmp_path / "run.log").read_text()
+    assert "b: not run, it needs a" in told and "c: not run, it needs b" in told
 
 
-def test_the_table_in_a_terminal_shows_every_job_and_its_last_line(tmp_path, capsys):
-    job = jobs.Job("01_two", [], tmp_path / "log", state="running", seconds=12)
-    job.log.write_text("first\n\nstep 5 of 10\n")
+def test_what_is_skipped_is_not_waited_for(tmp_path):
+    done, job = (
+        jobs.Job("a", [], tmp_path / "a", state="skipped"),
+        jobs.Job("b", [], tmp_path, ("a",)),
+    )
+    board = jobs.Board([done, job], tmp_path / "run.log")
+    jobs.run_jobs([done, job], lambda job, slot: Fake(0), [None], board)
+    assert (done.state, job.state) == ("skipped", "done")
+
+
+def test_a_terminal_shows_a_bar_for_every_job_that_runs(tmp_path, capsys):
+    job = jobs.Job("01_two", [], tmp_path / "log")
     board = jobs.Board([job], tmp_path / "run.log")
-    board.live = True
-    board.refresh(now=True)
-    board.refresh(now=True)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == ["\x1b[2K01_two", "running", "12", "s", "step", "5", "of", "10"]
-    assert second == f"\x1b[1A{first}"
+    board.live, board.last = True, 0
+    board.say(job, "running", "on GPU 3")
+    job.log.write_text("first\n\nstep 5 of 10\n")
+    board.refresh()
+    *_, line = capsys.readouterr().out.split("\r")
+    assert line.split() == ["01_two", "00:00,", "step", "5", "of", "10"]
+    job.seconds = 12
+    board.say(job, "done", "")
+    shown = capsys.readouterr().out
+    assert shown.endswith("[1/1] 01_two: done after 12 s\n")
+    assert board.bars == {}
+    lines = [line.split(" ", 2)[2] for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert lines == ["[1/1] 01_two: running, on GPU 3", "[1/1] 01_two: done after 12 s"]
+
+
+def test_a_log_has_a_line_when_a_job_writes_something_new(tmp_path, capsys):
+    job = jobs.Job("01_two", [], tmp_path / "log")
+    board = jobs.Board([job], tmp_path / "run.log")
+    board.say(job, "running", "")
+    for text in ("step 5", "step 5", "step 6"):
+        job.log.write_text(text)
+        board.last = -jobs.LOG_SECONDS
+        board.refresh()
+        board.refresh()  # too early
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/1] 01_two: running",
+        "    01_two: step 5",
+        "    01_two: step 6",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import time; time.sleep(60)", "stopped at its time limit of 0.01 min"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("raise SystemExit(3)", ""),
+    ],
+)
+def test_why_a_process_ended_is_said(tmp_path, monkeypatch, code, why):
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.01)
+    timeout = 0.6 if "time" in why else None
+    job = jobs.Job("a", [sys.executable, "-c", code], tmp_path / "log", timeout=timeout)
+    board = jobs.Board([job], tmp_path / "run.log")
+    jobs.run_jobs([job], lambda job, slot: jobs.LocalProcess(job, {}), [None], board)
+    assert (job.state, job.why) == ("failed", why)
 
 
 def test_slurm_jobs_run_through_submitit(tmp_path):
@@ -115,8 +165,9 @@ def test_an_interrupted_launcher_lets_training_save(tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run where it is ignored
-    script += f"from mimrefiner import jobs; jobs.torchrun({arguments!r}, 1)"
+    # Tests may run where the signal is ignored
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += f"from mimrefiner.batch import jobs; jobs.torchrun({arguments!r}, 1)"
     variables = os.environ | {"MIMREFINER_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(
         [sys.executable, "-c", script],

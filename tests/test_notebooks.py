@@ -26,7 +26,7 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIMREFINER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("MIMREFINER_PROGRESS", "log")
-        for train, seed in itertools.product(store.MODELS.values(), (0, 1)):
+        for train, seed in itertools.product(store.TRAINED.values(), (0, 1)):
             train(load_preset("smoke", seed))
         yield
 
@@ -114,6 +114,40 @@ def test_form(notebook):
     (exercises,) = (cell.source for cell in cells if "## Exercises" in cell.source)
     assert re.findall(r"^(\d)\. ", exercises.split("## Exercises")[1], re.M) == ["1", "2", "3"]
     assert any("solution" in cell.metadata.get("tags", []) for cell in code)
+
+
+ON_OTHER_DATA = {"00_quickstart": {"pretrained", "refined"}}  # where no packaged model fits
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_what_a_notebook_declares_is_what_its_code_uses(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = [c for c in cells if c.cell_type == "code" and not _is_solution(c)]
+    nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
+    taken = {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "mimrefiner.study.store"
+        for alias in node.names
+    }
+    asked = taken | {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "store"
+    }
+    folders = {
+        node.right.value
+        for node in nodes
+        if isinstance(node, ast.BinOp) and ast.unparse(node.left) == "run.out"
+    }
+    needs = parameters.declared_needs(notebook)
+    models = asked & store.TRAINED.keys() - ON_OTHER_DATA.get(notebook.stem, set())
+    assert set(needs.trains) == models
+    assert set(needs.reads) == folders - {"figures", "tables", "models"}  # which it writes
+
+
+def _is_solution(cell):
+    return "solution" in cell.metadata.get("tags", [])
 
 
 class Noted(dict):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 import mimrefiner as mr
@@ -34,8 +36,22 @@ def test_a_misspelt_or_ill_typed_parameter_is_named(injected, message):
         parameters.check_parameters(["", DECLARED, f"# Parameters\n{injected}\n"])
 
 
+def test_needs_are_read_from_the_metadata(tmp_path):
+    notebook = tmp_path / "00_one.ipynb"
+    for metadata, needs in (
+        ({}, parameters.Needs()),
+        ({"mimrefiner": {"trains": ["refined"]}}, parameters.Needs(trains=("refined",))),
+        ({"mimrefiner": {"reads": ["claims"]}}, parameters.Needs(reads=("claims",))),
+    ):
+        notebook.write_text(json.dumps({"metadata": metadata, "cells": []}))
+        assert parameters.declared_needs(notebook) == needs
+    notebook.write_text(json.dumps({"metadata": {"mimrefiner": {"train": ["refined"]}}}))
+    with pytest.raises(mr.InputError, match=r"00_one.ipynb, metadata mimrefiner: .*'train'"):
+        parameters.declared_needs(notebook)
+
+
 def test_seeds_are_parsed():
-    assert parameters.parse_seeds("0,2,1") == (0, 2, 1)
+    assert parameters.parse_seeds("0,2,1") == parameters.parse_seeds("0, 2, 1") == (0, 2, 1)
     for wrong in ("a", "", "0,0", "-1", "1.5"):
         with pytest.raises(mr.InputError, match="seeds must be"):
             parameters.parse_seeds(wrong)

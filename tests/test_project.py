@@ -93,10 +93,11 @@ def test_version_is_the_same_everywhere():
 
 
 def test_reading_path_is_short():
-    """data -> refiner -> heads -> nn_queue -> losses: about 900 lines, docstrings aside."""
-    lines = 0
-    for name in ("data", "refiner", "heads", "nn_queue", "losses"):
-        source = (ROOT / "mimrefiner" / f"{name}.py").read_text()
-        source = re.sub(r'""".*?"""', "", source, flags=re.S)
-        lines += sum(bool(line.strip()) for line in source.splitlines())
-    assert lines < 900
+    """README's path of an image to the loss: at most six files and 1,200 lines, docstrings too."""
+    readme = (ROOT / "README.md").read_text()
+    (path,) = re.findall(
+        r"Follow an image to the loss.*?(?=\n\n|\nCONTRIBUTING|\n\[CONTRIB)", readme, re.S
+    )
+    files = re.findall(r"\]\((mimrefiner/\S+?\.py)\)", path)
+    assert files[-1] == "mimrefiner/method/losses.py" and 1 < len(files) <= 6
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= 1200

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner.batch import execute, runner
+from mimrefiner.batch import runner
 from mimrefiner.batch.jobs import Board, Job
 from mimrefiner.study.claims import CLAIM_COLUMNS, ROW_COLUMNS
 
@@ -62,19 +62,21 @@ def test_jobs_are_pinned_one_to_a_gpu(tmp_path, monkeypatch):
 HEAD = 'preset = "smoke"\nseeds = "0"\nout = ""\nfail = False\n'
 WRITE = f"""
 from pathlib import Path
-for what, header in (("results", {",".join(ROW_COLUMNS)!r}), ("claims", {",".join(CLAIM_COLUMNS)!r})):
+for what, columns in (("results", {ROW_COLUMNS}), ("claims", {CLAIM_COLUMNS})):
+    lines = [",".join(columns), ",".join(["NAME"] * len(columns))]
     (Path(out) / what).mkdir(exist_ok=True)
-    (Path(out) / what / "NAME.csv").write_text(header + "\\n" + ",".join(["NAME"] * len(header.split(","))) + "\\n")
+    (Path(out) / what / "NAME.csv").write_text("\\n".join(lines))
 """
 
 
-def write_notebook(folder, name, *code):
+def write_notebook(folder, name, *code, **needs):
     cells = [
         nbformat.v4.new_code_cell(source) for source in (HEAD, *code, WRITE.replace("NAME", name))
     ]
     cells[0].metadata["tags"] = ["parameters"]
     (folder / "notebooks").mkdir(exist_ok=True)
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    metadata = {"kernelspec": kernel, "mimrefiner": needs}
     nbformat.write(
         nbformat.v4.new_notebook(cells=cells, metadata=metadata),
         folder / "notebooks" / f"{name}.ipynb",
@@ -149,24 +151,24 @@ def test_a_notebook_over_its_time_is_stopped(project):
         )
 
 
-def test_the_process_of_a_notebook_imports_neither_the_package_nor_torch():
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({n.split('.')[0] for n in sys.modules} & {'torch', 'mimrefiner'})"
-    ended = subprocess.run(
-        [sys.executable, "-P", "-c", code, execute.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_the_process_of_a_notebook_imports_nothing_heavy():
+    code = """
+import sys
+import mimrefiner.batch.execute
+print({name.split(".")[0] for name in sys.modules} & {"torch", "torchvision", "timm", "pandas"})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "set()"
 
 
 BATCH = """
 import sys
 from pathlib import Path
-from mimrefiner import execute, runner
-from mimrefiner.batch.jobs import Board, Job
-runner.project_folder = lambda: Path(sys.argv[1])
-runner.run_notebooks([], preset="smoke", seeds="0", out=Path(sys.argv[1]) / "out", batch=runner.Batch(resume=True))
+from mimrefiner.batch import runner
+folder = Path(sys.argv[1])
+runner.project_folder = lambda: folder
+batch = runner.Batch(resume=True)
+runner.run_notebooks([], preset="smoke", seeds="0", out=folder / "out", batch=batch)
 """
 
 
@@ -209,9 +211,16 @@ def alive(pid):
     return not status.startswith("Z")
 
 
-def test_shared_models_are_those_the_code_asks_for(tmp_path):
-    write_notebook(tmp_path, "02_three", "a = store.refined(settings)  # not pretrained(")
-    assert runner.shared_models(tmp_path / "notebooks" / "02_three.ipynb") == ["refined"]
+def test_shared_models_are_those_that_notebooks_declare(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.store, "is_stored", lambda model, preset: preset.refine.seed == 1)
+    write_notebook(tmp_path, "02_three", trains=["refined", "pretrained"])
+    notebook = tmp_path / "notebooks" / "02_three.ipynb"
+    jobs = runner._model_jobs(mr.load_preset("smoke"), (0, 1), [notebook], tmp_path)
+    assert list(jobs) == [("pretrained", 0), ("refined", 0)]
+    assert jobs["refined", 0].needs == ("pretrained, seed 0",)
+    write_notebook(tmp_path, "02_three", trains=["refind"])
+    with pytest.raises(mr.InputError, match="unknown shared model 'refind': choose one of pretr"):
+        runner._model_jobs(mr.load_preset("smoke"), (0, 1), [notebook], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +241,24 @@ def test_options_that_can_not_be_met_are_named(options, message):
         runner.check_batch(runner.Batch(**options))
 
 
-def test_notebooks_that_read_the_others_claims_come_last(tmp_path):
-    reading = [n.stem for n in runner.find_notebooks([]) if runner.reads_other_notebooks(n)]
-    assert reading == ["08_paper_vs_measured"] == [n.stem for n in runner.find_notebooks([])][-1:]
+def test_notebooks_that_read_what_others_write_come_last(project):
+    write_notebook(project, "00_one", "print('one reads')", reads=["claims"])
+    records = runner._entries(
+        runner.find_notebooks([]), project / "out", {}, mr.load_preset("smoke")
+    )
+    first, second = runner._notebook_jobs(records, {}, {}, runner.Batch())
+    assert (first.name, first.needs) == ("00_one", ("01_two",))
+    assert (second.name, second.needs) == ("01_two", ())
+
+
+def test_a_notebook_that_reads_is_stale_where_another_is(project, capsys):
+    write_notebook(project, "00_one", "print('one reads')", reads=["claims"])
+    run(project)
+    run(project, resume=True)
+    assert capsys.readouterr().out.count(": skipped, it is done") == 2
+    write_notebook(project, "01_two", "print('changed')")
+    run(project, resume=True)
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch):
@@ -253,7 +277,8 @@ def test_models_share_the_cores_and_notebooks_wait_for_them(project, monkeypatch
 
     def one_model(preset, seeds, notebooks, out):
         command = [sys.executable, "-c", runner.TRAIN_SHARED, "pretrained", "smoke", "0"]
-        return [runner.Job("pretrained, seed 0", command, out / "logs" / "pretrained_seed0.log")]
+        job = runner.Job("pretrained, seed 0", command, out / "logs" / "pretrained_seed0.log")
+        return {("pretrained", 0): job}
 
     monkeypatch.setattr(runner, "LocalProcess", Started)
     monkeypatch.setattr(runner, "_model_jobs", one_model)

@@ -1,6 +1,4 @@
-"""Copies of the notebooks: without solutions for students, and executed for publication without
-paths of the machine.
-"""
+"""Copies of the notebooks: without solutions for students, without paths for publication."""
 
 import json
 import re
@@ -9,25 +7,28 @@ from pathlib import Path
 
 import nbformat
 
-from mimrefiner.batch.parameters import project_folder
 from mimrefiner.batch.runner import find_notebooks
 from mimrefiner.errors import InputError
-from mimrefiner.files import atomic_file
+from mimrefiner.files import atomic_file, project_folder
 
 SOLUTION = "solution"  # tag of the cells that students do not get
 ANSWER = "# your answer"
 MAX_MB = 3  # of one published notebook
+MACHINE_PATH = re.compile(r"(?<![\w.~/])/(home|root|tmp|Users|mnt|opt|usr|var)/[\w./-]*")
 
 
 def write_student_copies(names: list[str], out: Path) -> list[Path]:
     """Write notebooks in which an empty cell stands for every cell tagged ``solution``.
 
     Args:
-        names: as in :func:`mimrefiner.batch.runner.find_notebooks`; none means all.
-        out: folder of the copies; an existing file there, perhaps with a student's work, raises.
+        names: notebooks by name or number; none means all.
+        out: the folder of the copies.
+
+    Returns:
+        The files written.
 
     Raises:
-        InputError: a copy is there already, or ``out`` is a file.
+        InputError: a copy is there already, perhaps with a student's work, or ``out`` is a file.
     """
     if out.is_file():
         raise InputError(f"{out} is a file: give a folder with --out")
@@ -35,7 +36,8 @@ def write_student_copies(names: list[str], out: Path) -> list[Path]:
     for source in sources:
         if (out / source.name).exists():
             raise InputError(
-                f"{out / source.name} exists and may hold somebody's work: choose another folder with --out"
+                f"{out / source.name} exists and may hold somebody's work: "
+                "choose another folder with --out"
             )
     for source in sources:
         with atomic_file(out / source.name) as temporary:
@@ -45,8 +47,8 @@ def write_student_copies(names: list[str], out: Path) -> list[Path]:
 
 
 def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook with every cell tagged ``solution`` emptied; text that explains a solution goes
-    altogether.
+    """The notebook without its solutions: an empty cell stands for a code cell tagged ``solution``,
+    and text with that tag is left out.
     """
     kept = []
     for cell in notebook.cells:
@@ -58,12 +60,18 @@ def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def publish(run: Path, to: Path) -> list[Path]:
-    """Replace the executed notebooks in ``to`` by those of the same name of a run, free of paths of
-    this machine.
+    """Replace the executed notebooks in ``to`` by those of a run, free of paths of this machine.
+
+    Args:
+        run: the folder of a run, with ``notebooks/``.
+        to: the folder of published notebooks; those that the run does not have stay.
+
+    Returns:
+        The files written.
 
     Raises:
         InputError: the run has no executed notebooks, one is too large or still names a path, or
-            ``to`` holds notebooks that were not executed (sources, copies for students); then
+            ``to`` holds notebooks that were not executed (sources, copies for students). Then
             ``to`` is unchanged.
     """
     sources = sorted(
@@ -73,31 +81,37 @@ def publish(run: Path, to: Path) -> list[Path]:
     )
     if not sources:
         raise InputError(
-            f"no executed notebooks in {run / 'notebooks'}: make them with mimrefiner run --out {run}"
+            f"no executed notebooks in {run / 'notebooks'}: "
+            f"make them with mimrefiner run --out {run}"
         )
-    copies = {}
-    for source in sources:
-        copies[source.name] = published_copy(nbformat.read(source, as_version=4), run)
-        text = nbformat.writes(copies[source.name])
-        if found := re.search(
-            r"(?<![\w.~/])/(home|root|tmp|Users|mnt|opt|usr|var)/[\w./-]*", _without_images(text)
-        ):
-            raise InputError(
-                f"{source.name} still names a path of this machine, {found[0]}: print a shorter one there"
-            )
-        if len(text) > MAX_MB * 2**20:
-            raise InputError(
-                f"{source.name} has {len(text) / 2**20:.1f} MB, more than the {MAX_MB} to publish: draw smaller figures"
-            )
+    copies = {source.name: _checked_copy(source, run) for source in sources}
     for old in sorted(to.glob("*.ipynb")):
         if to.resolve() == project_folder() / "notebooks" or not _is_executed(old):
             raise InputError(
-                f"{to} holds {old.name}, which is no published notebook: choose another folder with --to"
+                f"{to} holds {old.name}, which is no published notebook: "
+                "choose another folder with --to"
             )
     for name, copy in copies.items():
         with atomic_file(to / name) as temporary:
             nbformat.write(copy, temporary)
     return [to / name for name in copies]
+
+
+def _checked_copy(source: Path, run: Path) -> nbformat.NotebookNode:
+    """The published copy; InputError where it is too large or still names a path."""
+    copy = published_copy(nbformat.read(source, as_version=4), run)
+    text = nbformat.writes(copy)
+    if found := MACHINE_PATH.search(_without_images(text)):
+        raise InputError(
+            f"{source.name} still names a path of this machine, {found[0]}: "
+            "print a shorter one there"
+        )
+    if len(text) > MAX_MB * 2**20:
+        raise InputError(
+            f"{source.name} has {len(text) / 2**20:.1f} MB, more than the {MAX_MB} to publish: "
+            "draw smaller figures"
+        )
+    return copy
 
 
 def _is_executed(notebook: Path) -> bool:
@@ -108,8 +122,8 @@ def _is_executed(notebook: Path) -> bool:
 
 
 def published_copy(notebook: nbformat.NotebookNode, run: Path) -> nbformat.NotebookNode:
-    """The executed notebook with its parameters in the cell that declares them, without logs, paths
-    and papermill's notes.
+    """The executed notebook without logs, paths and papermill's notes; the values of its parameters
+    stand in the cell that declares them.
     """
     cells = []
     for cell in notebook.cells:
@@ -129,7 +143,7 @@ def published_copy(notebook: nbformat.NotebookNode, run: Path) -> nbformat.Noteb
 
 
 def _with_values(declaration: str, given: list[str]) -> str:
-    """The parameters cell with the values a run was given in place of the defaults, comments kept."""
+    """The parameters cell with the values that a run was given; its comments stay."""
     for line in given:
         name, equals, value = line.partition(" = ")
         if equals:
@@ -153,7 +167,7 @@ def _clean(output: nbformat.NotebookNode, run: Path) -> nbformat.NotebookNode:
     def clean(text):
         if isinstance(text, list):
             return [clean(line) for line in text]
-        # The longest first: one may lie in another
+        # The longest first, since one folder may lie in another
         for folder in sorted(folders, key=len, reverse=True):
             text = re.sub(rf"{re.escape(folder)}(?![\w-])", folders[folder], text)
         return text

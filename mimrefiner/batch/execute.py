@@ -1,11 +1,10 @@
-"""The body of a job's process that executes one notebook through papermill and records how that
-went.
+"""The process of a job: ``python -m mimrefiner.batch.execute JSON`` executes one notebook through
+papermill and records how that went.
 
-It is run as a file and imports nothing of the package: papermill alone starts in two seconds, and
-torch, timm and the rest, which take several, are imported once, by the kernel.
+It imports neither torch nor timm, so that it starts with papermill in two seconds; the kernel, a
+process of its own, imports them once.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -18,39 +17,31 @@ from pathlib import Path
 import nbformat
 import papermill
 
+from mimrefiner.files import Entry, atomic_file, write_json
+
 
 def main(call: str) -> None:
-    """Exit status 1 where a cell fails.
+    """Execute one notebook; the exit status is 1 where a cell fails.
 
     Args:
-        call: JSON with ``notebook`` and ``out`` (paths), ``parameters`` of the notebook, and
-            ``facts`` that the record keeps.
+        call: JSON with ``notebook`` and ``out`` (paths), the ``parameters`` of the notebook, the
+            ``settings`` of its :func:`entry`, and the ``facts`` that its record keeps.
     """
     end_with_parent()
-    os.environ["MIMREFINER_PROGRESS"] = (
-        "log"  # kernels inherit it: a bar cannot be drawn through papermill
-    )
+    os.environ["MIMREFINER_PROGRESS"] = "log"  # for the kernel: papermill cannot show a bar
     job = json.loads(call)
     notebook, out = Path(job["notebook"]), Path(job["out"])
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     try:
         execute(notebook, out, job["parameters"])
-        record = {
-            "state": "done",
-            "files": {
-                str(file.relative_to(out)): sha256(file) for file in written(out, notebook.stem)
-            },
-        }
     except papermill.PapermillExecutionError as error:
         print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), flush=True)
-        record = {
-            "state": "failed",
-            "cell": error.exec_count,
-            "error": f"{error.ename}: {error.evalue}",
-        }
-    record |= {**job["facts"], "started": started, "seconds": round(time.monotonic() - began, 1)}
-    write_aside(record_file(out, notebook.stem), json.dumps(record, indent=2))
-    sys.exit(0 if record["state"] == "done" else 1)
+        failure = {"cell": error.exec_count, "error": f"{error.ename}: {error.evalue}"}
+        write_json(failure, failure_file(out, notebook.stem))
+        sys.exit(1)
+    seconds = {"started": started, "seconds": round(time.monotonic() - began, 1)}
+    record = entry(out, notebook.stem, job["settings"])
+    record.finish(out, job["facts"] | seconds, written(out, notebook.stem))
 
 
 def end_with_parent() -> None:
@@ -62,8 +53,8 @@ def end_with_parent() -> None:
 
 
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
-    """Write the executed notebook to ``out``/notebooks, when it is done, without paths of this
-    machine in its metadata.
+    """Write the executed notebook to ``out``/notebooks once it is done; its metadata then holds no
+    path.
     """
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     unfinished = out / "notebooks" / f"{notebook.stem}.unfinished.ipynb"
@@ -80,49 +71,32 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     for key in ("input_path", "output_path"):
         executed.metadata.papermill.pop(key, None)
     executed.metadata.papermill.parameters.pop("out", None)
-    write_aside(out / "notebooks" / notebook.name, nbformat.writes(executed) + "\n")
+    with atomic_file(out / "notebooks" / notebook.name) as temporary:
+        nbformat.write(executed, temporary)
     unfinished.unlink()
 
 
-def record_file(out: Path, name: str) -> Path:
-    """Where the record of the notebook ``name`` lies."""
-    return out / "jobs" / f"{name}.json"
+def entry(out: Path, name: str, settings: dict) -> Entry:
+    """The record of the notebook ``name`` in the folder of a run: what made its files, and their
+    hashes.
+    """
+    return Entry(out, settings, manifest=f"jobs/{name}.json")
+
+
+def failure_file(out: Path, name: str) -> Path:
+    """The file that says in which cell the notebook ``name`` failed."""
+    return out / "jobs" / "failed" / f"{name}.json"
 
 
 def written(out: Path, name: str) -> list[Path]:
     """The files of a notebook that is done: itself, its rows and claims, its figures and tables."""
-    own = [
+    number = name.split("_")[0]
+    return [
         out / "notebooks" / f"{name}.ipynb",
         out / "results" / f"{name}.csv",
         out / "claims" / f"{name}.csv",
+        *(file for kind in ("figures", "tables") for file in (out / kind).glob(f"{number}_*")),
     ]
-    number = name.split("_")[0]
-    return own + [
-        file
-        for folder in ("figures", "tables")
-        for file in sorted((out / folder).glob(f"{number}_*"))
-    ]
-
-
-def sha256(file: Path) -> str:
-    """Of a file's bytes; "" where there is none."""
-    if not file.is_file():
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_aside(file: Path, text: str) -> None:
-    """Whole or not at all, as :func:`mimrefiner.files.atomic_file`, which lies behind an import of
-    torch.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Jobs in processes of their own: in order of need, several at once, watched, timed out, and all
-gone when this process ends.
+"""Jobs in processes of their own: each starts when what it needs is done, several run at once, and
+all end with this process.
 """
 
 import os
@@ -7,34 +7,47 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+from tqdm import tqdm
 
 from mimrefiner.errors import InputError
 
 POLL_SECONDS = 0.2
 SHUTDOWN_SECONDS = 300  # that torchrun gives its workers to save
-LOG_SECONDS = 10  # between two plain lines about a job that runs
+BAR_SECONDS, LOG_SECONDS = 0.5, 10  # between two looks at what the running jobs write
 
 
 @dataclass
 class Job:
-    """``command``: what its process runs; ``needs``: names of jobs that must be done before."""
+    """One process to run, and how it went.
+
+    Attributes:
+        name: what the job is called.
+        command: the program and its arguments.
+        log: the file that takes all that the process prints.
+        needs: names of the jobs that must be done before this one starts.
+        timeout: seconds that it may run; None sets no limit.
+        state: "waiting", "running", "done", "failed" or "not run"; "skipped" where nothing is left
+            to do.
+        seconds: how long it ran.
+        why: the reason of a failure in words, where it is known.
+    """
 
     name: str
     command: list[str]
     log: Path
     needs: tuple[str, ...] = ()
-    timeout: float | None = None  # seconds
-    state: str = (
-        "waiting"  # then running, then done, failed or not run; skipped where nothing is to do
-    )
+    timeout: float | None = None
+    state: str = "waiting"
     seconds: float = 0.0
     why: str = ""
 
     def last_lines(self, n: int) -> list[str]:
-        """Of the log, without empty ones."""
+        """The last ``n`` lines of the log that are not empty."""
         if not self.log.is_file():
             return []
         with self.log.open("rb") as stream:
@@ -44,11 +57,12 @@ class Job:
 
 
 class LocalProcess:
-    """A job on this machine. It ends with this process, however that ends: its standard input is a
-    pipe that then closes.
+    """A job on this machine. Its standard input is a pipe, which closes when this process ends, by
+    whatever cause; the job ends then too.
     """
 
     def __init__(self, job: Job, variables: dict[str, str]):
+        self.job, self.began = job, time.monotonic()
         with job.log.open("wb") as log:
             self.process = subprocess.Popen(
                 job.command,
@@ -60,9 +74,16 @@ class LocalProcess:
             )
 
     def poll(self) -> int | None:
-        status = self.process.poll()
+        """The exit status, None while it runs; past its time limit the job is killed."""
+        status, limit = self.process.poll(), self.job.timeout
+        if status is None and limit and time.monotonic() - self.began > limit:
+            self.kill()
+            self.job.why = f"stopped at its time limit of {limit / 60:g} min"
+            return 1
         if status is not None:
             self.process.stdin.close()
+            if status < 0:
+                self.job.why = f"ended by signal {-status}"
         return status
 
     def kill(self) -> None:
@@ -73,7 +94,7 @@ class LocalProcess:
 
 class SlurmJob:
     """A job in the queue of a cluster, through submitit. The cluster keeps the time limit, so that
-    waiting does not count.
+    waiting in the queue does not count.
     """
 
     def __init__(self, job: Job, folder: Path, options: dict, cluster: str = "slurm"):
@@ -85,6 +106,7 @@ class SlurmJob:
         self.job = executor.submit(run_logged, job.command, job.log)
 
     def poll(self) -> int | None:
+        """0 or 1 when the job has ended, None before."""
         if not self.job.done():
             return None
         return 0 if self.job.exception() is None else 1
@@ -94,7 +116,7 @@ class SlurmJob:
 
 
 def run_logged(command: list[str], log: Path) -> None:
-    """What a cluster's node runs; CalledProcessError where it fails."""
+    """Run ``command`` on a node of a cluster; CalledProcessError where it fails."""
     with Path(log).open("wb") as stream:
         subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, check=True
@@ -102,40 +124,36 @@ def run_logged(command: list[str], log: Path) -> None:
 
 
 def torchrun(arguments: Sequence[str], processes: int) -> None:
-    """Run ``mimrefiner ARGUMENTS`` by several processes of this machine and print what they say: a
-    launcher for notebooks.
+    """Run ``mimrefiner ARGUMENTS`` in several processes of this machine and print what they say.
 
-    Interrupting it sends SIGTERM, at which training saves a checkpoint, and waits until all
-    processes have ended.
+    Notebooks call it. An interrupt sends SIGTERM, at which training saves a checkpoint; the call
+    then waits until all processes have ended.
+
+    Args:
+        arguments: of the command line, without the program's name.
+        processes: how many to start.
 
     Raises:
-        InputError: it ended with an error, or there is no process to start.
+        InputError: there is no process to start, or the run ended with an error.
     """
     if processes < 1:
         raise InputError(f"expected one or more processes, got {processes}")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     variables = {
         **os.environ,
         "MIMREFINER_PROGRESS": "log",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
     }
-    streams = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }
-    # a session of its own: Jupyter interrupts all processes of the kernel's, and torchrun would end
-    # the workers unsaved
     job = subprocess.Popen(
-        [*command, "-m", "mimrefiner", *arguments], env=variables, start_new_session=True, **streams
+        [sys.executable, *launcher, "-m", "mimrefiner", *arguments],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Jupyter interrupts all processes of the kernel's session, and torchrun, if it were there,
+        # would end its workers before they have saved
+        start_new_session=True,
     )
     try:
         _print_lines(job)
@@ -144,17 +162,18 @@ def torchrun(arguments: Sequence[str], processes: int) -> None:
         _print_lines(job)
         raise
     finally:
-        job.kill()  # after a second interrupt; nothing where it has ended
+        job.kill()  # after a second interrupt; a process that has ended stays as it is
         job.wait()
         job.stdout.close()
     if job.returncode:
         raise InputError(
-            f"mimrefiner {' '.join(arguments)} ended with status {job.returncode}: its last lines above say why"
+            f"mimrefiner {' '.join(arguments)} ended with status {job.returncode}: "
+            "its last lines above say why"
         )
 
 
 def _print_lines(job: subprocess.Popen) -> None:
-    """All that ``job`` says until it ends."""
+    """Print all that ``job`` says until it ends."""
     for line in job.stdout:
         print(line, end="", flush=True)
     job.wait()
@@ -170,77 +189,85 @@ def check_slurm() -> None:
         ) from None
     if not shutil.which("sbatch"):
         raise InputError(
-            "--executor slurm needs Slurm's sbatch, which is not on this machine: use --executor local"
+            "--executor slurm needs Slurm's sbatch, which is not on this machine: "
+            "use --executor local"
         )
 
 
 def run_jobs(
     jobs: list[Job], start: Callable, slots: list, board: "Board", *, keep_going: bool = False
 ) -> None:
-    """Run every job whose needs are done, the first in the list first, one per slot; states tell
-    how it went.
+    """Run the jobs in state "waiting", each as soon as its needs are done and a slot is free.
+
+    Of several that could start, the first in the list does. The states of the jobs tell how it
+    went.
 
     Args:
-        jobs: those in state ``waiting`` are run.
-        start: (job, slot) -> object with ``poll()``, None or an exit status, and ``kill()``.
-        slots: what a running job occupies, such as the number of a GPU.
-        keep_going: after a failure go on with all that does not need it; otherwise stop what runs.
+        jobs: all jobs, those that are skipped too.
+        start: (job, slot) -> object with ``poll()``, which returns None or an exit status, and
+            ``kill()``.
+        slots: what a running job occupies, for example the number of a GPU.
+        board: is told every change of a state.
+        keep_going: after a failure, go on with all jobs that do not need the one that failed;
+            otherwise stop those that run.
     """
-    free, running = list(slots), {}
-    by_name = {job.name: job for job in jobs}
+    waiting = {job.name: job for job in jobs if job.state == "waiting"}
+    order = TopologicalSorter(
+        {job.name: [need for need in job.needs if need in waiting] for job in waiting.values()}
+    )
+    order.prepare()
+    place = {name: i for i, name in enumerate(waiting)}
+    free, ready, running = list(slots), [], {}
     try:
-        while True:
-            for job in jobs:
-                if job.state == "waiting" and free:
-                    needs = {by_name[name].state for name in job.needs}
-                    if needs & {"failed", "not run"}:
-                        board.say(job, "not run", f"it needs {', '.join(job.needs)}")
-                    elif needs <= {"done", "skipped"}:
-                        slot = free.pop(0)
-                        running[job.name] = (start(job, slot), slot, time.monotonic())
-                        board.say(job, "running", "" if slot is None else f"on GPU {slot}")
+        while order.is_active():
+            ready = sorted([*ready, *order.get_ready()], key=place.get)
+            while ready and free:
+                job, slot = waiting[ready.pop(0)], free.pop(0)
+                running[job.name] = (job, start(job, slot), slot, time.monotonic())
+                board.say(job, "running", "" if slot is None else f"on GPU {slot}")
             if not running:
-                break
+                break  # what is left needs a job that failed
             time.sleep(POLL_SECONDS)
-            for name, (process, slot, began) in list(running.items()):
-                job, status = by_name[name], process.poll()
-                job.seconds = time.monotonic() - began
-                if (
-                    status is None
-                    and job.timeout
-                    and job.seconds > job.timeout
-                    and isinstance(process, LocalProcess)
-                ):
-                    process.kill()
-                    job.why = f"stopped at its time limit of {job.timeout / 60:g} min"
-                    status = 1
-                if status is not None:
-                    del running[name]
-                    free.append(slot)
-                    if status < 0:
-                        job.why = f"ended by signal {-status}"
-                    board.say(job, "failed" if status else "done", job.why)
-                    if status and not keep_going:
-                        return
+            for job, slot, status in _ended(running):
+                free.append(slot)
+                board.say(job, "failed" if status else "done", job.why)
+                if status == 0:
+                    order.done(job.name)
+                elif not keep_going:
+                    return
             board.refresh()
     finally:
-        for name, (process, _, _) in running.items():
+        for job, process, *_ in running.values():
             process.kill()
-            board.say(by_name[name], "not run", "stopped")
-        for job in jobs:
+            board.say(job, "not run", "stopped")
+        for job in waiting.values():
             if job.state == "waiting":
-                board.say(job, "not run", "")
+                lacks = [n for n in job.needs if n in waiting and waiting[n].state != "done"]
+                board.say(job, "not run", f"it needs {', '.join(lacks)}" if lacks else "")
+        board.close()
+
+
+def _ended(running: dict) -> Iterator[tuple[Job, object, int]]:
+    """Take the jobs that have ended out of ``running``: (job, its slot, its exit status)."""
+    for name, (job, process, slot, began) in list(running.items()):
+        status = process.poll()
+        job.seconds = time.monotonic() - began
+        if status is not None:
+            del running[name]
+            yield job, slot, status
 
 
 class Board:
-    """How far all jobs are: a table that redraws itself in a terminal, plain lines elsewhere; the
-    lines also go to ``log``.
+    """How far all jobs are: a line for every change, which also goes to ``log``, and what the
+    running jobs last wrote: one bar for each in a terminal, a line every ten seconds elsewhere.
     """
 
     def __init__(self, jobs: list[Job], log: Path):
         self.jobs, self.log = jobs, log
         self.live = sys.stdout.isatty()
-        self.drawn, self.last, self.told = 0, time.monotonic(), {}
+        self.bars: dict[str, tqdm] = {}  # of the running jobs, in a terminal
+        self.told: dict[str, list[str]] = {}
+        self.last = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
 
     def say(self, job: Job, state: str, detail: str) -> None:
@@ -248,43 +275,35 @@ class Board:
         job.state, job.why = state, detail if state in ("failed", "not run") else job.why
         place = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}]"
         seconds = f" after {job.seconds:.0f} s" if state in ("done", "failed") else ""
+        if job.name in self.bars:
+            self.bars.pop(job.name).close()
         self._line(f"{place} {job.name}: {state}{seconds}{f', {detail}' if detail else ''}")
-        self.refresh(now=True)
+        if self.live and state == "running":
+            form = {"bar_format": "{desc} {elapsed}{postfix}", "dynamic_ncols": True}
+            self.bars[job.name] = tqdm(desc=job.name, file=sys.stdout, leave=False, **form)
 
-    def refresh(self, now: bool = False) -> None:
-        """Draw the table again, or say what the running jobs last wrote if that is ten seconds ago."""
-        if not now and time.monotonic() - self.last < (0.5 if self.live else LOG_SECONDS):
+    def refresh(self) -> None:
+        """Show what the running jobs last wrote, unless that was shown a moment ago."""
+        if time.monotonic() - self.last < (BAR_SECONDS if self.live else LOG_SECONDS):
             return
-        if self.live:
-            self._draw()
-        elif not now:
-            for job in self.jobs:
-                said = job.last_lines(1) if job.state == "running" else []
-                if said and self.told.get(job.name) != said:
-                    self.told[job.name] = said
-                    self._line(f"    {job.name}: {said[0]}")
-        if self.live or not now:
-            self.last = time.monotonic()
+        self.last = time.monotonic()
+        for job in (job for job in self.jobs if job.state == "running"):
+            said = job.last_lines(1)
+            if job.name in self.bars:
+                self.bars[job.name].set_postfix_str("".join(said))
+            elif said and self.told.get(job.name) != said:
+                self.told[job.name] = said
+                self._line(f"    {job.name}: {said[0]}")
+
+    def close(self) -> None:
+        """Remove the bars."""
+        while self.bars:
+            self.bars.popitem()[1].close()
 
     def _line(self, text: str) -> None:
         with self.log.open("a") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if not self.live:
+        if self.live:
+            tqdm.write(text, file=sys.stdout)  # above the bars
+        else:
             print(text, flush=True)
-
-    def _draw(self) -> None:
-        width, height = shutil.get_terminal_size()
-        names = max(len(job.name) for job in self.jobs)
-        lines = []
-        for job in self.jobs:
-            said = job.last_lines(1) if job.state == "running" else [job.why]
-            seconds = f"{job.seconds:5.0f} s" if job.seconds else ""
-            lines.append(
-                f"{job.name:{names}s}  {job.state:8s} {seconds:7s}  {said[0] if said else ''}"[
-                    : width - 1
-                ]
-            )
-        lines = lines[-(height - 1) :]
-        up = f"\x1b[{self.drawn}A" if self.drawn else ""
-        print(up + "".join(f"\x1b[2K{line}\n" for line in lines), end="", flush=True)
-        self.drawn = len(lines)

@@ -1,51 +1,59 @@
-"""A notebook's parameters: what it declares, whether what was given fits, and the run that begins
-with them.
+"""What a notebook declares (parameters and needs), whether what is given fits, and the record that
+begins with it.
 """
 
 import ast
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from mimrefiner.errors import InputError
 from mimrefiner.files import check_writable, project_folder
-from mimrefiner.study.claims import Run
+from mimrefiner.notices import show_notices
+from mimrefiner.study.claims import Record
 from mimrefiner.study.presets import describe, load_preset
 from mimrefiner.study.tables import device_name
 
 INJECTED = "# Parameters"  # papermill's first line of the cell it adds
 
 
-def start_run(name: str, names: dict) -> Run:
-    """First call of every notebook: check its parameters, say what they resolve to, return the run
-    that collects results.
+def start_run(name: str, names: dict) -> Record:
+    """Check a notebook's parameters, print what they resolve to, and return the record of results.
+
+    Every notebook calls it first. From then on notices of the package are shown.
 
     Args:
-        name: of the notebook, without suffix.
+        name: the notebook's, without suffix.
         names: the notebook's ``globals()``, with ``preset``, ``seeds`` and ``out``.
 
     Raises:
         InputError: a parameter that the notebook does not have (papermill passes misspelt ones on)
             or one of another type.
+
+    >>> from tempfile import mkdtemp
+    >>> import mimrefiner as mr
+    >>> parameters = {"preset": "smoke", "seeds": "0,1", "out": mkdtemp()}
+    >>> run = mr.start_run("my_notebook", parameters)  # doctest: +ELLIPSIS
+    my_notebook: preset smoke, data digits, seeds 0, 1, on ...
+    >>> [seed for seed, preset in run.presets()]
+    [0, 1]
     """
+    show_notices()
     check_parameters(names.get("In", []))
-    preset = load_preset(names["preset"])
-    run = Run(
-        name,
-        preset,
-        parse_seeds(names["seeds"]),
-        Path(names["out"] or project_folder() / "runs" / "interactive"),
-    )
-    check_writable(run.out)
-    print(
-        f"{name}: preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, run.seeds))}, on {device_name()}"
-    )
+    preset, seeds = load_preset(names["preset"]), parse_seeds(names["seeds"])
+    out = Path(names["out"] or project_folder() / "runs" / "interactive")
+    check_writable(out)
+    said = f"preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, seeds))}"
+    print(f"{name}: {said}, on {device_name()}")
     print(describe(preset))
-    return run
+    return Record(name, preset, seeds, out)
 
 
 def check_parameters(cells: list[str]) -> None:
-    """Compare the cell papermill injected with the parameters cell above it; ``cells`` are the
-    notebook's inputs so far.
+    """InputError where the cell that papermill injected does not fit the parameters cell above it.
+
+    Args:
+        cells: the notebook's inputs so far.
     """
     injected = [i for i, cell in enumerate(cells) if cell.startswith(INJECTED)]
     if injected:
@@ -54,8 +62,8 @@ def check_parameters(cells: list[str]) -> None:
 
 
 def compare_parameters(declared: dict, given: dict) -> None:
-    """InputError for a name that was not declared or a value of another type than the default (int
-    passes for float).
+    """InputError for a name that was not declared, or a value whose type is not the default's; an
+    int passes for a float.
     """
     valid = ", ".join(
         f"{name} ({type(value).__name__}, default {value!r})" for name, value in declared.items()
@@ -66,21 +74,52 @@ def compare_parameters(declared: dict, given: dict) -> None:
         expected = type(declared[name])
         if type(value) is not expected and not (expected is float and type(value) is int):
             raise InputError(
-                f"parameter {name} must be {expected.__name__}, got {value!r}: this notebook has {valid}"
+                f"parameter {name} must be {expected.__name__}, got {value!r}: "
+                f"this notebook has {valid}"
             )
 
 
 def declared_parameters(notebook: Path) -> dict:
     """Names and defaults in the cell tagged ``parameters``."""
-    # Nbformat takes a second to import, in every kernel
+    # nbformat takes a second to import, papermill four, and every kernel imports this module
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             return assignments("".join(cell["source"]))
     raise InputError(f"{notebook.name} has no cell tagged parameters")
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What must be there before a notebook runs in batch.
+
+    Attributes:
+        trains: models of :data:`mimrefiner.study.store.TRAINED` that are trained once for all.
+        reads: folders of the run, for example "claims", whose files other notebooks write.
+    """
+
+    trains: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+def declared_needs(notebook: Path) -> Needs:
+    """What the notebook's metadata declare under ``mimrefiner``; nothing without such an entry.
+
+    Raises:
+        InputError: an entry that is neither ``trains`` nor ``reads``.
+    """
+    metadata = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
+    try:
+        return Needs(**{name: tuple(v) for name, v in metadata.get("mimrefiner", {}).items()})
+    except TypeError as error:
+        raise InputError(f"{notebook.name}, metadata mimrefiner: {error}") from None
+
+
 def assignments(code: str) -> dict:
-    """The plain ``name = literal`` assignments of a cell."""
+    """The plain ``name = literal`` assignments of a cell.
+
+    >>> assignments('preset = "tiny"  # a comment\\nshare = 0.5')
+    {'preset': 'tiny', 'share': 0.5}
+    """
     found = {}
     for node in ast.parse(code).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -89,7 +128,11 @@ def assignments(code: str) -> dict:
 
 
 def parse_seeds(seeds: str) -> tuple[int, ...]:
-    """ "0,1,2" as integers."""
+    """Seeds from a text.
+
+    >>> parse_seeds("0, 1, 2")
+    (0, 1, 2)
+    """
     try:
         parsed = tuple(int(seed) for seed in str(seeds).split(","))
     except ValueError:

@@ -1,38 +1,46 @@
-"""Notebooks in batch: shared models first, then one process per notebook through papermill."""
+"""Notebooks in batch: the models they share first, then one process per notebook."""
 
 import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import torch
 
-from mimrefiner.batch import execute
-from mimrefiner.batch.execute import end_with_parent, record_file, sha256
+from mimrefiner.batch.execute import end_with_parent, entry, failure_file
 from mimrefiner.batch.jobs import Board, Job, LocalProcess, SlurmJob, check_slurm, run_jobs
-from mimrefiner.batch.parameters import compare_parameters, declared_parameters, parse_seeds
+from mimrefiner.batch.parameters import (
+    compare_parameters,
+    declared_needs,
+    declared_parameters,
+    parse_seeds,
+)
 from mimrefiner.data.datasets import data_hash
-from mimrefiner.errors import InputError
+from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import (
     PACKAGE,
+    Entry,
     atomic_file,
     check_writable,
+    key_of,
     project_folder,
+    sha256_of_file,
     write_csv,
     write_json,
 )
+from mimrefiner.notices import show_notices
 from mimrefiner.study import presets, store
 from mimrefiner.study.claims import CLAIM_COLUMNS, ROW_COLUMNS, claims_table
 from mimrefiner.study.presets import Preset, load_preset
 from mimrefiner.study.tables import environment, markdown_table, write_table
 
+EXECUTE = (sys.executable, "-m", "mimrefiner.batch.execute")
 TRAIN_SHARED = (
     "import sys; from mimrefiner.batch.runner import train_shared; train_shared(*sys.argv[1:])"
 )
@@ -42,16 +50,16 @@ TRAIN_SHARED = (
 class Batch:
     """How notebooks are executed.
 
-    Args:
-        gpus: numbers of the GPUs to spread jobs over, one job on each; none: ``workers`` jobs at
-            once without pinning.
+    Attributes:
+        gpus: numbers of the GPUs to spread jobs over, one job on each; with none, ``workers`` jobs
+            run at once, wherever torch puts them.
         workers: jobs at once; on a CPU they share its cores.
         resume: skip notebooks that are done with the same source, parameters, code and data, and
             whose files are as they were.
         keep_going: after a failure, execute the notebooks that do not need what failed.
-        timeout: seconds that one notebook may take; None: any.
-        executor: "local" or "slurm" (``slurm`` then holds options for submitit, such as
-            ``{"slurm_partition": "gpu"}``).
+        timeout: seconds that one notebook may take; None sets no limit.
+        executor: "local" or "slurm".
+        slurm: options for submitit, for example ``{"slurm_partition": "gpu"}``.
     """
 
     gpus: tuple[int, ...] = ()
@@ -76,123 +84,66 @@ def run_notebooks(
     collect rows and claims.
 
     Args:
-        names: of notebooks, without suffix or by their number; none means all.
+        names: notebooks by name, without suffix, or by number; none means all.
         preset, seeds, out: the parameters that every notebook has.
-        parameters: further ones; a notebook that does not declare one raises before anything runs.
-        batch: where and how; default one after the other.
+        parameters: further parameters; each notebook must declare them.
+        batch: where and how; the default is one notebook after the other.
 
     Returns:
         ``out``, which then holds notebooks/, figures/, tables/, results/, claims/, logs/,
         results.csv, claims.csv, claims.md and manifest.json.
 
     Raises:
-        InputError: before any work for wrong names, parameters or options; at the end for notebooks
-            that failed.
+        InputError: before any work, a name, a parameter or an option is wrong; at the end, a
+            notebook has failed.
     """
-    batch, parameters = batch or Batch(), parameters or {}
-    base, seed_list, notebooks, out = (
-        load_preset(preset),
-        parse_seeds(seeds),
-        find_notebooks(names),
-        Path(out).resolve(),
-    )
+    batch, extra, out = batch or Batch(), parameters or {}, Path(out).resolve()
+    base, seed_list, notebooks = load_preset(preset), parse_seeds(seeds), find_notebooks(names)
     check_batch(batch)
-    if taken := {"preset", "seeds", "out"} & parameters.keys():
-        raise InputError(
-            f"give {', '.join(f'--{name}' for name in sorted(taken))} in place of -p {', '.join(sorted(taken))}"
-        )
+    _check_parameters(notebooks, {"preset": preset, "seeds": seeds, "out": str(out)}, extra)
     check_writable(out)
-    given = {"preset": preset, "seeds": seeds, "out": str(out), **parameters}
-    for notebook in notebooks:
-        compare_parameters(declared_parameters(notebook), given)
-    common = _inputs_hash(base)
-    here = environment()
-    facts = {
-        "parameters": {"preset": preset, "seeds": seeds, **parameters},
-        "versions": here["versions"],
-        "git_sha": here["git_sha"],
-    }
-    jobs, began = _model_jobs(base, seed_list, notebooks, out), time.monotonic()
-    trained = tuple(job.name for job in jobs)
-    for notebook in notebooks:
-        key = hashlib.sha256(
-            json.dumps([common, notebook.read_text(), preset, seeds, parameters]).encode()
-        ).hexdigest()[:16]
-        call = {
-            "notebook": str(notebook),
-            "out": str(out),
-            "parameters": given,
-            "facts": {"key": key, **facts},
-        }
-        command = [sys.executable, "-P", execute.__file__, json.dumps(call)]
-        job = Job(
-            notebook.stem, command, out / "logs" / f"{notebook.stem}.log", timeout=batch.timeout
-        )
-        job.needs = _needed(notebook, jobs[: len(trained)], batch)
-        job.state = "skipped" if batch.resume and _is_done(out, notebook.stem, key) else "waiting"
-        if reads_other_notebooks(notebook):  # they come first, and what they do anew makes it stale
-            others = jobs[len(trained) :]
-            job.needs += tuple(other.name for other in others)
-            if any(other.state != "skipped" for other in others):
-                job.state = "waiting"
-        jobs.append(job)
-    if all(job.state == "skipped" for job in jobs[len(trained) :]):
-        jobs = jobs[len(trained) :]
-    for job in jobs:
-        if job.state == "waiting":
-            record_file(out, job.name).unlink(missing_ok=True)
+    here, began = environment(), time.monotonic()
+    records = _entries(notebooks, out, {"preset": preset, "seeds": seeds, **extra}, base)
+    done = _finished(records) if batch.resume else set()
+    models = _model_jobs(base, seed_list, [n for n in notebooks if n not in done], out)
+    facts = {name: here[name] for name in ("versions", "git_sha")}
+    jobs = [*models.values(), *_notebook_jobs(records, models, facts, batch)]
     board = Board(jobs, out / "logs" / "run.log")
-    for job in (job for job in jobs if job.state == "skipped"):
-        board.say(job, "skipped", "it is done, and nothing it depends on has changed")
+    for notebook, job in zip(notebooks, jobs[len(models) :], strict=True):
+        if notebook in done:
+            board.say(job, "skipped", "it is done, and nothing it depends on has changed")
+        else:
+            (out / records[notebook].manifest).unlink(missing_ok=True)
+            failure_file(out, job.name).unlink(missing_ok=True)
     _start_jobs(jobs, board, batch, out)
     collect(out)
-    records = _records(out)
-    for name, record in records.items():  # on a cluster it is not that of this process
-        record["device"] = ", ".join(
-            pd.read_csv(out / "results" / f"{name}.csv")["device"].unique()
-        )
-    seconds = {name: record["seconds"] for name, record in records.items()}
-    manifest = {
-        **here,
-        "preset": preset,
-        "seeds": seeds,
-        "parameters": parameters,
-        "notebooks": records,
-        "seconds": seconds,
-    }
-    write_json(manifest, out / "manifest.json")
+    _write_manifest(out, {**here, "preset": preset, "seeds": seeds, "parameters": extra})
     _raise_failures([job for job in jobs if job.state in ("failed", "not run")], out)
-    print(f"\n{(out / 'claims.md').read_text()}")
-    print(f"Done in {time.monotonic() - began:.0f} s.")
-    for what, where in (
-        ("notebooks", "notebooks"),
-        ("figures", "figures"),
-        ("tables", "tables"),
-        ("rows", "results.csv"),
-        ("claims", "claims.md"),
-    ):
-        print(f"  {what:10s} {os.path.relpath(out / where)}")
+    _tell(out, time.monotonic() - began)
     return out
 
 
 def check_batch(batch: Batch) -> None:
-    """InputError for options that can not be met here."""
+    """InputError where this machine cannot do what ``batch`` asks for."""
     if batch.executor == "slurm":
         check_slurm()
         if batch.gpus:
             raise InputError(
-                "--gpus pins jobs on this machine; with --executor slurm ask for GPUs with --slurm gpus_per_node=1"
+                "--gpus pins jobs on this machine; with --executor slurm ask for GPUs with "
+                "--slurm gpus_per_node=1"
             )
     elif batch.executor != "local":
         raise InputError(f"--executor must be local or slurm, got {batch.executor!r}")
     elif batch.slurm:
         raise InputError(
-            f"--slurm {', '.join(batch.slurm)} is for jobs on a cluster: add --executor slurm, or leave it out"
+            f"--slurm {', '.join(batch.slurm)} is for jobs on a cluster: add --executor slurm, "
+            "or leave it out"
         )
     there = torch.cuda.device_count()
     if len(set(batch.gpus)) < len(batch.gpus) or any(not 0 <= gpu < there for gpu in batch.gpus):
         raise InputError(
-            f"--gpus must be different numbers of the {there} GPUs here, got {','.join(map(str, batch.gpus))}"
+            f"--gpus must be different numbers of the {there} GPUs here, "
+            f"got {','.join(map(str, batch.gpus))}"
         )
     if batch.workers < 1:
         raise InputError(f"--workers must be >= 1, got {batch.workers}")
@@ -200,36 +151,18 @@ def check_batch(batch: Batch) -> None:
         raise InputError(f"--timeout must be > 0 minutes, got {batch.timeout / 60:g}")
 
 
-def shared_models(notebook: Path) -> list[str]:
-    """The models of :data:`mimrefiner.study.store.MODELS` that a notebook's code asks the store
-    for, solutions aside.
-    """
-    return [name for name in store.MODELS if re.search(rf"\bstore\.{name}\(", _code(notebook))]
-
-
-def _code(notebook: Path) -> str:
-    cells = nbformat.read(notebook, as_version=4).cells
-    return "\n".join(
-        c.source
-        for c in cells
-        if c.cell_type == "code" and "solution" not in c.metadata.get("tags", [])
-    )
-
-
-def reads_other_notebooks(notebook: Path) -> bool:
-    """Whether a notebook's code reads the claims that others of the same run have written."""
-    return 'run.out / "claims"' in _code(notebook)
-
-
 def train_shared(model: str, preset: str, seed: str) -> None:
-    """The body of a job's process that trains one of :data:`mimrefiner.study.store.MODELS`."""
+    """Train one of :data:`mimrefiner.study.store.TRAINED`, in the process of a job."""
     end_with_parent()
     os.environ["MIMREFINER_PROGRESS"] = "log"
-    store.MODELS[model](load_preset(preset, int(seed)))
+    show_notices()
+    store.TRAINED[model](load_preset(preset, int(seed)))
 
 
 def find_notebooks(names: list[str]) -> list[Path]:
-    """The notebooks called for, in order: all, or by full name or leading number."""
+    """The notebooks of the project that are called for by full name or leading number; none means
+    all, in order.
+    """
     folder = project_folder() / "notebooks"
     there = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not there:
@@ -242,118 +175,185 @@ def find_notebooks(names: list[str]) -> list[Path]:
                 f"unknown notebook {name!r}: choose from {', '.join(n.stem for n in there)}"
             )
         chosen += matches
-    return chosen or there
+    return list(dict.fromkeys(chosen)) or there
 
 
 def collect(out: Path) -> None:
-    """Join the rows and claims of all notebooks in ``out`` that ended well."""
+    """Join the rows and claims of all notebooks in ``out`` that are done."""
+    done = _records(out)
     for what, columns in (("results", ROW_COLUMNS), ("claims", CLAIM_COLUMNS)):
-        frames = [pd.read_csv(out / what / f"{name}.csv") for name in _records(out)]
+        frames = [pd.read_csv(out / what / f"{name}.csv") for name in done]
         frames = [frame for frame in frames if len(frame)]
-        write_csv(
-            pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns),
-            out / f"{what}.csv",
-        )
+        joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+        write_csv(joined, out / f"{what}.csv")
     claims = claims_table(pd.read_csv(out / "claims.csv"))
     write_table(claims, out / "tables" / "claims")
     with atomic_file(out / "claims.md") as temporary:
         temporary.write_text(markdown_table(claims))
 
 
+def _check_parameters(notebooks: list[Path], given: dict, extra: dict) -> None:
+    """InputError for a parameter that a notebook does not declare, or that has its own option."""
+    if taken := sorted(given.keys() & extra.keys()):
+        options = ", ".join(f"--{name}" for name in taken)
+        raise InputError(f"give {options} in place of -p {', '.join(taken)}")
+    for notebook in notebooks:
+        compare_parameters(declared_parameters(notebook), given | extra)
+
+
+def _entries(notebooks: list[Path], out: Path, parameters: dict, base: Preset) -> dict[Path, Entry]:
+    """Notebook -> its record, whose settings hold all that decides what the notebook writes."""
+    common = {"parameters": parameters, "inputs": _inputs_hash(base)}
+    return {n: entry(out, n.stem, {"source": sha256_of_file(n), **common}) for n in notebooks}
+
+
+def _finished(records: dict[Path, Entry]) -> set[Path]:
+    """The notebooks that are done; one that reads what others write is not, where they are not."""
+    done = {notebook for notebook, record in records.items() if record.facts() is not None}
+    readers = {notebook for notebook in records if declared_needs(notebook).reads}
+    return done if records.keys() - done <= readers else done - readers
+
+
 def _model_jobs(
     preset: Preset, seeds: tuple[int, ...], notebooks: list[Path], out: Path
-) -> list[Job]:
-    """One job per seed and model that the notebooks share, where the store does not hold it yet;
-    all need the pre-trained one.
+) -> dict[tuple[str, int], Job]:
+    """(model, seed) -> job, for the models that the notebooks share and the store does not hold;
+    the others start from the pre-trained one.
     """
-    asked = {model for notebook in notebooks for model in shared_models(notebook)}
-    jobs: dict[str, Job] = {}
-    for model, seed in itertools.product(store.MODELS, seeds):
+    asked = {model for notebook in notebooks for model in declared_needs(notebook).trains}
+    for model in asked:
+        one_of("shared model", model, tuple(store.TRAINED))
+    jobs: dict[tuple[str, int], Job] = {}
+    for model, seed in itertools.product(store.TRAINED, seeds):
         if model in asked and not store.is_stored(model, preset.with_seed(seed)):
             command = [sys.executable, "-c", TRAIN_SHARED, model, preset.name, str(seed)]
-            name, first = f"{model}, seed {seed}", f"pretrained, seed {seed}"
-            needs = (first,) if first in jobs else ()
-            jobs[name] = Job(name, command, out / "logs" / f"{model}_seed{seed}.log", needs)
-    return list(jobs.values())
+            first = jobs.get(("pretrained", seed))
+            jobs[model, seed] = Job(
+                f"{model}, seed {seed}",
+                command,
+                out / "logs" / f"{model}_seed{seed}.log",
+                needs=(first.name,) if first else (),
+            )
+    return jobs
 
 
-def _needed(notebook: Path, models: list[Job], batch: Batch) -> tuple[str, ...]:
-    """The jobs a notebook waits for: of the models it asks for, and, where workers share the cores,
-    all pre-training, which takes them all.
+def _notebook_jobs(
+    records: dict[Path, Entry], models: dict[tuple[str, int], Job], facts: dict, batch: Batch
+) -> list[Job]:
+    """One job per notebook.
+
+    It waits for the models that the notebook asks for, and for the other notebooks where it reads
+    what they write. Where workers share the cores it waits for all pre-training, which takes them
+    all.
     """
-    asked = set(shared_models(notebook)) | ({"pretrained"} if batch.workers > 1 else set())
-    return tuple(job.name for job in models if job.name.split(",")[0] in asked)
+    needs, jobs = {notebook: declared_needs(notebook) for notebook in records}, []
+    writers = tuple(notebook.stem for notebook in records if not needs[notebook].reads)
+    for notebook, record in records.items():
+        out, settings = record.folder, record.settings
+        call = {
+            "notebook": str(notebook),
+            "out": str(out),
+            "parameters": {**settings["parameters"], "out": str(out)},
+            "settings": settings,
+            "facts": facts,
+        }
+        asked = {*needs[notebook].trains, *(("pretrained",) if batch.workers > 1 else ())}
+        trained = tuple(job.name for (model, _), job in models.items() if model in asked)
+        job = Job(
+            notebook.stem,
+            [*EXECUTE, json.dumps(call)],
+            out / "logs" / f"{notebook.stem}.log",
+            needs=trained + (writers if needs[notebook].reads else ()),
+            timeout=batch.timeout,
+        )
+        jobs.append(job)
+    return jobs
 
 
 def _start_jobs(jobs: list[Job], board: Board, batch: Batch, out: Path) -> None:
     if batch.executor == "slurm":
-
-        def start(job, slot):
-            return SlurmJob(job, out / "logs" / "slurm", batch.slurm)
-
-        slots = [None] * len(jobs)
+        slots: list = [None] * len(jobs)
+        start = partial(_start_on_cluster, folder=out / "logs" / "slurm", options=batch.slurm)
     else:
-        slots, cores = list(batch.gpus) or [None] * batch.workers, os.cpu_count() or 1
-        shared = batch.workers > 1 and "OMP_NUM_THREADS" not in os.environ and not batch.gpus
-
-        def start(job, slot):
-            at_once = min(
-                batch.workers, len(jobs) if job.needs else sum(not other.needs for other in jobs)
-            )
-            threads = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} if shared else {}
-            return LocalProcess(
-                job, threads if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)}
-            )
-
+        slots = list(batch.gpus) or [None] * batch.workers
+        start = partial(_start_here, jobs=jobs, batch=batch)
     run_jobs(jobs, start, slots, board, keep_going=batch.keep_going)
 
 
+def _start_on_cluster(job: Job, slot: None, folder: Path, options: dict) -> SlurmJob:
+    return SlurmJob(job, folder, options)
+
+
+def _start_here(job: Job, slot: int | None, jobs: list[Job], batch: Batch) -> LocalProcess:
+    """Start ``job`` on the GPU ``slot``; without GPUs it gets its share of the cores."""
+    if slot is not None:
+        return LocalProcess(job, {"CUDA_VISIBLE_DEVICES": str(slot)})
+    if batch.workers == 1 or "OMP_NUM_THREADS" in os.environ:
+        return LocalProcess(job, {})
+    could_run = len(jobs) if job.needs else sum(not other.needs for other in jobs)
+    threads = (os.cpu_count() or 1) // min(batch.workers, could_run)
+    return LocalProcess(job, {"OMP_NUM_THREADS": str(max(1, threads))})
+
+
+def _write_manifest(out: Path, facts: dict) -> None:
+    """Write what the whole run is and what is recorded of each notebook."""
+    records = _records(out)
+    for name, record in records.items():  # on a cluster it is not the device of this process
+        rows = pd.read_csv(out / "results" / f"{name}.csv")
+        record["device"] = ", ".join(rows["device"].unique())
+    seconds = {name: record["seconds"] for name, record in records.items()}
+    write_json({**facts, "notebooks": records, "seconds": seconds}, out / "manifest.json")
+
+
 def _raise_failures(jobs: list[Job], out: Path) -> None:
-    """Say what failed with the last lines of its log, then raise one line."""
+    """Show the last lines of every log of a failed job, then raise one line about all of them."""
     said = []
     for job in jobs:
-        record = _records(out, "failed").get(job.name)
-        what = (
-            f"failed in cell {record['cell']}: {record['error']}"
-            if record
-            else f"{job.state}{job.why and f', {job.why}'}"
-        )
+        file, what = failure_file(out, job.name), f"{job.state}{job.why and f', {job.why}'}"
+        if file.is_file():
+            failure = json.loads(file.read_text())
+            what = f"failed in cell {failure['cell']}: {failure['error']}"
         said.append(f"{job.name} {what}")
         if job.state == "failed":
-            lines = "\n".join(f"    {line}" for line in job.last_lines(12))
-            print(
-                f"\n{job.name} {what}\n{lines}\n    (all of it: {os.path.relpath(job.log)})",
-                file=sys.stderr,
-            )
+            print(f"\n{said[-1]}", file=sys.stderr)
+            for line in job.last_lines(12):
+                print(f"    {line}", file=sys.stderr)
+            print(f"    (all of it: {os.path.relpath(job.log)})", file=sys.stderr)
     if said:
         raise InputError(f"{'; '.join(said)}. What is done is kept: run the same with --resume")
 
 
+def _tell(out: Path, seconds: float) -> None:
+    """Print the claims and where everything is."""
+    print(f"\n{(out / 'claims.md').read_text()}")
+    print(f"Done in {seconds:.0f} s.")
+    places = {"rows": "results.csv", "claims": "claims.md"}
+    for what in ("notebooks", "figures", "tables", "rows", "claims"):
+        print(f"  {what:10s} {os.path.relpath(out / places.get(what, what))}")
+
+
 def _inputs_hash(preset: Preset) -> str:
     """Hash of what every notebook depends on: the package's files, the preset's data, torch."""
-    folder = PACKAGE
     digest = hashlib.sha256(torch.__version__.encode())
-    for file in sorted(
-        f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts
-    ):
-        digest.update(f"{file.relative_to(folder)} {sha256(file)}\n".encode())
+    for file in sorted(PACKAGE.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(PACKAGE)} {sha256_of_file(file)}\n".encode())
     for split in ("train", "test"):
         digest.update(data_hash(presets.load_split(preset, split)).encode())
     return digest.hexdigest()
 
 
-def _is_done(out: Path, name: str, key: str) -> bool:
-    record = _records(out).get(name)
-    return (
-        bool(record)
-        and record["key"] == key
-        and all(sha256(out / f) == sha for f, sha in record["files"].items())
-    )
-
-
-def _records(out: Path, state: str = "done") -> dict[str, dict]:
-    """What the jobs of all notebooks in ``out`` have recorded, by name."""
-    records = {
-        file.stem: json.loads(file.read_text()) for file in sorted((out / "jobs").glob("*.json"))
-    }
-    return {name: record for name, record in records.items() if record["state"] == state}
+def _records(out: Path) -> dict[str, dict]:
+    """What is recorded of every notebook in ``out`` that is done, by name."""
+    found = {}
+    for file in sorted((out / "jobs").glob("*.json")):
+        content = json.loads(file.read_text())
+        if "facts" in content:  # records of earlier versions have none
+            settings, facts = content["settings"], content["facts"]
+            found[file.stem] = {
+                "key": key_of(settings),
+                "parameters": settings["parameters"],
+                **facts,
+                "files": content["files"],
+            }
+    return found
