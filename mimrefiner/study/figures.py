@@ -1,5 +1,6 @@
-"""One style, and figures of numbers: one function each. Figures label blocks 1..depth; code and
-files count from 0.
+"""One style, and figures of numbers: one function each.
+
+Figures label blocks 1..depth; code and files count from 0.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from mimrefiner.files import atomic_file, write_csv
+from mimrefiner.probes.protocols import PERCENT, SPECTRUM, Protocol
 from mimrefiner.study.intervals import seed_difference
 from mimrefiner.study.tables import count
 
@@ -67,13 +69,12 @@ def plot_blocks(
     mark_best: bool = True,
     relative: bool = False,
 ) -> Figure:
-    """Accuracy after every block, one line per ``label``; the band is ± one standard deviation over
-    seeds.
+    """Accuracy after every block, one line per label; bands are ± one standard deviation.
 
     Args:
         rows: columns label, block (0-based), seed, value (a share, 0..1).
         title: over the axes.
-        ylabel: of the y axis.
+        ylabel: names the y axis.
         baselines: horizontal lines by name, shares.
         mark_best: ring the best block of every line.
         relative: the x axis is block / depth in percent, so that models of several depths meet;
@@ -101,10 +102,9 @@ def plot_block_panels(
     baselines: dict[str, dict[str, float]],
     ylabel: str = "k-NN accuracy (%)",
 ) -> Figure:
-    """:func:`plot_blocks` side by side: a panel per entry, baselines per panel; two panels share
-    one y axis.
+    """:func:`plot_blocks` side by side: a panel per entry, with its own baselines.
 
-    A label looks the same in all of them.
+    Two panels share one y axis. A label looks the same in all panels.
     """
     figure, all_axes = plt.subplots(
         1, len(panels), figsize=(PAGE, 2.9), sharey=len(panels) == 2, layout="constrained"
@@ -132,13 +132,13 @@ def plot_history(
     """Training curves: one small panel per metric, one line per head (or per value of ``by``).
 
     Args:
-        history: of :func:`mimrefiner.refine`, columns stage, step, ``by`` and the metrics; where
-            both stages are in it, stage 3 is to the right of the dotted line; with a column seed
-            the line is the mean over seeds and the band ± one standard deviation.
+        history: what :func:`mimrefiner.refine` returns, columns stage, step, ``by`` and the
+            metrics; where it holds both stages, stage 3 is to the right of the dotted line; where
+            it holds several seeds, a line is their mean and the band ± one standard deviation.
         metrics: column -> title of its panel, with its unit.
         title: over the figure.
         by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
-        window: steps of a running mean within a stage; the values themselves stay behind it, faint.
+        window: steps of a running mean within a stage; the values themselves are drawn faint.
     """
     figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
     both = history["stage"].nunique() > 1
@@ -148,27 +148,8 @@ def plot_history(
     for axes, (metric, label) in zip(np.atleast_1d(all_axes), metrics.items(), strict=True):
         for value, colour in zip(values, colours, strict=True):
             name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
-            steps = (
-                history[history[by] == value]
-                .groupby(["stage", "step"])[metric]
-                .agg(["mean", "std"])
-            )
-            x = steps.index.get_level_values("step") + offset * (
-                steps.index.get_level_values("stage") == 3
-            )
-            mean, spread = (
-                steps[c]
-                .groupby("stage")
-                .transform(lambda y: y.rolling(window, 1, center=True).mean())
-                for c in steps
-            )
-            axes.plot(x, mean, color=colour, label=name, linewidth=1.1)
-            if spread.notna().any():
-                axes.fill_between(
-                    x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0
-                )
-            if window > 1:
-                axes.plot(x, steps["mean"], color=colour, linewidth=0.5, alpha=0.3)
+            steps = history[history[by] == value].groupby(["stage", "step"])[metric]
+            _draw_steps(axes, steps.agg(["mean", "std"]), offset, window, (colour, name))
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
         axes.set(xlabel="step")
@@ -180,16 +161,41 @@ def plot_history(
     return figure
 
 
+def _draw_steps(
+    axes, steps: pd.DataFrame, offset: float, window: int, look: tuple[tuple, str]
+) -> None:
+    """A training curve and its band.
+
+    Args:
+        steps: mean and std over seeds, indexed by stage and step.
+        offset: where stage 3 begins.
+        window: steps of the running mean.
+        look: colour and label.
+    """
+    colour, name = look
+    x = steps.index.get_level_values("step")
+    x = x + offset * (steps.index.get_level_values("stage") == 3)
+    smooth = steps.groupby("stage").transform(lambda y: y.rolling(window, 1, center=True).mean())
+    mean, spread = smooth["mean"], smooth["std"]
+    axes.plot(x, mean, color=colour, label=name, linewidth=1.1)
+    if spread.notna().any():
+        axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+    if window > 1:
+        axes.plot(x, steps["mean"], color=colour, linewidth=0.5, alpha=0.3)
+
+
 def plot_ablations(
     rows: pd.DataFrame, *, title: str, metric: str = "k-NN accuracy of the last block"
 ) -> Figure:
-    """One small panel per group of variants: what a variant has more than the recipe, a dot per
-    seed; a bar with a tick is the mean with its 95 % interval over seeds and test images.
+    """How much better or worse than the recipe every variant is, one small panel per group.
+
+    A dot is a seed; a bar with a tick is the mean with its 95 % interval over seeds and images.
 
     Args:
         rows: columns group, variant, seed, value (a share), n_test; the group "recipe" is the
             reference.
-        title, metric: of the figure and the measured quantity.
+        title: over the figure.
+        metric: names the measured quantity.
     """
     recipe = rows[rows["group"] == "recipe"].set_index("seed")["value"]
     groups = [(name, part) for name, part in rows.groupby("group", sort=False) if name != "recipe"]
@@ -205,28 +211,8 @@ def plot_ablations(
     )
     for axes, (group, part) in zip(all_axes[:, 0], groups, strict=True):
         axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=1)
-        names = []
-        for y, (variant, seeds) in enumerate(part.groupby("variant", sort=False)):
-            values = seeds.set_index("seed")["value"]
-            change = seed_difference(
-                values, recipe[values.index], images=int(seeds["n_test"].iloc[0])
-            )
-            many = len(values) > 1
-            face = PALETTE[0] if many else "white"
-            axes.plot(
-                100 * np.array(change.by_seed),
-                [y] * len(values),
-                "o",
-                color=PALETTE[0],
-                markerfacecolor=face,
-                zorder=3,
-            )
-            if many:
-                axes.hlines(
-                    y, 100 * change.low, 100 * change.high, color="0.7", linewidth=2.5, zorder=2
-                )
-                axes.plot(100 * change.mean, y, "|", color="black", markersize=9, zorder=4)
-            names.append(f"{variant} ({len(values)} seed{'s' * many})")
+        variants = part.groupby("variant", sort=False)
+        names = [_draw_variant(axes, y, *variant, recipe) for y, variant in enumerate(variants)]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_title(group, fontsize=8, loc="left", pad=2)
@@ -241,11 +227,26 @@ def plot_ablations(
     return figure
 
 
-def plot_timeline(rows: pd.DataFrame, *, title: str, others: pd.DataFrame | None = None) -> Figure:
-    """Accuracy over time (the paper's Figure 1); ``rows``: columns date ("YYYY/MM"), name, value
-    (percent).
+def _draw_variant(axes, y: int, variant: str, seeds: pd.DataFrame, recipe: pd.Series) -> str:
+    """A variant's dots in row ``y``, and its mean and interval; returns the label of the row."""
+    values, n_test = seeds.set_index("seed")["value"], int(seeds["n_test"].iloc[0])
+    change, many = seed_difference(values, recipe[values.index], images=n_test), len(values) > 1
+    face = PALETTE[0] if many else "white"
+    dots = 100 * np.array(change.by_seed), [y] * len(values)
+    axes.plot(*dots, "o", color=PALETTE[0], markerfacecolor=face, zorder=3)
+    if many:
+        axes.hlines(y, 100 * change.low, 100 * change.high, color="0.7", linewidth=2.5, zorder=2)
+        axes.plot(100 * change.mean, y, "|", color="black", markersize=9, zorder=4)
+    return f"{variant} ({count(len(values), 'seed')})"
 
-    ``others``: rows like these that are drawn in grey, without their names.
+
+def plot_timeline(rows: pd.DataFrame, *, title: str, others: pd.DataFrame | None = None) -> Figure:
+    """Accuracy over time (the paper's Figure 1).
+
+    Args:
+        rows: columns date ("YYYY/MM"), name, value (percent).
+        title: over the axes.
+        others: rows like these, drawn in grey and without names.
     """
     figure, axes = plt.subplots(figsize=(PAGE, 2.8), layout="constrained")
     rows = rows.sort_values("date")
@@ -277,10 +278,13 @@ def plot_timeline(rows: pd.DataFrame, *, title: str, others: pd.DataFrame | None
 
 
 def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
-    """Groups of models on many benchmarks (the paper's Figure 2); every axis is scaled on its own,
-    lowest to highest value.
+    """Groups of models on many benchmarks (the paper's Figure 2).
 
-    ``rows``: columns axis, group, value (percent).
+    Every axis is scaled on its own, from its lowest to its highest value.
+
+    Args:
+        rows: columns axis, group, value (percent).
+        title: over the figure.
     """
     table = rows.pivot(index="axis", columns="group", values="value")
     low, high = table.min(axis=1), table.max(axis=1)
@@ -313,10 +317,14 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
 def plot_two_curves(
     curves: pd.DataFrame, left: str, right: str, *, unit: str, title: str
 ) -> Figure:
-    """Two quantities per block on two axes, mean and ± one standard deviation over seeds; ``left``
-    is a share, drawn in percent.
+    """Two quantities per block on two axes, mean and ± one standard deviation over seeds.
 
-    ``curves``: columns block (0-based), seed, ``left`` and ``right``; ``unit``: of ``right``.
+    Args:
+        curves: columns block (0-based), seed, ``left`` and ``right``.
+        left: a share, which is drawn in percent.
+        right: the other quantity.
+        unit: the unit of ``right``.
+        title: over the axes.
     """
     figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.7), layout="constrained")
     _label_blocks(axes, curves["block"].max() + 1)
@@ -325,140 +333,73 @@ def plot_two_curves(
     ):
         stats = scale * curves.groupby("block")[name].agg(["mean", "std"])
         x, spread = stats.index.to_numpy() + 1, stats["std"].fillna(0)
-        side.plot(x, stats["mean"], color=PALETTE[i], marker=MARKERS[i], label=name)
-        side.fill_between(
-            x,
-            stats["mean"] - spread,
-            stats["mean"] + spread,
-            color=PALETTE[i],
-            alpha=0.18,
-            linewidth=0,
-        )
+        _draw_line(side, x, stats["mean"], spread, _look(i), name)
         side.set_ylabel(f"{name}\n({label})", color=PALETTE[i])
         side.tick_params(axis="y", colors=PALETTE[i])
     axes.set_title(title)
     return figure
 
 
-def plot_report(stats: pd.DataFrame, *, title: str) -> Figure:
-    """The block report: one panel per protocol, one line per pooling with its spread, the best
-    block ringed (not for the effective rank, which is no score, and where the raw pixels' value
-    stands in the title: it lies far outside).
+def plot_report(stats: pd.DataFrame, protocols: Sequence[Protocol], *, title: str) -> Figure:
+    """The block report: one panel per protocol and metric, one line per pooling with its spread.
 
-    Random weights are the thin dashed line of the same colour, raw pixels the dotted grey one;
-    crosses are the poolings that validation chose. ``stats``: of
-    :func:`mimrefiner.study.report.summary`.
+    A ring marks the best block. The effective rank is no score: it has none, and the raw pixels'
+    value, far outside, stands in its title. Random weights are the thin dashed line of the same
+    colour, raw pixels the dotted grey one; crosses are the poolings that validation chose.
+
+    Args:
+        stats: the table of :func:`mimrefiner.study.report.summary`.
+        protocols: those that ``stats`` names.
+        title: over the figure.
     """
+    titles = {protocol.name: protocol.title for protocol in protocols}
     panels = list(stats.groupby(["protocol", "metric"], sort=False))
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    width = PAGE if columns > 1 else COLUMN
+    rows, width = -(-len(panels) // columns), PAGE if columns > 1 else COLUMN
     figure, all_axes = plt.subplots(
         rows, columns, figsize=(width, 2.3 * rows + 0.7), layout="constrained", squeeze=False
     )
-    pools = [
-        pool for pool in stats.loc[stats["model"] == "model", "pool"].unique() if pool != "chosen"
-    ]
-    styles = {
-        pool: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, pool in enumerate(pools)
-    }
     for axes in all_axes.flat[len(panels) :]:
         axes.remove()
+    pools = stats.loc[stats["model"] == "model", "pool"].unique()
+    looks = {pool: _look(i) for i, pool in enumerate(pool for pool in pools if pool != "chosen")}
     for axes, ((protocol, metric), part) in zip(all_axes.flat, panels, strict=False):
-        scale, unit = (100, " (%)") if metric in ("accuracy", "ACC") else (1, "")
-        for (model, pool), line in part.groupby(["model", "pool"], sort=False):
-            _draw_report_line(
-                axes, model, pool, line, scale, styles, score=metric != "effective_rank"
-            )
+        score = metric not in SPECTRUM.metrics
+        scale, unit = (100, " (%)") if metric in PERCENT else (1, "")
+        part = part.assign(value=scale * part["value"], spread=scale * part["spread"])
+        for _, line in part.groupby(["model", "pool"], sort=False):
+            _draw_report_line(axes, line, looks, score)
         _label_blocks(axes, int(part["block"].max()) + 1)
         axes.set_ylabel(f"{metric.replace('_', ' ')}{unit}")
         pixels = part.loc[part["model"] == "raw pixels", "value"]
-        outside = (
-            f" (raw pixels: {pixels.max():.0f})"
-            if metric == "effective_rank" and len(pixels)
-            else ""
-        )
-        axes.set_title(_protocol_title(protocol) + outside, fontsize=8)
+        outside = "" if score or pixels.empty else f" (raw pixels: {pixels.max():.0f})"
+        axes.set_title(titles[protocol] + outside, fontsize=8)
     figure.suptitle(f"{title}, {stats['n_test'].iloc[0]:,} test images", fontsize=9)
-    entries = {}
-    for axes in figure.axes:
-        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    legend = figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=3 if columns > 1 else 2
-    )
+    legend = legend_below(figure, *figure.axes, columns=3 if columns > 1 else 2)
     legend.set_title("ring: best block; band: ± sd over draws, or standard error", {"size": 7})
     return figure
 
 
 def _draw_report_line(
-    axes,
-    model: str,
-    pool: str,
-    line: pd.DataFrame,
-    scale: float,
-    styles: dict[str, tuple[str, str]],
-    score: bool,
+    axes, line: pd.DataFrame, looks: dict[str, tuple[str, str]], score: bool
 ) -> None:
-    x, y, spread = (
-        line["block"].to_numpy() + 1,
-        scale * line["value"].to_numpy(),
-        scale * line["spread"].to_numpy(),
-    )
+    """The line of one model and pooling, in the style that tells models apart."""
+    model, pool = line["model"].iloc[0], line["pool"].iloc[0]
+    x, y = line["block"].to_numpy() + 1, line["value"].to_numpy()
     if model == "raw pixels":
         if score:
-            axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", label="raw pixels")
+            axes.axhline(y.max(), color="0.45", linewidth=1, linestyle=":", zorder=2.5, label=model)
     elif pool == "chosen":
         if model == "model":
-            axes.plot(
-                x,
-                y,
-                "x",
-                color="black",
-                markersize=4,
-                markeredgewidth=0.8,
-                label="pooling chosen on validation",
-                zorder=5,
-            )
+            style = {"color": "black", "markersize": 4, "markeredgewidth": 0.8, "zorder": 5}
+            axes.plot(x, y, "x", label="pooling chosen on validation", **style)
     elif model == "random weights":
-        axes.plot(
-            x,
-            y,
-            color=styles[pool][0],
-            linewidth=0.9,
-            linestyle="--",
-            label=f"{pool}, random weights",
-        )
+        style = {"color": looks[pool][0], "linewidth": 0.9, "linestyle": "--", "zorder": 2.5}
+        axes.plot(x, y, label=f"{pool}, {model}", **style)
     else:
-        colour, marker = styles[pool]
-        axes.plot(x, y, color=colour, marker=marker, label=pool, zorder=3)
-        axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.18, linewidth=0)
+        _draw_line(axes, x, y, line["spread"].to_numpy(), looks[pool], pool)
         if score:
-            axes.plot(
-                x[y.argmax()],
-                y.max(),
-                "o",
-                markersize=8,
-                markerfacecolor="none",
-                color=colour,
-                zorder=4,
-            )
-
-
-def _protocol_title(protocol: str) -> str:
-    """A probe's protocol in words."""
-    if protocol.startswith("knn"):
-        k, temperature = protocol.split("_")[1:3]
-        return f"k-NN (k = {k[1:]}, temperature {temperature[1:]})"
-    if protocol.startswith("logistic"):
-        amount = protocol.removeprefix("logistic_")
-        shots = amount.removesuffix("shot")
-        words = f"{shots} image{'' if shots == '1' else 's'} per class"
-        if shots == amount:
-            words = f"{100 * float(amount):g} % of the images"
-        return f"low-shot: {words}"
-    return {"linear": "linear probe", "kmeans": "k-means", "spectrum": "effective rank"}.get(
-        protocol, protocol.replace("_", " ")
-    )
+            _ring_best(axes, x, y, looks[pool][0])
 
 
 def plot_protocols(
@@ -466,8 +407,11 @@ def plot_protocols(
 ) -> Figure:
     """Accuracy by protocol, one marker per model; the bar is ± one standard deviation over seeds.
 
-    ``rows``: columns protocol, model, value (a share), one row per seed; ``order`` and ``models``
-    give the order of both.
+    Args:
+        rows: columns protocol, model, value (a share), one row per seed.
+        order: the protocols from left to right.
+        models: the models in the order of the legend.
+        title: over the axes.
     """
     figure, axes = plt.subplots(figsize=(PAGE, 2.8), layout="constrained")
     for i, model in enumerate(models):
@@ -505,35 +449,37 @@ def _draw_lines(
     relative: bool = False,
     labels: Sequence[str] | None = None,
 ) -> None:
-    """A line per label; ``labels``: all that a figure of several axes has, so that each keeps its
-    colour.
-    """
+    """A line per label; ``labels`` are those of all axes, so that each keeps its look."""
     labels = list(rows["label"].unique() if labels is None else labels)
     for label, line in rows.groupby("label", sort=False):
-        i = labels.index(label)
         stats = 100 * line.groupby("block")["value"].agg(["mean", "std"])
-        stats.index = stats.index.to_numpy() + 1
+        x = stats.index.to_numpy() + 1
         if relative:
-            stats.index = 100 * stats.index / line["depth"].iloc[0]
-        x = stats.index
-        colour = PALETTE[i % len(PALETTE)]
-        axes.plot(
-            x, stats["mean"], color=colour, marker=MARKERS[i % len(MARKERS)], label=label, zorder=3
-        )
-        if line["seed"].nunique() > 1:
-            low, high = stats["mean"] - stats["std"], stats["mean"] + stats["std"]
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+            x = 100 * x / line["depth"].iloc[0]
+        look, mean = _look(labels.index(label)), stats["mean"].to_numpy()
+        spread = stats["std"].to_numpy() if line["seed"].nunique() > 1 else None
+        _draw_line(axes, x, mean, spread, look, label)
         if mark_best:
-            best = stats["mean"].idxmax()
-            axes.plot(
-                best,
-                stats.loc[best, "mean"],
-                "o",
-                markersize=8,
-                markerfacecolor="none",
-                color=colour,
-                zorder=4,
-            )
+            _ring_best(axes, x, mean, look[0])
+
+
+def _look(i: int) -> tuple[str, str]:
+    """Colour and marker of the ``i``-th line of a figure."""
+    return PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+
+
+def _draw_line(axes, x, mean, spread, look: tuple[str, str], label: str) -> None:
+    """A line with markers, and the band of its spread unless that is None."""
+    colour, marker = look
+    axes.plot(x, mean, color=colour, marker=marker, label=label, zorder=3)
+    if spread is not None:
+        low, high = mean - spread, mean + spread
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+
+
+def _ring_best(axes, x, mean, colour: str) -> None:
+    best, style = mean.argmax(), {"markersize": 8, "markerfacecolor": "none", "zorder": 4}
+    axes.plot(x[best], mean[best], "o", color=colour, **style)
 
 
 def _draw_baselines(axes, baselines: dict[str, float]) -> None:
@@ -558,7 +504,7 @@ def _label_blocks(axes, depth: int) -> None:
 
 
 def legend_below(figure: Figure, *all_axes, columns: int = 2) -> Legend:
-    """One legend under the whole figure, made of the lines and points of the axes, each label once."""
+    """One legend under the whole figure, for all lines and points of the axes, each label once."""
     entries = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

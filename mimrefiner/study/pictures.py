@@ -1,5 +1,6 @@
-"""Figures made of images and maps: neighbours, clusters, forces, likeness; in the style of
-:mod:`mimrefiner.study.figures`.
+"""Figures made of images and maps: neighbours, clusters, forces, likeness.
+
+They take their style from :mod:`mimrefiner.study.figures`.
 """
 
 import functools
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 
 from mimrefiner.study.figures import COLUMN, MARKERS, PAGE, PALETTE, legend_below
 
-# of classes, of which there are more than seven; after Petroff 2021, arXiv 2107.02270, with black
-# and four more for its two greys
+# For more than seven classes: after Petroff 2021, arXiv 2107.02270; black and four more colours
+# stand for its two greys
 CLASS_PALETTE = (
     "#3f90da",
     "#ffa90e",
@@ -55,30 +56,18 @@ def plot_neighbours(rows: dict[str, list[tuple[np.ndarray, bool | None]]], *, ti
             column; right gets a blue frame, wrong an orange dashed one.
         title: over the figure, in one line or more.
     """
-    figure, all_axes = _picture_grid(
-        len(rows), max(len(row) for row in rows.values()), list(rows), title
-    )
+    columns = max(len(row) for row in rows.values())
+    figure, all_axes = _picture_grid(len(rows), columns, list(rows), title)
+    styles = {
+        True: {"edgecolor": PALETTE[0]},
+        False: {"edgecolor": PALETTE[1], "linestyle": (0, (2.2, 1))},
+    }
     for row_axes, row in zip(all_axes, rows.values(), strict=True):
         for axes, (image, right) in zip(row_axes, row, strict=True):
             axes.imshow(image, interpolation="nearest")
             if right is not None:
-                style = (
-                    {"edgecolor": PALETTE[0]}
-                    if right
-                    else {"edgecolor": PALETTE[1], "linestyle": (0, (2.2, 1))}
-                )
-                axes.add_patch(
-                    plt.Rectangle(
-                        (0, 0),
-                        1,
-                        1,
-                        transform=axes.transAxes,
-                        fill=False,
-                        clip_on=False,
-                        linewidth=1.8,
-                        **style,
-                    )
-                )
+                style = styles[bool(right)] | {"transform": axes.transAxes, "clip_on": False}
+                _frame(axes, (0, 0), 1, linewidth=1.8, **style)
     return figure
 
 
@@ -89,14 +78,15 @@ def plot_attention(
     *,
     title: str,
 ) -> Figure:
-    """Images, and under each what one of its patches attends to, as colours on one scale; the
-    image's outlines are drawn on top.
+    """Images, and under each what one of its patches attends to, as colours on one scale.
+
+    The image's outlines are drawn on top.
 
     Args:
         images: (height, width, 3) uint8 each.
         maps: row label -> attention (images, rows of patches, columns of patches), which sums to 1
             over the patches.
-        place: left, top and side in pixels of the patch that attends; it gets a frame.
+        place: left, top and side in pixels; the patch there attends and gets a frame.
         title: over the figure.
     """
     figure, all_axes = _picture_grid(
@@ -104,34 +94,18 @@ def plot_attention(
     )
     top, (height, width, _) = max(weights.max() for weights in maps.values()), images[0].shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    style = {"cmap": "magma", "vmin": 0, "vmax": top, "interpolation": "nearest"}
+    left, upper, side = place
     for column, image in enumerate(images):
         all_axes[0, column].imshow(image, interpolation="nearest")
         for axes, weights in zip(all_axes[1:, column], maps.values(), strict=True):
-            drawn = axes.imshow(
-                weights[column],
-                cmap="magma",
-                vmin=0,
-                vmax=top,
-                extent=extent,
-                interpolation="nearest",
-            )
+            drawn = axes.imshow(weights[column], extent=extent, **style)
             axes.contour(image.mean(-1), levels=[127.5], colors="white", linewidths=0.7)
         for axes in all_axes[:, column]:
-            left, upper, side = place
-            axes.add_patch(
-                plt.Rectangle(
-                    (left - 0.5, upper - 0.5),
-                    side,
-                    side,
-                    fill=False,
-                    edgecolor=PALETTE[5],
-                    linewidth=1.4,
-                )
-            )
-    bottom, height = (
-        all_axes[-1, 0].get_position().y0,
-        all_axes[1, 0].get_position().y1 - all_axes[-1, 0].get_position().y0,
-    )
+            corner = (left - 0.5, upper - 0.5)
+            _frame(axes, corner, side, edgecolor=PALETTE[5], linewidth=1.4)
+    bottom = all_axes[-1, 0].get_position().y0
+    height = all_axes[1, 0].get_position().y1 - bottom
     bar = figure.colorbar(drawn, cax=figure.add_axes((0.925, bottom, 0.014, height)))
     uniform = 1 / next(iter(maps.values()))[0].size
     bar.ax.axhline(uniform, color=PALETTE[5], linewidth=1.5)
@@ -139,12 +113,15 @@ def plot_attention(
     return figure
 
 
+def _frame(axes, corner: tuple[float, float], side: float, **style) -> None:
+    """A square without filling; ``corner`` is its left, lower one on axes that grow upwards."""
+    axes.add_patch(plt.Rectangle(corner, side, side, fill=False, **style))
+
+
 def _picture_grid(
     rows: int, columns: int, labels: Sequence[str], title: str, right: float = 0.995
 ) -> tuple[Figure, np.ndarray]:
-    """Square axes without ticks, a fixed gap between them and a label left of every row: (figure,
-    axes (rows, columns)).
-    """
+    """Figure and (rows, columns) square axes without ticks, with a label left of every row."""
     left, gap = 0.14, 0.075  # share of the width, inches
     side = (PAGE * (right - left) - gap * (columns - 1)) / columns
     above = 0.14 + 0.16 * (1 + title.count("\n"))
@@ -206,7 +183,9 @@ def plot_maps(
     Args:
         maps: panel title -> (images, 2).
         labels: (images,) indices into ``classes``.
-        classes, title, columns: names of the classes, title of the figure, panels per row.
+        classes: the names of the classes.
+        title: over the figure.
+        columns: panels per row.
     """
     rows = -(-len(maps) // columns)
     side = PAGE / columns
@@ -235,7 +214,10 @@ def plot_thumbnails(
 
     An image stands in the cell of a grid nearest to its place, or in the nearest free one a few
     cells away, so that several of one island are seen; it is left out where there is none.
-    Arguments as :func:`plot_maps`, ``images`` (height, width, 3) uint8.
+
+    Args:
+        maps, labels, classes, title: as for :func:`plot_maps`.
+        images: (height, width, 3) uint8 each.
     """
     figure, all_axes = plt.subplots(
         1, len(maps), figsize=(PAGE, PAGE / len(maps) + 0.6), layout="constrained", squeeze=False
@@ -244,41 +226,27 @@ def plot_thumbnails(
         # UMAP's axes have no unit
         cells = _free_cells(CELLS * (xy - xy.min(0)) / np.ptp(xy, axis=0))
         for i, (column, row) in cells.items():
-            axes.imshow(
-                images[i],
-                extent=(column, column + 0.92, row, row + 0.92),
-                interpolation="nearest",
-                zorder=2,
-            )
-            colour, _ = _class_style(int(labels[i]))
-            axes.add_patch(
-                plt.Rectangle(
-                    (column, row), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=1.2, zorder=3
-                )
-            )
+            extent = (column, column + 0.92, row, row + 0.92)
+            axes.imshow(images[i], extent=extent, interpolation="nearest", zorder=2)
+            style = {"edgecolor": _class_style(int(labels[i]))[0], "linewidth": 1.2, "zorder": 3}
+            _frame(axes, (column, row), 0.92, **style)
         axes.set(
             xlim=(-0.1, CELLS + 0.1), ylim=(-0.1, CELLS + 0.1), xticks=[], yticks=[], aspect="equal"
         )
         sns.despine(ax=axes, left=True, bottom=True)
         axes.set_title(f"{name}: {len(cells)} of {len(images)} images", fontsize=8)
     figure.suptitle(title, fontsize=9)
+    style = {"markerfacecolor": "none", "markeredgewidth": 1.2}
     for i, name in enumerate(classes):
-        all_axes[0, 0].plot(
-            [],
-            [],
-            "s",
-            color=_class_style(i)[0],
-            markerfacecolor="none",
-            markeredgewidth=1.2,
-            label=name,
-        )
+        all_axes[0, 0].plot([], [], "s", color=_class_style(i)[0], label=name, **style)
     legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
     return figure
 
 
 def _free_cells(places: np.ndarray, reach: float = 1.6) -> dict[int, tuple[int, int]]:
-    """Point -> cell of the grid, no cell twice: the nearest free one within ``reach``; ``places``:
-    (images, 2) from 0 to CELLS.
+    """Point -> the nearest free cell of the grid within ``reach``; no cell is given twice.
+
+    ``places`` are (images, 2), from 0 to CELLS.
     """
     grid = np.stack(np.meshgrid(*[np.arange(CELLS)] * 2, indexing="ij"), -1).reshape(-1, 2)
     free, cells = np.ones(len(grid), bool), {}
@@ -301,11 +269,16 @@ def block_slider(
     *,
     title: str,
 ) -> None:
-    """A slider over blocks and a choice of models, shown in the notebook; needs ipywidgets and a
-    live kernel.
+    """Show a slider over blocks and a choice of models in the notebook.
 
-    ``map_of``: (model, 0-based block) -> points in the plane, (images, 2); asked for when a map is
-    first shown.
+    It needs ipywidgets and a live kernel.
+
+    Args:
+        map_of: (model, 0-based block) -> points in the plane, (images, 2); it is called when a map
+            is first shown.
+        models: the names to choose from.
+        depth: the number of blocks.
+        labels, classes, title: as for :func:`plot_maps`.
     """
     import ipywidgets
 
@@ -332,10 +305,12 @@ def block_slider(
 def plot_similarity(
     table: np.ndarray, *, title: str, xlabel: str, ylabel: str, top: float | None = 1
 ) -> Figure:
-    """Heat map of CKA between the blocks of two models, (blocks of the model on y, blocks of the
-    one on x).
+    """Heat map of CKA between the blocks of two models.
 
-    ``top``: of the colour scale, which begins at 0; None: the highest value of the table.
+    Args:
+        table: (blocks of the model on y, blocks of the model on x).
+        title, xlabel, ylabel: over and beside the axes.
+        top: where the colour scale, which begins at 0, ends; None takes the highest value.
     """
     figure, axes = plt.subplots(figsize=(COLUMN, 2.9), layout="constrained")
     image = axes.imshow(
@@ -376,6 +351,6 @@ def _legend_columns(classes: Sequence[str]) -> int:
 
 
 def _class_style(i: int) -> tuple[str, str]:
-    """Colour and marker of class ``i``: colours repeat after fourteen, pairs of both after 98."""
+    """Colour and marker of class ``i``; colours repeat after fourteen, pairs of both after 98."""
     n = len(CLASS_PALETTE)
     return CLASS_PALETTE[i % n], MARKERS[(i + i // n) % len(MARKERS)]
