@@ -11,12 +11,12 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from mimrefiner.config import Crop
-from mimrefiner.data.augment import CROP_TRIES, DRAWS
-from mimrefiner.data.datasets import augment
+from mimrefiner.data import augment, views
+from mimrefiner.data.views import CROP_TRIES, DRAWS
 
 
 def draws(n, seed=0):
-    return torch.from_numpy(np.stack([augment.uniforms(seed, 0, i, 1)[0] for i in range(n)]))
+    return torch.from_numpy(np.stack([views.uniforms(seed, 0, i, 1)[0] for i in range(n)]))
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def images():
 @pytest.mark.parametrize(
     ("op", "reference"),
     [
-        (augment._brightness, lambda x, s: TF.adjust_brightness(x, 1 + s)),
-        (augment._contrast, lambda x, s: TF.adjust_contrast(x, 1 + s)),
-        (augment._saturation, lambda x, s: TF.adjust_saturation(x, 1 + s)),
-        (augment._hue, TF.adjust_hue),
+        (views._brightness, lambda x, s: TF.adjust_brightness(x, 1 + s)),
+        (views._contrast, lambda x, s: TF.adjust_contrast(x, 1 + s)),
+        (views._saturation, lambda x, s: TF.adjust_saturation(x, 1 + s)),
+        (views._hue, TF.adjust_hue),
     ],
 )
 def test_jitter_equals_torchvision_image_by_image(op, reference, images):
@@ -42,7 +42,7 @@ def test_jitter_equals_torchvision_image_by_image(op, reference, images):
 
 def test_hue_equals_the_standard_library():
     x = torch.rand(1, 3, 1, 20)
-    ours = augment._hue(x, torch.full((1, 1, 1, 1), 0.1))
+    ours = views._hue(x, torch.full((1, 1, 1, 1), 0.1))
     for i in range(20):
         h, s, v = colorsys.rgb_to_hsv(*x[0, :, 0, i].tolist())
         assert ours[0, :, 0, i].tolist() == pytest.approx(
@@ -52,7 +52,7 @@ def test_hue_equals_the_standard_library():
 
 def test_blur_equals_torchvision(images):
     sigma = torch.tensor([0.3, 0.5, 0.8, 1.0, 1.5, 2.0])
-    ours = augment.gaussian_blur(images, sigma, radius=3)
+    ours = views.gaussian_blur(images, sigma, radius=3)
     padded = torch.nn.functional.pad(images, (3,) * 4, mode="replicate")
     for image, s, x in zip(padded, sigma.tolist(), ours, strict=True):
         assert torch.allclose(x, TF.gaussian_blur(image, 7, s)[:, 3:-3, 3:-3], atol=1e-5)
@@ -64,7 +64,7 @@ def test_probabilities_are_kept():
 
     def share_changed(**settings):
         crop = Crop(4, (1.0, 1.0), **{"jitter_p": 0.0, "grey_p": 0.0, **settings})
-        return (augment.photometric(x, crop, u) != x).flatten(1).any(1).float().mean().item()
+        return (views.photometric(x, crop, u) != x).flatten(1).any(1).float().mean().item()
 
     assert share_changed() == 0
     assert share_changed(jitter_p=0.8) == pytest.approx(0.8, abs=0.03)
@@ -76,17 +76,17 @@ def test_probabilities_are_kept():
 def test_photometric_leaves_its_input_alone_and_does_not_mix_images(images):
     crop, u = Crop(12, (1.0, 1.0), blur_p=0.5, solarize_p=0.5), draws(6)
     before = images.clone()
-    together = augment.photometric(images, crop, u)
+    together = views.photometric(images, crop, u)
     assert torch.equal(images, before)
     assert together.min() >= 0
     assert together.max() <= 1
-    alone = torch.cat([augment.photometric(images[[i]], crop, u[[i]]) for i in range(6)])
+    alone = torch.cat([views.photometric(images[[i]], crop, u[[i]]) for i in range(6)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
 def test_crops_follow_scale_and_ratio():
-    boxes, flips = augment.crop_boxes(
-        100, 100, np.array([(0.25, 1.0)]), augment.uniforms(0, 0, np.arange(2000), 1)
+    boxes, flips = views.crop_boxes(
+        100, 100, np.array([(0.25, 1.0)]), views.uniforms(0, 0, np.arange(2000), 1)
     )
     left, top, right, bottom = boxes[:, 0].T
     assert (left >= 0).all() and (left < right).all() and (right <= 100).all()
@@ -107,7 +107,7 @@ def test_crops_follow_scale_and_ratio():
 
 
 def test_a_long_image_falls_back_to_a_centred_crop():
-    boxes, _ = augment.crop_boxes(1000, 10, np.array([(0.9, 1.0)]), augment.uniforms(0, 0, 0, 1))
+    boxes, _ = views.crop_boxes(1000, 10, np.array([(0.9, 1.0)]), views.uniforms(0, 0, 0, 1))
     assert boxes.tolist() == [[493, 0, 506, 10]]
 
 
@@ -116,23 +116,23 @@ def test_flip_is_taken_from_its_draw():
     u = np.zeros((1, DRAWS), dtype=np.float32)
     u[0, : 2 * CROP_TRIES] = 0.5
     u[0, 2 * CROP_TRIES + 2] = 0.4
-    (box,), (flip,) = augment.crop_boxes(4, 4, np.array([(1.0, 1.0)]), u)
-    flipped = augment.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.5), box, flip)
-    plain = augment.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.0), box, flip)
+    (box,), (flip,) = views.crop_boxes(4, 4, np.array([(1.0, 1.0)]), u)
+    flipped = views.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.5), box, flip)
+    plain = views.crop_view(image, Crop(4, (1.0, 1.0), flip_p=0.0), box, flip)
     assert np.array_equal(flipped, plain[:, ::-1])
     assert np.array_equal(plain, np.asarray(image))
 
 
 def test_paper_recipe():
     """record of the released configuration: train_byolaug_localviews.yaml."""
-    views = augment.paper_views()
-    first, second = views.global_crops
-    assert len(views.crops) == 12
+    recipe = augment.paper_views()
+    first, second = recipe.global_crops
+    assert len(recipe.crops) == 12
     assert (first.size, first.scale, first.blur_p, first.solarize_p) == (224, (0.25, 1.0), 1.0, 0.0)
     assert (second.blur_p, second.solarize_p) == (0.1, 0.2)
-    local = views.local_crop
+    local = recipe.local_crop
     assert (local.size, local.scale, local.blur_p, local.solarize_p) == (96, (0.05, 0.25), 0.5, 0.0)
-    for crop in views.crops:
+    for crop in recipe.crops:
         assert (crop.flip_p, crop.jitter_p, crop.grey_p, crop.blur_sigma) == (
             0.5,
             0.8,
@@ -144,13 +144,13 @@ def test_paper_recipe():
 
 @pytest.mark.parametrize(("size", "patch"), [(28, 4), (28, 7), (32, 8), (64, 8), (96, 16)])
 def test_small_recipes_fit_the_patch_size(size, patch):
-    for views in (augment.small_views(size, patch), augment.digit_views(size, patch)):
-        assert all(crop.size % patch == 0 and crop.size <= size for crop in views.crops)
-        assert math.isclose(views.crops[0].size, size)
+    for recipe in (augment.small_views(size, patch), augment.digit_views(size, patch)):
+        assert all(crop.size % patch == 0 and crop.size <= size for crop in recipe.crops)
+        assert math.isclose(recipe.crops[0].size, size)
 
 
 def test_colour_jitter_is_distributed_as_torchvisions():
-    """Brightness, contrast and colour of one image after many draws, by Kolmogorov-Smirnov tests."""
+    """Brightness, contrast and colour of one image after many draws (Kolmogorov-Smirnov tests)."""
     torch.manual_seed(0)
     image, n = 0.2 + 0.6 * torch.rand(3, 6, 6), 1500
     crop = Crop(
@@ -163,7 +163,7 @@ def test_colour_jitter_is_distributed_as_torchvisions():
         saturation=0.2,
         hue=0.1,
     )
-    ours = augment.photometric(image.expand(n, -1, -1, -1), crop, draws(n))
+    ours = views.photometric(image.expand(n, -1, -1, -1), crop, draws(n))
     jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
     theirs = torch.stack([jitter(image) for _ in range(n)])
     for what in (
@@ -179,11 +179,11 @@ def test_the_four_changes_of_colour_come_in_every_order(monkeypatch):
     orders = collections.Counter()
     seen = []
     monkeypatch.setattr(
-        augment, "_JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)]
+        views, "_JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)]
     )
     crop, u = Crop(2, (1.0, 1.0), jitter_p=1.0, grey_p=0.0), draws(1200)
     for i in range(1200):
-        augment.photometric(torch.zeros(1, 3, 2, 2), crop, u[[i]])
+        views.photometric(torch.zeros(1, 3, 2, 2), crop, u[[i]])
         orders[tuple(seen)] += 1
         seen.clear()
     assert len(orders) == math.factorial(4) and min(orders.values()) > 25

@@ -10,6 +10,7 @@ from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner.data import datasets
+from mimrefiner.data.views import to_pil
 
 
 def content(dataset):
@@ -182,10 +183,8 @@ def test_parquet_images_of_plain_bytes_are_named(tmp_path):
     pq.write_table(
         pa.table({"image": [b"x"] * 4, "label": [0, 1] * 2}), tmp_path / "train-0.parquet"
     )
-    with pytest.raises(
-        mr.InputError,
-        match=r"expected parquet files with columns image\{bytes, path\} .*: column image is binary",
-    ):
+    message = r"expected parquet files with columns image\{bytes, path\} .*: column image is binary"
+    with pytest.raises(mr.InputError, match=message):
         mr.load_dataset(f"parquet:{tmp_path}", split="train")
 
 
@@ -194,8 +193,8 @@ def test_parquet_images_of_plain_bytes_are_named(tmp_path):
 )
 def test_tensors_outside_of_0_to_1_are_refused(image):
     with pytest.raises(mr.InputError, match=r"expected an image tensor in 0\.\.1 or of uint8, got"):
-        datasets.to_pil(image)
-    assert datasets.to_pil(torch.full((3, 8, 8), 1 + 1e-6)).getpixel((0, 0)) == (255, 255, 255)
+        to_pil(image)
+    assert to_pil(torch.full((3, 8, 8), 1 + 1e-6)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "stl10"])
@@ -278,7 +277,7 @@ def test_a_data_set_can_be_sent_to_a_process(name, image_folder):
     data = mr.load_dataset(
         f"imagefolder:{image_folder}" if name == "folder" else name, split="train"
     ).take(4)
-    for kept in (data, datasets.in_memory()):
+    for kept in (data, data.in_memory()):
         sent = pickle.loads(pickle.dumps(kept))
         assert [np.asarray(image).tolist() for image, _ in sent] == [
             np.asarray(image).tolist() for image, _ in data

@@ -7,20 +7,15 @@ import torch
 from PIL import Image
 
 import mimrefiner as mr
-from mimrefiner.data.augment import digit_views, paper_views, small_views, uniforms
-from mimrefiner.data.views import loaded_crops, resident_crops, view_batches
+from mimrefiner.data.augment import digit_views, paper_views, small_views
+from mimrefiner.data.views import Order, loaded_crops, resident_crops, uniforms, view_batches
+
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-def batches(dataset, **settings):
-    options = {
-        "batch_size": 16,
-        "steps": 5,
-        "seed": 3,
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-        **settings,
-    }
-    return list(view_batches(dataset, digit_views(32, 8, n_local=2), **options))
+def batches(dataset, size=16, steps=5, seed=3, first_step=0, part=(0, 1), num_workers=0):
+    order, recipe = Order(size, steps, seed, first_step, part), digit_views(32, 8, n_local=2)
+    return list(view_batches(dataset, recipe, order, **HALF, num_workers=num_workers))
 
 
 def test_view_batches_have_the_documented_shapes(digits):
@@ -63,13 +58,8 @@ def test_uniforms_are_uniform_and_keyed():
 def test_later_steps_and_shares_are_parts_of_the_same_sequence(digits):
     """A resumed run, and every process, sees what one uninterrupted process would."""
     some = digits["train"].take(40)
-    options = {"batch_size": 8, "steps": 7, "seed": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    whole = list(view_batches(some, digit_views(32, 8, n_local=2), **options))
-    later = list(view_batches(some, digit_views(32, 8, n_local=2), first_step=4, **options))
-    shares = [
-        list(view_batches(some, digit_views(32, 8, n_local=2), part=(i, 2), **options))
-        for i in range(2)
-    ]
+    whole, later = batches(some, 8, 7), batches(some, 8, 7, first_step=4)
+    shares = [batches(some, 8, 7, part=(i, 2)) for i in range(2)]
     assert len(whole) == 7 and len(later) == 3
     for step, (views, index, _) in enumerate(whole):
         assert torch.equal(torch.cat([share[step][1] for share in shares]), index)
@@ -114,10 +104,10 @@ def test_loaders_end_with_a_process_that_ends_by_an_error():
     script = """
 import mimrefiner as mr
 from mimrefiner.data.augment import digit_views
-from mimrefiner.data.views import view_batches
+from mimrefiner.data.views import Order, view_batches
 digits = mr.load_dataset("digits", split="train")
-options = {"batch_size": 16, "steps": 50, "seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "num_workers": 2}
-batches = view_batches(digits, digit_views(32, 8, n_local=2), **options)
+options = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_workers": 2}
+batches = view_batches(digits, digit_views(32, 8, n_local=2), Order(16, 50, seed=0), **options)
 next(batches)
 raise RuntimeError("something else")
 """

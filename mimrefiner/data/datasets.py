@@ -1,4 +1,4 @@
-"""Labelled images by name or path, with splits that are fixed by a seed and never share an image.
+"""Labelled images by name or path, with splits that a seed fixes and that never share an image.
 
 Splits are ``train``, ``val``, ``test`` and ``trainval`` (the first two together). Where a source
 has an official held-out set, that is ``test``, and ``val`` is a tenth of the training images, drawn
@@ -13,33 +13,30 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from mimrefiner.errors import InputError
+from mimrefiner.data.catalogue import CATALOGUE, DOWNLOADED
+from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import ASSETS, data_folder
 
 SPLITS = ("train", "val", "test", "trainval")
-DOWNLOADED = {
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "stl10": "STL10",
-}
-HALF_GREY = 0.5 / 255
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
-class ImageDataset(Dataset):
+class ImageDataset:
     """Map-style data set of (RGB PIL image, int label).
 
-    Attributes:
+    Args:
         name, split: what it was loaded as.
-        labels: (images,) int64, or None where the source has none (then every label is -1).
+        load: gives the image of a row of the source; it can be pickled, for loader processes.
+        labels: one for each image, or None where the source has none (then every label is -1).
         classes: class names, or None.
-        seed: of the split.
+        seed: drew the split.
+        length: number of images, where there are no labels.
+
+    Attributes:
+        rows: which images of the source these are, (images,).
+        labels: (images,) int64, or None.
     """
 
     def __init__(
@@ -50,7 +47,7 @@ class ImageDataset(Dataset):
         labels,
         classes=None,
         seed: int = 0,
-        length=None,
+        length: int | None = None,
     ):
         self.name, self.split, self.seed, self.classes = name, split, seed, classes
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
@@ -67,11 +64,7 @@ class ImageDataset(Dataset):
             image = self._load(row).convert("RGB")
         except InputError:  # it names the file
             raise
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:  # Pillow's words for bytes that are no image
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for bytes that are no image
             raise InputError(
                 f"{self.name} ({self.split}): image {row} cannot be decoded: {error}"
             ) from error
@@ -79,16 +72,23 @@ class ImageDataset(Dataset):
 
     def subset(self, rows: Sequence[int]) -> "ImageDataset":
         """The images at positions ``rows``, in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
         part = object.__new__(ImageDataset)
         part.__dict__.update(self.__dict__)
-        part.rows = self.rows[np.asarray(rows, dtype=np.int64)]
-        part.labels = None if self.labels is None else self.labels[np.asarray(rows, dtype=np.int64)]
+        part.rows = self.rows[rows]
+        part.labels = None if self.labels is None else self.labels[rows]
         return part
 
+    def take(self, n: int | None, seed: int = 0) -> "ImageDataset":
+        """At most ``n`` images, the same share of every class; None takes all of them."""
+        if n is not None and n < 1:
+            raise InputError(f"expected a number of images >= 1, or None for all, got {n}")
+        if n is None or n >= len(self):
+            return self
+        return self.subset(stratified_split(self.labels, len(self), n, seed)[0])
+
     def in_memory(self) -> "ImageDataset":
-        """The same images, decoded once and kept as uint8: for data sets that fit (3 bytes a
-        pixel).
-        """
+        """The same images, decoded once and kept as uint8, which takes 3 bytes a pixel."""
         images = [np.asarray(image) for image, _ in self]
         place = {int(row): i for i, row in enumerate(self.rows)}
         if len({image.shape for image in images}) == 1:
@@ -100,42 +100,36 @@ class ImageDataset(Dataset):
 
     @property
     def pixels(self) -> np.ndarray | None:
-        """(images, height, width, 3) uint8 of images of one size that are in memory
-        (:meth:`in_memory`), else None.
-        """
+        """(images, height, width, 3) uint8 where all are in memory and of one size, else None."""
         if self._pixels is None:
             return None
         images, place = self._pixels
         return images[[place[int(row)] for row in self.rows]]
 
-    def take(self, n: int | None, seed: int = 0) -> "ImageDataset":
-        """At most ``n`` images, the same share of every class, chosen by ``seed``; all of them for
-        None.
-        """
-        if n is not None and n < 1:
-            raise InputError(f"expected a number of images >= 1, or None for all, got {n}")
-        if n is None or n >= len(self):
-            return self
-        return self.subset(stratified_split(self.labels, len(self), n, seed)[0])
-
 
 def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDataset:
-    """Load a data set.
+    """Load a data set by name or path.
 
     Args:
         name_or_path: ``digits`` (scikit-learn's, 8x8 resized to 32x32) and ``fruit64`` (1,393
-            photos of fruit at 64x64, 14 kinds) come with the package; ``fashion_mnist``,
-            ``cifar10``, ``cifar100``, ``stl10`` (downloaded by torchvision into
-            ``$MIMREFINER_DATA``, default ``~/.cache/mimrefiner/data``), ``imagefolder:PATH``
-            (``PATH/train/CLASS/IMAGE`` or ``PATH/CLASS/IMAGE``) or ``parquet:PATH`` (files
-            ``train-*.parquet`` and so on with columns ``image{bytes}`` and ``label``; held in
-            memory as encoded bytes).
+            photos of fruit at 64x64, 14 kinds) come with the package. torchvision downloads
+            ``fashion_mnist``, ``cifar10``, ``cifar100`` and ``stl10`` into ``$MIMREFINER_DATA``,
+            default ``~/.cache/mimrefiner/data``. ``imagefolder:PATH`` holds
+            ``PATH/train/CLASS/IMAGE`` or ``PATH/CLASS/IMAGE``; ``parquet:PATH`` holds files
+            ``train-*.parquet`` and so on with columns ``image{bytes}`` and ``label``, which are
+            kept in memory as encoded bytes.
         split: ``train``, ``val``, ``test`` or ``trainval``, see the module's first lines.
-        seed: of the drawn splits.
+        seed: draws the splits that the source does not have.
 
     Raises:
-        InputError: unknown name or split, a path that is missing, empty or of another layout, or no
-            network.
+        InputError: an unknown name or split, a path that is missing, empty or of another layout, or
+            no network.
+
+    >>> import mimrefiner as mr
+    >>> digits = mr.load_dataset("digits", split="val")
+    >>> image, label = digits[0]
+    >>> len(digits), image.size, label
+    (126, (32, 32), 4)
     """
     if not isinstance(name_or_path, str):
         raise InputError(
@@ -143,8 +137,7 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
         )
     if seed < 0:
         raise InputError(f"seed must be >= 0, got {seed}")
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    one_of("split", split, SPLITS)
     kind, _, path = name_or_path.partition(":")
     if kind == "imagefolder" and path:
         return _image_folder(Path(path).expanduser(), split, seed)
@@ -155,51 +148,49 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
     if name_or_path == "fruit64":
         return _fruit64(split, seed)
     if name_or_path in DOWNLOADED:
-        return _torchvision_dataset(name_or_path, split, seed)
-    names = ", ".join(["digits", "fruit64", *DOWNLOADED])
-    raise InputError(
-        f"unknown data set {name_or_path!r}: choose one of {names}, imagefolder:PATH or parquet:PATH"
-    )
+        return _downloaded(name_or_path, split, seed)
+    raise InputError(f"unknown data set {name_or_path!r}: choose one of {', '.join(CATALOGUE)}")
 
 
 def short_name(data: str) -> str:
-    """The name of a data set without the way to its folder, as result rows carry it."""
+    """The name of a data set without the way to its folder, as result rows carry it.
+
+    >>> short_name("imagefolder:/data/tiny-imagenet"), short_name("digits")
+    ('tiny-imagenet', 'digits')
+    """
     return Path(data.partition(":")[2]).name or data
 
 
-def data_hash(dataset: Dataset, images: int = 64) -> str:
-    """SHA-256 of what a map-style data set holds, judged by a sample of its pixels.
+def data_hash(dataset, images: int = 64) -> str:
+    """SHA-256 of what a map-style data set holds, wherever its files lie.
 
-    Args:
-        dataset: (image, label); an :class:`ImageDataset` also gives its name and rows, and every
-            data set with the attribute ``labels`` gives all of them.
-        images: how many images, spread evenly over the data set, give their pixels.
-
-    >>> pixels = np.zeros((2, 8, 8, 3), np.uint8)
-    >>> data_hash(list(zip(pixels, (0, 1)))) == data_hash(list(zip(pixels, (0, 0))))
-    False
+    Its name without a path, its rows and labels where it lists them, and the pixels of about
+    ``images`` images that are spread evenly over it (with their labels, where it lists none).
     """
-    own = isinstance(dataset, ImageDataset)
-    name = dataset.name.partition(":")[0] if own else type(dataset).__name__
-    digest = hashlib.sha256(f"{name} {len(dataset)}".encode())
-    for numbers in (dataset.rows if own else None, getattr(dataset, "labels", None)):
-        if numbers is not None:
-            digest.update(np.asarray(numbers, dtype=np.int64).tobytes())
+    name, labels = getattr(dataset, "name", ""), getattr(dataset, "labels", None)
+    digest = hashlib.sha256(f"{name.partition(':')[0]} {len(dataset)}".encode())
+    digest.update(np.asarray(getattr(dataset, "rows", ())).tobytes())
+    if labels is not None:
+        digest.update(np.asarray(labels, dtype=np.int64).tobytes())
     for i in range(0, len(dataset), max(1, len(dataset) // images)):
         image, label = dataset[i]
         digest.update(np.asarray(image).tobytes())
-        digest.update(b"" if hasattr(dataset, "labels") else str(int(label)).encode())
+        if labels is None and label != -1:
+            digest.update(str(int(label)).encode())
     return digest.hexdigest()
 
 
 def stratified_split(
     labels: np.ndarray | None, total: int, n: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (chosen, rest), both sorted: ``n`` of ``total`` images, the same share of every
-    class, drawn by ``seed``.
+    """Draw ``n`` of ``total`` images, the same share of every class: positions (chosen, rest).
 
     Every class is shuffled, and its images are spread evenly over 0..1; the ``n`` smallest places
-    are chosen.
+    are chosen. Both lists of positions are sorted.
+
+    >>> chosen, rest = stratified_split(np.array([0, 0, 0, 0, 1, 1]), 6, 3, seed=0)
+    >>> chosen.tolist(), rest.tolist()
+    ([2, 3, 5], [0, 1, 4])
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(total)
@@ -212,19 +203,29 @@ def stratified_split(
     return np.sort(by_place[:n]), np.sort(by_place[n:])
 
 
-def _select(train: ImageDataset, test: ImageDataset | None, split: str, seed: int) -> ImageDataset:
-    """Draw ``val`` from ``train`` (and ``test`` too where there is none: 30 % test, then a tenth
-    validation).
-    """
+def _split_of(
+    train: ImageDataset, held_out: dict[str, ImageDataset], split: str, seed: int
+) -> ImageDataset:
+    """One split of a source that holds a training set and no, one or two other sets."""
+    if len(held_out) < 2:
+        return _drawn(train, next(iter(held_out.values()), None), split, seed)
+    if split != "trainval":
+        return {"train": train, **held_out}[split]
+    val, n = held_out["val"], len(train) + len(held_out["val"])
+    labels = None if train.labels is None else np.concatenate([train.labels, val.labels])
+    load = partial(_of_two, train._load, len(train), val._load)
+    return ImageDataset(train.name, split, load, labels, train.classes, train.seed, n)
+
+
+def _drawn(train: ImageDataset, test: ImageDataset | None, split: str, seed: int) -> ImageDataset:
+    """Draw a tenth of the training images as ``val``; before that, 30 % as ``test`` if missing."""
     if test is None:
         held, rest = stratified_split(train.labels, len(train), round(0.3 * len(train)), seed)
         train, test = train.subset(rest), train.subset(held)
-    val, rest = stratified_split(
-        train.labels, len(train), max(1, round(0.1 * len(train))), seed + 1
-    )
-    part = {"train": train.subset(rest), "val": train.subset(val), "trainval": train, "test": test}[
-        split
-    ]
+    n = max(1, round(0.1 * len(train)))
+    val, rest = stratified_split(train.labels, len(train), n, seed + 1)
+    parts = {"train": train.subset(rest), "val": train.subset(val), "trainval": train, "test": test}
+    part = parts[split]
     part.split = split
     return part
 
@@ -233,26 +234,15 @@ def _digits(split: str, seed: int) -> ImageDataset:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    return _select(
-        ImageDataset(
-            "digits",
-            split,
-            partial(_digit, pixels),
-            bunch.target,
-            [str(i) for i in range(10)],
-            seed,
-        ),
-        None,
-        split,
-        seed,
+    load = partial(_digit, np.round(bunch.images * (255 / 16)).astype(np.uint8))
+    classes = [str(i) for i in range(10)]
+    return _drawn(
+        ImageDataset("digits", split, load, bunch.target, classes, seed), None, split, seed
     )
 
 
 def _fruit64(split: str, seed: int) -> ImageDataset:
-    """The source's test set is kept; its validation set of 57 photos lacks three classes and joins
-    the training photos.
-    """
+    """The source's test set is kept; its 57 validation photos, without three classes, train."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(ASSETS / "fruit64.parquet")
@@ -260,12 +250,11 @@ def _fruit64(split: str, seed: int) -> ImageDataset:
     encoded, labels = table["image"].combine_chunks().field("bytes"), table["label"].to_numpy()
     whole = ImageDataset("fruit64", split, partial(_encoded, encoded), labels, classes, seed)
     held = table["split"].to_numpy(zero_copy_only=False) == "test"
-    return _select(
-        whole.subset(np.flatnonzero(~held)), whole.subset(np.flatnonzero(held)), split, seed
-    )
+    train, test = (whole.subset(np.flatnonzero(rows)) for rows in (~held, held))
+    return _drawn(train, test, split, seed)
 
 
-def _torchvision_dataset(name: str, split: str, seed: int) -> ImageDataset:
+def _downloaded(name: str, split: str, seed: int) -> ImageDataset:
     import torchvision.datasets
 
     root = data_folder()
@@ -275,17 +264,29 @@ def _torchvision_dataset(name: str, split: str, seed: int) -> ImageDataset:
         part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
         source = builder(str(root), download=True, **part)
         labels = source.labels if name == "stl10" else source.targets
-        return ImageDataset(
-            name, split, partial(_of_source, source), labels, getattr(source, "classes", None), seed
-        )
+        classes = getattr(source, "classes", None)
+        return ImageDataset(name, split, partial(_of_source, source), labels, classes, seed)
 
     try:
-        return _select(fetch(True), fetch(False), split, seed)
+        return _drawn(fetch(True), fetch(False), split, seed)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"{name} is not in {root} and could not be downloaded ({error}): check the network, put the files there, "
-            f"or use the embedded data set digits"
+            f"{name} is not in {root} and could not be downloaded ({error}): check the network, "
+            "put the files there, or use the embedded data set digits"
         ) from error
+
+
+def _image_folder(path: Path, split: str, seed: int) -> ImageDataset:
+    folders = {f.name for f in _existing(path).iterdir() if f.is_dir()}
+    if "train" not in folders:
+        return _drawn(_folder_part(path, None, split, seed), None, split, seed)
+    train = _folder_part(path / "train", None, split, seed)
+    names = [name for name in ("val", "test") if name in folders]
+    # Images without classes, as ImageNet's
+    if "test" in names and not any(f.is_dir() for f in (path / "test").iterdir()):
+        names.remove("test")
+    held_out = {name: _folder_part(path / name, train.classes, split, seed) for name in names}
+    return _split_of(train, held_out, split, seed)
 
 
 def _existing(path: Path) -> Path:
@@ -296,45 +297,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _image_folder(path: Path, split: str, seed: int) -> ImageDataset:
-    folders = {f.name for f in _existing(path).iterdir() if f.is_dir()}
-    if "train" not in folders:
-        return _select(_folder_part(path, None, split, seed), None, split, seed)
-    train = _folder_part(path / "train", None, split, seed)
-    names = [name for name in ("val", "test") if name in folders]
-    # Images without classes, as ImageNet's
-    if "test" in names and not any(f.is_dir() for f in (path / "test").iterdir()):
-        names.remove("test")
-    official = {name: _folder_part(path / name, train.classes, split, seed) for name in names}
-    if len(official) == 2:
-        return _official(train, official, split)
-    return _select(train, next(iter(official.values()), None), split, seed)
-
-
-def _official(train: ImageDataset, parts: dict[str, ImageDataset], split: str) -> ImageDataset:
-    """The splits of a source that has all three."""
-    if split in parts:
-        return parts[split]
-    if split == "train":
-        return train
-    val = parts["val"]
-    labels = None if train.labels is None else np.concatenate([train.labels, val.labels])
-    load = partial(_of_two, train._load, len(train), val._load)
-    return ImageDataset(
-        train.name, split, load, labels, train.classes, train.seed, len(train) + len(val)
-    )
-
-
 def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -> ImageDataset:
-    """One folder of class folders. ``classes`` are the training ones, of which a held-out part may
-    lack some.
+    """One folder of class folders.
+
+    ``classes`` are those of the training set, where it is another folder; this one may lack some.
     """
     here = sorted(f.name for f in path.iterdir() if f.is_dir())
     classes = here if classes is None else classes
     if unknown := [name for name in here if name not in classes]:
         names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
         raise InputError(
-            f"{path} must hold one folder per class, named as in {path.parent / 'train'}, which has no {names}"
+            f"{path} must hold one folder per class, named as in {path.parent / 'train'}, "
+            f"which has no {names}"
         )
     files, labels = [], []
     for name in here:
@@ -348,70 +322,25 @@ def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -
     return ImageDataset(f"imagefolder:{path}", split, partial(_file, files), labels, classes, seed)
 
 
-# How image ``row`` of a source is read: functions of the module, so that data sets can be sent to
-# loader processes.
-
-
-def _kept(images: Sequence[np.ndarray], place: dict[int, int], row: int) -> Image.Image:
-    return Image.fromarray(images[place[row]])
-
-
-def _digit(pixels: np.ndarray, row: int) -> Image.Image:
-    return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
-
-
-def _encoded(images: Sequence, row: int) -> Image.Image:
-    return Image.open(io.BytesIO(images[row].as_py()))
-
-
-def _of_source(source: Dataset, row: int) -> Image.Image:
-    return source[row][0]
-
-
-def _of_two(first: Callable, n: int, second: Callable, row: int) -> Image.Image:
-    return first(row) if row < n else second(row - n)
-
-
-def _file(files: list[Path], row: int) -> Image.Image:
-    return _open(files[row])
-
-
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{file} cannot be decoded as an image: {error}") from error
-
-
 def _parquet(path: Path, split: str, seed: int) -> ImageDataset:
-    prefixes = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
-    files = {
-        part: sorted(
-            f
-            for f in _existing(path).glob("*.parquet")
-            if f.name.split("-")[0].split(".")[0] in names
-        )
-        for part, names in prefixes.items()
-    }
-    if not files["train"]:
+    shards = {"train": [], "val": [], "test": []}
+    for file in sorted(_existing(path).glob("*.parquet")):
+        part = file.name.split("-")[0].split(".")[0].replace("validation", "val")
+        shards.get(part, []).append(file)
+    if not shards["train"]:
         raise InputError(
-            f"{path} holds no train-*.parquet: expected shards train-*.parquet and val-*.parquet or test-*.parquet"
+            f"{path} holds no train-*.parquet: expected shards train-*.parquet "
+            "and val-*.parquet or test-*.parquet"
         )
-    train = _parquet_part(path, files["train"], split, seed)
-    official = {
-        part: _parquet_part(path, files[part], split, seed)
-        for part in ("val", "test")
-        if files[part]
-    }
-    official = {
+    train, *others = (
+        _parquet_part(path, files, split, seed) if files else None for files in shards.values()
+    )
+    held_out = {
         part: data
-        for part, data in official.items()
-        if data.labels is not None or train.labels is None
+        for part, data in zip(("val", "test"), others, strict=True)
+        if data is not None and (data.labels is not None or train.labels is None)
     }
-    if len(official) == 2:
-        return _official(train, official, split)
-    return _select(train, next(iter(official.values()), None), split, seed)
+    return _split_of(train, held_out, split, seed)
 
 
 def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> ImageDataset:
@@ -429,47 +358,48 @@ def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> Image
         ) from error
     labels = table["label"] if "label" in table.column_names else None
     if labels is not None:
-        if labels.null_count or not pa.types.is_integer(labels.type):
-            found = (
-                f"{labels.null_count} of {len(labels)} missing"
-                if labels.null_count
-                else f"{labels.type}"
-            )
+        missing, kind = labels.null_count, labels.type
+        if missing or not pa.types.is_integer(kind):
+            found = f"{missing} of {len(labels)} missing" if missing else kind
             raise InputError(
-                f"{path}: column label must be whole numbers (-1: none), got {found}: convert it, or leave it out"
+                f"{path}: column label must be whole numbers (-1: none), got {found}: "
+                "convert it, or leave it out"
             )
         labels = labels.to_numpy()
-    if labels is not None and (labels < 0).all():  # the hub's mark for withheld labels
-        labels = None
+        if (labels < 0).all():  # how the hub marks withheld labels
+            labels = None
     if not len(encoded):
         raise InputError(f"{path} holds no images in {', '.join(file.name for file in files)}")
-    return ImageDataset(
-        f"parquet:{path}", split, partial(_encoded, encoded), labels, None, seed, len(encoded)
-    )
+    load = partial(_encoded, encoded)
+    return ImageDataset(f"parquet:{path}", split, load, labels, None, seed, len(encoded))
 
 
-def to_pil(image) -> Image.Image:
-    """An RGB PIL image from a PIL image, a uint8 array (height, width[, 3]) or a tensor (3, height,
-    width) in 0..1 or uint8.
-    """
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8:
-            low, high = image.min().item(), image.max().item()
-            # What rounding leaves is fine; also says no to NaN
-            if not (low > -HALF_GREY and high < 1 + HALF_GREY):
-                raise InputError(
-                    f"expected an image tensor in 0..1 or of uint8, got {low:.3g} to {high:.3g}: do not normalise it"
-                )
-            image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-        image = image.permute(1, 2, 0).squeeze(-1).cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise InputError(
-                f"expected an image array of uint8, got {image.dtype}: scale it to 0..255"
-            )
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise InputError(
-            f"expected a PIL image, a uint8 array or a tensor, got {type(image).__name__}"
-        )
-    return image.convert("RGB")
+# How the image of a row is read: functions of the module, which loader processes can be sent
+
+
+def _kept(images: Sequence[np.ndarray], place: dict[int, int], row: int) -> Image.Image:
+    return Image.fromarray(images[place[row]])
+
+
+def _digit(pixels: np.ndarray, row: int) -> Image.Image:
+    return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def _encoded(images: Sequence, row: int) -> Image.Image:
+    return Image.open(io.BytesIO(images[row].as_py()))
+
+
+def _of_source(source: Sequence, row: int) -> Image.Image:
+    return source[row][0]
+
+
+def _of_two(first: Callable, n: int, second: Callable, row: int) -> Image.Image:
+    return first(row) if row < n else second(row - n)
+
+
+def _file(files: list[Path], row: int) -> Image.Image:
+    try:
+        with Image.open(files[row]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{files[row]} cannot be decoded as an image: {error}") from error
