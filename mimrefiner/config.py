@@ -11,14 +11,23 @@ from numbers import Integral
 from mimrefiner.errors import InputError, one_of
 
 LOSS_SCHEDULES = ("constant", "uniform decay", "staggered decay", "staggered step", "one-hot")
+PAIRINGS = ("intended", "published")
 
 
 @dataclass(frozen=True)
 class Crop:
-    """How one view is made; probabilities ``*_p``, in the order of application.
+    """How one view of an image is made, in the order of application.
 
-    ``scale`` is the share of the image's area, ``blur_sigma`` is in pixels of the crop,
-    ``solarize_p`` inverts above 128.
+    Attributes:
+        size: side of the crop in pixels.
+        scale: smallest and largest share of the image's area.
+        flip_p: probability of a horizontal flip.
+        jitter_p: probability of colour jitter, whose strengths are ``brightness``, ``contrast``,
+            ``saturation`` and ``hue``.
+        grey_p: probability of a grey view.
+        blur_p: probability of a blur.
+        blur_sigma: its smallest and largest width, in pixels of the crop.
+        solarize_p: probability that values above 128 are inverted.
     """
 
     size: int
@@ -36,17 +45,16 @@ class Crop:
 
     def __post_init__(self):
         low, high = self.scale
-        if self.size < 1 or not 0 < low <= high <= 1:
-            raise InputError(
-                f"a crop needs a size >= 1 and two shares of the area such as (0.2, 1), got {self.size}, {self.scale}"
-            )
+        _check(
+            self.size >= 1 and 0 < low <= high <= 1,
+            "a crop needs a size >= 1 and two shares of the area such as (0.2, 1), "
+            f"got {self.size}, {self.scale}",
+        )
 
 
 @dataclass(frozen=True)
 class Views:
-    """The views of one image: the global crops come first, then ``n_local`` copies of the local
-    one.
-    """
+    """The views of one image: the global crops first, then ``n_local`` copies of the local one."""
 
     global_crops: tuple[Crop, ...]
     local_crop: Crop
@@ -54,12 +62,24 @@ class Views:
 
     @property
     def crops(self) -> tuple[Crop, ...]:
+        """All crops in order."""
         return self.global_crops + (self.local_crop,) * self.n_local
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A ViT trained from scratch; sizes in pixels and channels."""
+    """A ViT that is trained from scratch.
+
+    Attributes:
+        image_size: side of the images in pixels.
+        patch_size: side of a patch in pixels.
+        dim: width of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads of every block.
+
+    >>> ViTConfig(image_size=32, patch_size=8, dim=64, depth=4)
+    ViTConfig(image_size=32, patch_size=8, dim=64, depth=4, num_heads=4)
+    """
 
     image_size: int = 32
     patch_size: int = 8
@@ -69,22 +89,36 @@ class ViTConfig:
 
     def __post_init__(self):
         _whole(1, **asdict(self))
-        if self.image_size % self.patch_size:
-            raise InputError(
-                f"image size {self.image_size} is not divisible by the patch size {self.patch_size}"
-            )
-        if self.dim % self.num_heads:
-            raise InputError(f"dim {self.dim} is not divisible by {self.num_heads} attention heads")
+        _check(
+            self.image_size % self.patch_size == 0,
+            f"image size {self.image_size} is not divisible by the patch size {self.patch_size}",
+        )
+        _check(
+            self.dim % self.num_heads == 0,
+            f"dim {self.dim} is not divisible by {self.num_heads} attention heads",
+        )
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Masked-image pre-training (stage 1).
 
-    ``method``: "simmim" (mask tokens go through the encoder, linear head; arXiv 2111.09886) or
-    "mae" (the encoder sees visible
-    patches, a decoder of ``decoder_depth`` blocks rebuilds the rest; arXiv 2111.06377).
-    ``clip_norm``: limit of the norm of all gradients together; None: no limit.
+    Attributes:
+        method: ``"simmim"`` sends mask tokens through the encoder and has a linear head (arXiv
+            2111.09886); ``"mae"`` shows the encoder visible patches, and a decoder rebuilds the
+            rest (arXiv 2111.06377).
+        mask_ratio: share of the patches that is masked.
+        decoder_depth: blocks of MAE's decoder, whose width is ``decoder_dim`` and which has
+            ``decoder_heads`` attention heads.
+        warmup_share: share of the steps in which the learning rate rises.
+        crop_scale: smallest and largest share of the image's area that a view shows.
+        flip: whether half of the views are mirrored.
+        clip_norm: limits the norm of all gradients together; None sets no limit.
+        seed: draws weights, order, views and masks.
+
+    >>> config = PretrainConfig("mae", mask_ratio=0.75, epochs=20)
+    >>> config.batch_size, config.base_lr
+    (128, 0.004)
     """
 
     method: str = "simmim"
@@ -105,52 +139,56 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        one_of("method", self.method, ("simmim", "mae"))
+        c, (low, high) = self, self.crop_scale
+        one_of("method", c.method, ("simmim", "mae"))
+        _check(0 < c.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, got {c.mask_ratio}")
         _check(
-            0 < self.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, got {self.mask_ratio}"
+            c.epochs > 0 and c.batch_size > 1,
+            f"need epochs > 0 and batch_size > 1, got {c.epochs}, {c.batch_size}",
         )
-        _check(
-            self.epochs > 0 and self.batch_size > 1,
-            f"need epochs > 0 and batch_size > 1, got {self.epochs}, {self.batch_size}",
-        )
-        _whole(0, decoder_depth=self.decoder_depth, seed=self.seed)
-        _check_seed(self.seed)
-        _whole(
-            1,
-            decoder_dim=self.decoder_dim,
-            decoder_heads=self.decoder_heads,
-            batch_size=self.batch_size,
-        )
-        low, high = self.crop_scale
+        _whole(0, decoder_depth=c.decoder_depth)
+        _whole(1, decoder_dim=c.decoder_dim, decoder_heads=c.decoder_heads)
         _check(
             0 < low <= high <= 1,
-            f"crop_scale must be two shares of the area, such as (0.2, 1), got {self.crop_scale}",
+            f"crop_scale must be two shares of the area, such as (0.2, 1), got {c.crop_scale}",
         )
         _check(
-            0 <= self.warmup_share <= 1,
-            f"warmup_share must lie between 0 and 1, got {self.warmup_share}",
+            0 <= c.warmup_share <= 1, f"warmup_share must lie between 0 and 1, got {c.warmup_share}"
         )
-        _finite(
-            epochs=self.epochs,
-            base_lr=self.base_lr,
-            min_lr=self.min_lr,
-            weight_decay=self.weight_decay,
-        )
-        _check_betas(self.betas)
-        _check_limit(self.clip_norm)
+        _finite(epochs=c.epochs, base_lr=c.base_lr, weight_decay=c.weight_decay)
+        _check_training(c)
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Refinement: stage 2 (heads only) and stage 3 (encoder and heads). Defaults: the paper's
-    ViT-L/16 recipe.
+    """Refinement: stage 2 (heads only) and stage 3 (encoder and heads).
 
-    ``blocks`` None takes the last third of the blocks. ``pairing``: see
-    :func:`mimrefiner.method.losses.pair_weights`;
-    ``loss_schedule``: of stage 3, see :func:`mimrefiner.training.optim.head_weights`.
-    ``ema_decay`` None keeps the same averaging horizon as a share of training: 1 - 1 / (0.27 *
-    steps). ``clip_norm``: limit of
-    the norm of all gradients together; None, as in the paper: no limit.
+    The defaults are the paper's recipe for ViT-L/16.
+
+    Attributes:
+        views: the crops of every image.
+        blocks: blocks with a head; None takes the last third.
+        pool: what a head reads of its block: ``"cls"`` or ``"mean"``.
+        hidden_dim: width of a projector's hidden layers; ``out_dim`` is that of its output, and
+            ``predictor_dim`` that of the predictor's hidden layer.
+        queue_size: projections that the queue holds.
+        temperature: of the softmax in the loss.
+        heads_top_k: neighbours to draw one from in stage 2; ``refine_top_k`` those in stage 3.
+        pairing: which pairs of views count, see :func:`mimrefiner.method.losses.pair_weights`.
+        loss_schedule: how the heads are weighed in stage 3, see
+            :func:`mimrefiner.training.optim.head_weights`.
+        swap_negatives: whether negatives are neighbours too (NNCLR, arXiv 2104.14548).
+        warmup_epochs: epochs of either stage in which the learning rate rises.
+        layer_decay: factor of the learning rate from block to block towards the input.
+        frozen_blocks: how many first blocks stage 3 leaves as they are.
+        ema_decay: decay of the encoder's moving average; None averages over the same share of
+            training at any length: 1 - 1 / (0.27 * steps).
+        clip_norm: limits the norm of all gradients together; None sets no limit, as in the paper.
+        seed: draws the heads' weights, order, views and neighbours.
+
+    >>> from mimrefiner.data.augment import paper_views
+    >>> RefineConfig(paper_views()).resolve_blocks(24)
+    (16, 17, 18, 19, 20, 21, 22, 23)
     """
 
     views: Views
@@ -183,71 +221,55 @@ class RefineConfig:
     seed: int = 0
 
     def __post_init__(self):
-        one_of("pool", self.pool, ("cls", "mean"))
-        one_of("pairing", self.pairing, ("intended", "published"))
-        one_of("loss_schedule", self.loss_schedule, LOSS_SCHEDULES)
-        _check(
-            0 < self.temperature < math.inf,
-            f"temperature must be > 0 and finite, got {self.temperature}",
-        )
-        for top_k in (self.heads_top_k, self.refine_top_k):
+        c, t = self, self.temperature
+        one_of("pool", c.pool, ("cls", "mean"))
+        one_of("pairing", c.pairing, PAIRINGS)
+        one_of("loss_schedule", c.loss_schedule, LOSS_SCHEDULES)
+        _check(0 < t < math.inf, f"temperature must be > 0 and finite, got {t}")
+        for top_k in (c.heads_top_k, c.refine_top_k):
             _check(
-                1 <= top_k <= self.queue_size,
-                f"top_k must be between 1 and the queue size {self.queue_size}, got {top_k}",
+                1 <= top_k <= c.queue_size,
+                f"top_k must be between 1 and the queue size {c.queue_size}, got {top_k}",
             )
         _check(
-            self.batch_size <= self.queue_size,
-            f"a batch of {self.batch_size} does not fit a queue of {self.queue_size}",
+            c.batch_size <= c.queue_size,
+            f"a batch of {c.batch_size} does not fit a queue of {c.queue_size}",
         )
         _check(
-            self.batch_size > 1,
-            f"batch_size must be at least 2 (batch norm, negatives), got {self.batch_size}",
+            c.batch_size > 1,
+            f"batch_size must be at least 2 (batch norm, negatives), got {c.batch_size}",
         )
-        _check(self.refine_epochs > 0, f"refine_epochs must be > 0, got {self.refine_epochs}")
-        _whole(0, frozen_blocks=self.frozen_blocks, seed=self.seed)
-        _check_seed(self.seed)
-        _whole(
-            1, hidden_dim=self.hidden_dim, out_dim=self.out_dim, predictor_dim=self.predictor_dim
-        )
-        _whole(1, queue_size=self.queue_size, batch_size=self.batch_size)
-        numbers = (
-            "heads_epochs",
-            "heads_base_lr",
-            "refine_epochs",
-            "refine_base_lr",
-            "min_lr",
-            "warmup_epochs",
-        )
-        _finite(
-            **{
-                name: getattr(self, name)
-                for name in (*numbers, "encoder_weight_decay", "head_weight_decay")
-            }
+        _check(c.refine_epochs > 0, f"refine_epochs must be > 0, got {c.refine_epochs}")
+        _whole(0, frozen_blocks=c.frozen_blocks)
+        _whole(1, hidden_dim=c.hidden_dim, out_dim=c.out_dim, predictor_dim=c.predictor_dim)
+        _whole(1, queue_size=c.queue_size)
+        _finite(heads_epochs=c.heads_epochs, refine_epochs=c.refine_epochs)
+        _finite(warmup_epochs=c.warmup_epochs)
+        _finite(heads_base_lr=c.heads_base_lr, refine_base_lr=c.refine_base_lr)
+        _finite(encoder_weight_decay=c.encoder_weight_decay, head_weight_decay=c.head_weight_decay)
+        _check(
+            0 < c.layer_decay <= 1, f"layer_decay must be > 0 and at most 1, got {c.layer_decay}"
         )
         _check(
-            0 < self.layer_decay <= 1,
-            f"layer_decay must be > 0 and at most 1, got {self.layer_decay}",
+            c.ema_decay is None or 0 <= c.ema_decay < 1,
+            f"ema_decay must be >= 0 and < 1, or None, got {c.ema_decay}",
         )
-        _check(
-            self.ema_decay is None or 0 <= self.ema_decay < 1,
-            f"ema_decay must be >= 0 and < 1, or None, got {self.ema_decay}",
-        )
-        _check_betas(self.betas)
-        _check_limit(self.clip_norm)
+        _check_training(c)
 
     def resolve_blocks(self, depth: int) -> tuple[int, ...]:
-        """The blocks that get a head, 0-based and sorted, checked against the encoder's ``depth``."""
+        """The blocks with a head, 0-based and sorted, checked against the encoder's ``depth``."""
         blocks = range(depth - math.ceil(depth / 3), depth) if self.blocks is None else self.blocks
         return check_blocks(blocks, depth)
 
 
-def check_blocks(blocks, depth: int) -> tuple[int, ...]:
-    """Sorted 0-based blocks, or an InputError that names the one out of range."""
-    fine = (
-        isinstance(blocks, Iterable)
-        and not isinstance(blocks, str)
-        and all(isinstance(b, Integral) for b in blocks)
-    )
+def check_blocks(blocks: Iterable[int], depth: int) -> tuple[int, ...]:
+    """Sorted 0-based blocks, or an InputError that names the one out of range.
+
+    >>> check_blocks([3, 1], depth=4)
+    (1, 3)
+    """
+    fine = isinstance(blocks, Iterable) and not isinstance(blocks, str)
+    fine = fine and all(isinstance(b, Integral) for b in blocks)
     _check(fine, f"expected 0-based blocks such as (8, 9), got {blocks!r}")
     blocks = tuple(sorted(blocks))
     _check(
@@ -262,24 +284,25 @@ def check_blocks(blocks, depth: int) -> tuple[int, ...]:
     return blocks
 
 
-def _check_seed(seed: int) -> None:
+def _check_training(c: PretrainConfig | RefineConfig) -> None:
+    """Check what both kinds of training have."""
+    _whole(0, seed=c.seed)
+    _whole(1, batch_size=c.batch_size)
     _check(
-        seed < 2**28, f"seed must be below 2^28, since steps draw from seeds made of it, got {seed}"
+        c.seed < 2**28,
+        f"seed must be below 2^28, since steps draw from seeds made of it, got {c.seed}",
+    )
+    _finite(min_lr=c.min_lr)
+    _check(
+        len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas),
+        f"betas must be two numbers >= 0 and < 1, got {c.betas}",
+    )
+    _check(
+        c.clip_norm is None or c.clip_norm > 0, f"clip_norm must be > 0 or None, got {c.clip_norm}"
     )
 
 
-def _check_limit(clip_norm: float | None) -> None:
-    _check(clip_norm is None or clip_norm > 0, f"clip_norm must be > 0 or None, got {clip_norm}")
-
-
-def _check_betas(betas: tuple[float, float]) -> None:
-    _check(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        f"betas must be two numbers >= 0 and < 1, got {betas}",
-    )
-
-
-def _whole(least: int, **values) -> None:
+def _whole(least: int, **values: int) -> None:
     for name, value in values.items():
         _check(
             isinstance(value, Integral) and value >= least,

@@ -645,7 +645,7 @@ def same_features(found, vit, digits):
 def test_processes_fill_one_cache(vit, digits, tmp_path, cached):
     outputs, codes = on_several(partial(cached, {}), tmp_path)
     assert codes == [0, 0], (tmp_path / "failed0").read_text()
-    shares = [[*range(0, 4), *range(8, 12), 16, 17], [*range(4, 8), *range(12, 16), 18, 19]]
+    shares = [[*range(4), *range(8, 12), 16, 17], [*range(4, 8), *range(12, 16), 18, 19]]
     for output, share in zip(outputs, shares, strict=True):
         assert output["extracted"].tolist() == share
         same_features(output, vit, digits)

@@ -1,5 +1,5 @@
+import logging
 import re
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +60,8 @@ def trainer(shape, train, **changes):
 def step(refiner, config, memory):
     views = [torch.randn(config.batch_size, 3, crop.size, crop.size) for crop in config.views.crops]
     with recomputed(refiner.encoder) if memory.recompute else nullcontext():
-        forward_backward(
-            refiner, views, torch.arange(config.batch_size), top_k=1, micro_batch=memory.micro_batch
-        )
+        batch = views, torch.arange(config.batch_size), None
+        forward_backward(refiner, batch, top_k=1, micro_batch=memory.micro_batch)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +282,7 @@ def test_what_saves_memory_lowers_the_estimate():
     )
 
 
-def test_training_that_will_not_fit_is_said_before_it_begins(digits, monkeypatch, capsys):
+def test_training_that_will_not_fit_is_said_before_it_begins(digits, monkeypatch, caplog):
     """With a pretended card."""
     smoke, some = mr.load_preset("smoke"), digits["train"].take(64)
     refiner = MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
@@ -291,35 +290,35 @@ def test_training_that_will_not_fit_is_said_before_it_begins(digits, monkeypatch
     needed = cost.training_bytes(shape, smoke.refine, train_encoder=True)
     assert needed > cost.training_bytes(shape, smoke.refine, train_encoder=False)
     for card in (None, 1.01 * needed):
-        monkeypatch.setattr(plan, "card_bytes", lambda device, card=card: card)
+        monkeypatch.setattr(cost, "card_bytes", lambda device, card=card: card)
         cost.warn_of_refinement(refiner, Memory())
-        assert capsys.readouterr().err == ""
-    monkeypatch.setattr(plan, "card_bytes", lambda device: 0.99 * needed)
-    monkeypatch.setattr(
-        "mimrefiner.training.refine.train_heads",
-        lambda *args, **options: print("training", file=sys.stderr),
-    )
+        assert caplog.text == ""
+    monkeypatch.setattr(cost, "card_bytes", lambda device: 0.99 * needed)
+    monkeypatch.setattr("mimrefiner.training.refine.train_heads", say_training)
     mr.refine(mr.build_vit(smoke.encoder), some, smoke.refine)
-    first, second = capsys.readouterr().err.splitlines()[:2]
+    first, second = caplog.messages[:2]
     assert first.startswith(
         "stage 3 (refinement) needs about 0.0 GiB by estimate, this GPU has 0.0"
     )
     assert "recompute activations (--recompute)" in first
     assert second == "training"
+    caplog.clear()
+    monkeypatch.setattr("mimrefiner.training.run.view_batches", say_training)
     monkeypatch.setattr(
-        "mimrefiner.training.refine.view_batches",
-        lambda *args, **options: print("training", file=sys.stderr) or [],
-    )
-    monkeypatch.setattr(
-        plan, "card_bytes", lambda device: 0.99 * cost.pretrain_bytes(shape, smoke.pretrain)
+        cost, "card_bytes", lambda device: 0.99 * cost.pretrain_bytes(shape, smoke.pretrain)
     )
     mr.pretrain(mr.build_vit(smoke.encoder), some, smoke.pretrain)
-    first, second = capsys.readouterr().err.splitlines()[:2]
+    first, second = caplog.messages[:2]
     assert first.startswith(
         "stage 1 (pre-training) needs about 0.0 GiB by estimate, this GPU has 0.0"
     )
     assert "share the model among them (--shard)" in first
     assert second == "training"
+
+
+def say_training(*_, **__):
+    logging.getLogger("mimrefiner").warning("training")
+    return []
 
 
 def test_command_line(capsys):

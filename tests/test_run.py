@@ -13,11 +13,10 @@ import mimrefiner as mr
 from mimrefiner.__main__ import main
 from mimrefiner.errors import Stopped
 from mimrefiner.models.weights import sha256_of
-from mimrefiner.training import checkpoints, refine, run
-from mimrefiner.training import refine as train
-from mimrefiner.training import run as resume
+from mimrefiner.training import checkpoints, refine
 from mimrefiner.training.checkpoints import Checkpoints, Saving
-from mimrefiner.training.run import Run
+from mimrefiner.training.optim import Stage
+from mimrefiner.training.run import TrainingRun
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import kill_and_resume
@@ -44,14 +43,14 @@ def save_steps(folder, *steps):
 
 def stop_at(monkeypatch, stage, step):
     """Have SIGTERM arrive in this process during a step."""
-    watch = run.Run.watch
+    watch = TrainingRun.watch
 
     def spy(self, now, losses):
-        if (self.stage, now) == (stage, step):
+        if (self.stage.number, now) == (stage, step):
             term()
         watch(self, now, losses)
 
-    monkeypatch.setattr(run.Run, "watch", spy)
+    monkeypatch.setattr(TrainingRun, "watch", spy)
 
 
 def term() -> None:
@@ -144,13 +143,14 @@ def test_sigterm_outside_of_a_step_is_not_lost(smoke, some, tmp_path, monkeypatc
 
     def behind(self, *args):
         end(self, *args)
-        if when == "behind the last step" and (self.stage, self._next) == (3, self.steps):
+        last = (self.stage.number, self._next) == (3, self.stage.steps)
+        if when == "behind the last step" and last:
             term()
 
-    end = run.Run.end_step
+    end = TrainingRun.end_step
     monkeypatch.setattr(Checkpoints, "save", saving)
-    monkeypatch.setattr(train, "freeze_first", between)
-    monkeypatch.setattr(run.Run, "end_step", behind)
+    monkeypatch.setattr(refine, "freeze_first", between)
+    monkeypatch.setattr(TrainingRun, "end_step", behind)
     before = signal.signal(signal.SIGTERM, lambda *_: at_once.append(1))
     try:
         encoder, how = mr.build_vit(smoke.encoder), {"saving": Saving(tmp_path)}
@@ -200,15 +200,15 @@ def test_the_last_two_are_kept(tmp_path):
     assert {file.suffix for file in tmp_path.iterdir()} == {".pt"}
 
 
-@pytest.mark.parametrize("what", ["rename", "_digest"])
-def test_a_full_disk_after_writing_ends_nothing(tmp_path, capsys, monkeypatch, what):
+@pytest.mark.parametrize("what", ["rename", "digest_of"])
+def test_a_full_disk_after_writing_ends_nothing(tmp_path, caplog, monkeypatch, what):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     store = save_steps(tmp_path, 1)
-    monkeypatch.setattr(Path if what == "rename" else resume, what, full)
+    monkeypatch.setattr(Path if what == "rename" else checkpoints, what, full)
     store.save({**STATE, "step": 2})
-    assert "step 2 not written" in capsys.readouterr().err
+    assert "step 2 not written" in caplog.text
     monkeypatch.undo()
     assert store.newest()["step"] == 1
 
@@ -241,7 +241,7 @@ def test_the_history_is_beside_the_checkpoints(smoke, some, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
-def test_a_damaged_checkpoint_is_refused_and_said(tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_refused_and_said(tmp_path, caplog, damage):
     store = save_steps(tmp_path, 1, 2)
     content = bytearray(store.files()[-1].read_bytes())
     if damage == "truncated":
@@ -250,24 +250,21 @@ def test_a_damaged_checkpoint_is_refused_and_said(tmp_path, capsys, damage):
         content[len(content) // 2] ^= 1
     store.files()[-1].write_bytes(content)
     assert store.newest()["step"] == 1
-    assert "stage2-step00000002" in (said := capsys.readouterr().err) and "is damaged" in said
+    assert "stage2-step00000002" in caplog.text and "is damaged" in caplog.text
 
 
-def test_damaged_checkpoints_do_not_crowd_out_new_ones(tmp_path, capsys):
+def test_damaged_checkpoints_do_not_crowd_out_new_ones(tmp_path, caplog):
     """Those of later steps, found damaged, no longer count among the last ones."""
     store = save_steps(tmp_path, 1, 5, 6)
     for file in store.files():
         file.write_bytes(b"half")
     assert store.newest() is None
-    assert (
-        len(list(tmp_path.glob("*.damaged"))) == 2
-        and capsys.readouterr().err.count(".damaged") == 2
-    )
+    assert len(list(tmp_path.glob("*.damaged"))) == caplog.text.count(".damaged") == 2
     save_steps(tmp_path, 2, 3)
     assert store.newest()["step"] == 3
 
 
-def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, caplog, monkeypatch):
     store = save_steps(tmp_path, 1, 2)
     before = {file.name: file.read_bytes() for file in store.files()}
 
@@ -278,7 +275,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     store.save({**STATE, "step": 3})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    assert "step 3 not written" in (said := capsys.readouterr().err) and "No space left" in said
+    assert "step 3 not written" in caplog.text and "No space left" in caplog.text
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path):
@@ -332,19 +329,21 @@ def test_nan_names_head_and_step_and_keeps_the_last_good_checkpoint(
 
 
 def test_nan_names_the_earliest_step_and_advice_that_can_be_followed(smoke):
-    run = Run(None, {})
-    run.begin(2, 9)
+    run, model = TrainingRun(), torch.nn.Linear(1, 1)
+    stage = Stage(2, 9, images=8, batch_size=4, warmup=0, base_lr=1.0, min_lr=0.0, blocks=(5, 7))
+    run.begin(stage, model=model, optimizer=None)
     for step, losses in enumerate([[1, 1], [1, float("nan")], [float("inf"), 1]]):
         run.watch(step, torch.tensor(losses))
     with pytest.raises(
-        FloatingPointError, match=r"at step 1 in B: start again .* raise the temperature"
+        FloatingPointError,
+        match=r"at step 1 in the head on block 7 .*: start again .* raise the temperature",
     ) as caught:
-        run.check_finite([" in A", " in B"])
+        run.check_finite()
     assert "checkpoint" not in str(caught.value)
-    run.begin(1, 9)
+    run.begin(replace(stage, number=1, blocks=()), model=model, optimizer=None)
     run.watch(0, torch.tensor([float("nan")]))
     with pytest.raises(FloatingPointError, match="at step 0: ") as caught:
-        run.check_finite([""])
+        run.check_finite()
     assert "temperature" not in str(caught.value)
 
 
@@ -377,7 +376,7 @@ def test_sigterm_means_what_it_did_after_training(smoke, some):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys):
+def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
     arguments = [
         "refine",
@@ -405,12 +404,16 @@ def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys
         "encoder.safetensors",
         "epochs.csv",
         "history.csv",
-        "settings.json",
+        "manifest.json",
     ]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
     (tmp_path / "out" / "checkpoints").mkdir()  # as a kill before their removal leaves them
     assert main([*arguments, "--resume"]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "is finished" in caplog.text
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
     assert main([*arguments, "--resume", "--seed", "1"]) == 2
     assert "holds a finished run with other settings (seed" in capsys.readouterr().err
+    history = tmp_path / "out" / "history.csv"
+    history.write_bytes(history.read_bytes()[:-1])
+    assert main([*arguments, "--resume"]) == 2
+    assert "but history.csv is missing or changed" in capsys.readouterr().err

@@ -10,8 +10,7 @@ import mimrefiner as mr
 from mimrefiner import files
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.study import store
-from mimrefiner.training import refine
-from mimrefiner.training import refine as train
+from mimrefiner.training import run
 
 
 @pytest.fixture
@@ -62,12 +61,12 @@ def test_the_control_spends_the_computation_of_refinement(preset):
     assert store.is_stored("pretrained_longer", preset)
 
 
-def test_a_damaged_entry_is_announced_and_trained_again(preset, capsys):
+def test_a_damaged_entry_is_announced_and_trained_again(preset, caplog):
     before = sha256_of(store.pretrained(preset).encoder)
     (file,) = files.cache_folder().glob("pretrain-*/model.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     assert sha256_of(store.pretrained(preset).encoder) == before
-    assert "model.safetensors is missing or changed" in capsys.readouterr().err
+    assert "model.safetensors is missing or changed" in caplog.text
 
 
 def test_a_stopped_training_leaves_nothing(preset, monkeypatch):
@@ -93,7 +92,7 @@ def test_asking_what_is_stored_trains_nothing(preset, monkeypatch):
 TRAIN_AND_SAY = """
 import sys
 import mimrefiner as mr
-from mimrefiner import store, train
+from mimrefiner.study import store
 real = store.pretrain
 store.pretrain = lambda *args, **kwargs: (print("trained", flush=True), real(*args, **kwargs))[1]
 print("ready", flush=True)
@@ -118,7 +117,7 @@ def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
     whole = store.pretrained(preset)
     monkeypatch.setenv("MIMREFINER_CACHE", str(files.cache_folder().parent / "other"))
     monkeypatch.setattr(store, "Saving", functools.partial(store.Saving, every=2))
-    set_lr, steps = refine.set_lr, []
+    set_lr, steps = run.set_lr, []
 
     def cut(*args):
         steps.append(len(steps))
@@ -126,7 +125,7 @@ def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
             raise KeyboardInterrupt
         return set_lr(*args)
 
-    monkeypatch.setattr(train, "set_lr", cut)
+    monkeypatch.setattr(run, "set_lr", cut)
     with pytest.raises(KeyboardInterrupt):
         store.pretrained(preset)
     resumed = store.pretrained(preset)

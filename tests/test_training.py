@@ -13,14 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimrefiner as mr
-from mimrefiner import distributed
-from mimrefiner.data.augment import DRAWS, paper_views, photometric
+from mimrefiner.data.augment import paper_views
+from mimrefiner.data.views import DRAWS, photometric
 from mimrefiner.errors import Stopped
 from mimrefiner.models.masked import build_masked_model, random_mask
 from mimrefiner.models.weights import sha256_of
-from mimrefiner.training import engine, optim, refine, run
+from mimrefiner.training import engine, optim, refine
 from mimrefiner.training.checkpoints import Saving
+from mimrefiner.training.memory import Memory, recomputed
 from mimrefiner.training.refine import forward_backward
+from mimrefiner.training.run import TrainingRun
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_frozen_blocks_stay_and_keep_no_graph(smoke, some):
             ("blocks.0.", "blocks.1.")
         )
         assert torch.equal(x, result.encoder.state_dict()[name]) == frozen, name
-    refine.freeze_first(encoder, 2)
+    optim.freeze_first(encoder, 2)
     outputs = []
     encoder.blocks[1].register_forward_hook(lambda m, i, o: outputs.append(o))
     encoder(torch.randn(1, 3, 32, 32))
@@ -120,7 +122,7 @@ def test_layer_decay_scales_follow_the_official_formula(smoke):
     biases: no weight decay.
     """
     encoder = mr.build_vit(smoke.encoder)
-    groups = refine.layer_decay_groups(encoder, 0.05, 0.65)
+    groups = optim.layer_decay_groups(encoder, 0.05, 0.65)
     settings = {
         id(x): (group["lr_scale"], group["weight_decay"])
         for group in groups
@@ -186,7 +188,7 @@ def test_each_stage_gives_its_optimizer_the_recipes_groups(smoke, some, monkeypa
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
-    rates = [refine.cosine_lr(step, 100, 10, 1.0, 1e-6) for step in range(100)]
+    rates = [optim.cosine_lr(step, 100, 10, 1.0, 1e-6) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0
     assert all(a < b for a, b in pairwise(rates[:11]))
@@ -205,7 +207,7 @@ def test_moving_average_is_that_of_the_weights(smoke, some, monkeypatch):
         seen.append(model.norm.bias.detach().clone())
         update(average, model, decay)
 
-    monkeypatch.setattr(distributed, "update_average", spy)
+    monkeypatch.setattr(optim, "update_average", spy)
     ema, _, _ = refine.refine_encoder(refiner, some)
     average = seen[0]
     for x in seen[1:]:
@@ -307,7 +309,7 @@ def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
             photometric(torch.empty(16, 3, c.size, c.size, device="meta"), c, draws)
             for c in config.views.crops
         ]
-        forward_backward(refiner, views, index, index, top_k=4, generator=torch.Generator())
+        forward_backward(refiner, (views, index, index), top_k=4, generator=torch.Generator())
         engine.clip_gradients(refiner.parameters(), 1.0)
         optim.update_average(average, refiner.encoder, 0.9)
         for model in models:
@@ -321,7 +323,7 @@ def test_sigterm_to_all_processes_spares_the_loaders(smoke, some, tmp_path, monk
     the state is saved.
     """
     # Others: of trainings that failed in earlier tests
-    watch, loaders, others = (run.Run.watch, [], torch.multiprocessing.active_children())
+    watch, loaders, others = (TrainingRun.watch, [], torch.multiprocessing.active_children())
 
     def spy(self, step, losses):
         if step == 2:
@@ -338,7 +340,7 @@ def test_sigterm_to_all_processes_spares_the_loaders(smoke, some, tmp_path, monk
                 loader.join(0.5)
         watch(self, step, losses)
 
-    monkeypatch.setattr(run.Run, "watch", spy)
+    monkeypatch.setattr(TrainingRun, "watch", spy)
     with pytest.raises(Stopped, match="stopped at stage 1, step 3; resume from"):
         mr.pretrain(
             mr.build_vit(smoke.encoder),
@@ -351,9 +353,9 @@ def test_sigterm_to_all_processes_spares_the_loaders(smoke, some, tmp_path, monk
 
 
 def test_default_horizon_of_the_average_is_a_share_of_training(smoke):
-    assert refine.ema_decay(smoke.refine, 1000) == pytest.approx(1 - 1 / 270)
-    assert refine.ema_decay(replace(smoke.refine, ema_decay=0.9999), 1000) == 0.9999
-    assert refine.ema_decay(smoke.refine, 1) == 0
+    assert optim.ema_decay(smoke.refine, 1000) == pytest.approx(1 - 1 / 270)
+    assert optim.ema_decay(replace(smoke.refine, ema_decay=0.9999), 1000) == 0.9999
+    assert optim.ema_decay(smoke.refine, 1) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_training(smoke, some):
@@ -368,20 +370,18 @@ def test_pretraining_goes_on_from_a_model(smoke, some):
     assert sha256_of(more.encoder) != sha256_of(first.encoder)
 
 
-@pytest.mark.parametrize(
-    "memory", [refine.Memory(micro_batch=5), refine.Memory(recompute=True), refine.Memory(3, True)]
-)
+@pytest.mark.parametrize("memory", [Memory(micro_batch=5), Memory(recompute=True), Memory(3, True)])
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_saving_memory_changes_no_gradient(smoke, memory, frozen):
     config = replace(smoke.refine, batch_size=16)
     views = [torch.randn(16, 3, crop.size, crop.size) for crop in config.views.crops]
     results = []
-    for how in (refine.Memory(), memory):
+    for how in (Memory(), memory):
         refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).train()
-        refine.freeze_first(refiner.encoder, frozen)
-        with refine.recomputed(refiner.encoder) if how.recompute else nullcontext():
+        optim.freeze_first(refiner.encoder, frozen)
+        with recomputed(refiner.encoder) if how.recompute else nullcontext():
             result = forward_backward(
-                refiner, views, torch.arange(16), top_k=1, micro_batch=how.micro_batch
+                refiner, (views, torch.arange(16), None), top_k=1, micro_batch=how.micro_batch
             )
         grads = {name: x.grad for name, x in refiner.named_parameters() if x.grad is not None}
         results.append({"loss": result.loss.detach(), **grads, **dict(refiner.named_buffers())})
@@ -397,7 +397,7 @@ def test_recomputing_keeps_the_input_of_every_block_only(smoke):
     for on in (False, True):
         saved = []
         with (
-            refine.recomputed(encoder) if on else nullcontext(),
+            recomputed(encoder) if on else nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(
                 lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x
             ),
@@ -414,7 +414,7 @@ def test_micro_batches_bound_what_the_encoder_sees(smoke):
     seen, rows = [], []
     refiner.encoder.patch_embed.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
     refiner.heads.projector[1].register_forward_hook(lambda m, i, o: rows.append(len(i[0])))
-    forward_backward(refiner, views, torch.arange(16), top_k=1, micro_batch=4)
+    forward_backward(refiner, (views, torch.arange(16), None), top_k=1, micro_batch=4)
     assert max(seen) == 4 * 2  # two crops of one size pass together
     assert rows == [16 * 4]
 
@@ -423,22 +423,20 @@ def test_micro_batches_refuse_patches_left_out_at_random(smoke):
     encoder = mr.build_vit(smoke.encoder)
     encoder.patch_drop = PatchDropout(0.5)
     refiner = mr.MIMRefiner(encoder, smoke.refine)
+    batch = [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), None
     with pytest.raises(mr.InputError, match="without dropout"):
-        forward_backward(
-            refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4
-        )
+        forward_backward(refiner, batch, top_k=1, micro_batch=4)
 
 
 def test_micro_batches_refuse_what_two_passes_would_change(smoke):
     encoder = mr.build_vit(smoke.encoder)
     encoder.blocks[0].mlp.drop1.p = 0.1
     refiner = mr.MIMRefiner(encoder, smoke.refine)
+    batch = [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), None
     with pytest.raises(mr.InputError, match="without dropout"):
-        forward_backward(
-            refiner, [torch.randn(8, 3, 32, 32)] * 4, torch.arange(8), top_k=1, micro_batch=4
-        )
+        forward_backward(refiner, batch, top_k=1, micro_batch=4)
     with pytest.raises(mr.InputError, match="micro_batch must be at least 1"):
-        refine.Memory(micro_batch=0)
+        Memory(micro_batch=0)
 
 
 def test_too_little_memory_comes_with_advice(smoke, some, monkeypatch):
@@ -453,7 +451,8 @@ def test_too_little_memory_comes_with_advice(smoke, some, monkeypatch):
 def test_a_head_of_weight_zero_teaches_nothing(smoke):
     refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
     views = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)]
-    forward_backward(refiner, views, torch.arange(16), top_k=1, weights=torch.tensor([0.0, 1.0]))
+    weights = torch.tensor([0.0, 1.0])
+    forward_backward(refiner, (views, torch.arange(16), None), top_k=1, weights=weights)
     gradient = refiner.heads.predictor[0].weight.grad  # (heads, in, out)
     assert gradient[0].abs().max() == 0 and gradient[1].abs().max() > 0
 

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimrefiner.config import PAIRINGS
 from mimrefiner.errors import InputError
-
-PAIRINGS = ("intended", "published")
 
 
 def nna_loss(

@@ -1,35 +1,28 @@
-"""Trained models by content: what was trained once with the same settings, data and code is loaded,
-not trained again.
+"""Trained models by content: what was trained once is loaded, and not trained again.
 
-Every entry is a folder named by the hash of all that determines it. It is written aside, renamed
-when whole, and carries the hashes of its files; a damaged entry is announced and built anew. A lock
-per entry lets one process train while others that need the same model wait for it. Training that
-was cut off goes on where its last checkpoint was written. The folder is ``$MIMREFINER_CACHE``,
-default ``~/.cache/mimrefiner``.
+Every model is an :class:`~mimrefiner.files.Entry` of the folder ``$MIMREFINER_CACHE`` (default
+``~/.cache/mimrefiner``), named by the hash of all that decides its weights: settings, data, the
+number of the training code's arithmetic, torch and the kind of device. One process trains while
+others that need the same model wait for it. A training that was cut off goes on where its last
+checkpoint was written.
 
 With a ``paper-*`` preset nothing is trained: the released weights stand for the stages, and the
 data are ImageNet-1K in the folder ``$MIMREFINER_IMAGENET`` (and those of ``natural`` presets
 Tiny-ImageNet in ``$MIMREFINER_TINY_IMAGENET``).
 """
 
-import copy
-import dataclasses
-import hashlib
-import json
 import math
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from mimrefiner import distributed
@@ -37,19 +30,19 @@ from mimrefiner.config import PretrainConfig
 from mimrefiner.data.datasets import ImageDataset, data_hash
 from mimrefiner.device import default_device, loader_workers
 from mimrefiner.errors import InputError
-from mimrefiner.files import cache_folder
+from mimrefiner.files import Entry, cache_folder, write_csv
 from mimrefiner.models.catalogue import BY_NAME
-from mimrefiner.models.encoders import build_vit, load_encoder
-from mimrefiner.models.masked import build_masked_model
+from mimrefiner.models.encoders import build_vit, load_encoder, random_twin
+from mimrefiner.models.masked import SimMIM, build_masked_model
 from mimrefiner.models.weights import save_encoder
 from mimrefiner.study.presets import PAPER_MODELS, Preset, load_split
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.finetune import FinetuneResult, finetune
 from mimrefiner.training.pretrain import PretrainResult, pretrain
 from mimrefiner.training.refine import RefineResult, refine, refinement_flops
-from mimrefiner.training.run import NUMERICS
+from mimrefiner.training.run import HISTORY_FILE, NUMERICS
 
-# preset -> names, in the table of models, of the released weights before and after refinement
+# preset -> names, in the catalogue, of the released weights before and after refinement
 PUBLISHED = {
     f"paper-{model}": (model.replace("-", "_"), model.replace("-", "_refined_"))
     for model in PAPER_MODELS
@@ -67,72 +60,46 @@ def is_published(preset: Preset) -> bool:
 
 
 def pretrained(preset: Preset) -> PretrainResult:
-    """The preset's encoder after stage 1. Released weights come without decoder (``model`` None),
-    history and cost (nan).
+    """The preset's encoder after stage 1.
+
+    Released weights come without decoder (``model`` None), history and cost (nan).
     """
     if is_published(preset):
         return PretrainResult(None, _released(preset, 0), pd.DataFrame(), math.nan, math.nan)
-    train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain}
     encoder = build_vit(preset.encoder, seed=preset.pretrain.seed)
-
-    def train(saving: Saving) -> PretrainResult:
-        return pretrain(
-            encoder,
-            _at_hand(train_set),
-            preset.pretrain,
-            num_workers=loader_workers(),
-            saving=saving,
-        )
-
-    return _cached_pretrain("pretrain", settings, train_set, encoder, preset, train)
+    return _pretrained("pretrain", preset, settings, encoder, preset.pretrain)
 
 
 def refined(preset: Preset) -> RefineResult:
-    """The preset's encoder after stages 2 and 3. Released weights are one set, given as raw and as
-    EMA, without history.
+    """The preset's encoder after stages 2 and 3.
+
+    Released weights are one set, given as raw and as EMA, without history and cost.
     """
     if is_published(preset):
         encoder = _released(preset, 1)
         return RefineResult(encoder, encoder, pd.DataFrame(), math.nan, math.nan)
-    train_set = load_split(preset, "train")
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "refine": preset.refine}
+    names = ("encoder", "ema_encoder")
 
-    def train(folder: Path, saving: Saving) -> dict:
-        result = refine(
-            pretrained(preset).encoder,
-            _at_hand(train_set),
-            preset.refine,
-            num_workers=loader_workers(),
-            saving=saving,
-        )
-        save_encoder(result.encoder, folder / "encoder.safetensors")
-        save_encoder(result.ema_encoder, folder / "ema_encoder.safetensors")
-        result.history.to_csv(folder / "history.csv", index=False)
-        return {"flops": result.flops, "seconds": result.seconds}
+    def train(folder: Path, how: dict) -> dict:
+        result = refine(pretrained(preset).encoder, config=preset.refine, **how)
+        return _write(result, folder, names)
 
-    folder, facts = _entry("refine", settings, train_set, train)
-    encoders = [load_encoder(folder / f"{name}.safetensors") for name in ("encoder", "ema_encoder")]
+    folder, facts = _stored("refine", preset, settings, train)
+    encoders = [load_encoder(folder / f"{name}.safetensors") for name in names]
     return RefineResult(*encoders, _read_history(folder), facts["flops"], facts["seconds"])
 
 
 def untrained(preset: Preset) -> nn.Module:
     """An encoder like the preset's with random weights, drawn from the preset's seed."""
-    if not is_published(preset):
-        return build_vit(preset.encoder, seed=preset.pretrain.seed)
-    encoder = copy.deepcopy(pretrained(preset).encoder)
-    generator = torch.Generator().manual_seed(preset.pretrain.seed)
-    for name, x in encoder.named_parameters():
-        if x.ndim > 1:
-            nn.init.trunc_normal_(x, std=0.02, generator=generator)
-        else:
-            nn.init.constant_(x, float(name.endswith("weight")))  # of norms; biases are 0
-    return encoder
+    if is_published(preset):
+        return random_twin(pretrained(preset).encoder, preset.pretrain.seed)
+    return build_vit(preset.encoder, seed=preset.pretrain.seed)
 
 
 def pretrained_longer(preset: Preset) -> PretrainResult:
-    """The control: the FLOPs of refinement spent on more masked pre-training instead, in a new
-    learning-rate cycle.
+    """The control: the FLOPs of refinement, spent on another cycle of masked pre-training.
 
     Raises:
         InputError: a preset of released weights, which have no such control.
@@ -141,88 +108,53 @@ def pretrained_longer(preset: Preset) -> PretrainResult:
         raise InputError(
             f"preset {preset.name} has no longer pre-trained control: nobody has released one"
         )
-    first, train_set = pretrained(preset), load_split(preset, "train")
-    known = is_stored("refined", preset)  # else counted, so that both can be trained side by side
-    flops = (
-        refined(preset).flops
-        if known
-        else refinement_flops(first.encoder, train_set, preset.refine)
-    )
+    first = pretrained(preset)
+    if is_stored("refined", preset):
+        flops = refined(preset).flops
+    else:  # counted, so that both can be trained side by side
+        flops = refinement_flops(first.encoder, load_split(preset, "train"), preset.refine)
     config = longer(preset.pretrain, flops / first.flops)
     settings = {"encoder": preset.encoder, "pretrain": preset.pretrain, "longer": config}
-
-    def train(saving: Saving) -> PretrainResult:
-        return pretrain(
-            first.encoder,
-            _at_hand(train_set),
-            config,
-            start_from=first.model,
-            num_workers=loader_workers(),
-            saving=saving,
-        )
-
-    return _cached_pretrain("longer", settings, train_set, first.encoder, preset, train)
+    return _pretrained("longer", preset, settings, first.encoder, config, first.model)
 
 
 def longer(config: PretrainConfig, share: float) -> PretrainConfig:
-    """``share`` of a pre-training again, with other views and masks."""
+    """A pre-training that is ``share`` as long as ``config``, with other views and masks."""
     return replace(config, epochs=share * config.epochs, seed=config.seed + 1000)
 
 
 def finetuned(preset: Preset, base_lr: float) -> FinetuneResult:
-    """The control with labels: the FLOPs of refinement spent on fine-tuning the encoder after stage
-    1 by cross-entropy, with the settings of refinement but for the learning rate.
+    """The control with labels: the FLOPs of refinement, spent on fine-tuning by cross-entropy.
+
+    Args:
+        preset: gives the encoder after stage 1 and the settings of refinement, which are those of
+            fine-tuning but for the learning rate.
+        base_lr: the highest learning rate, for 256 images.
     """
-    first, flops, config = (
-        pretrained(preset),
-        refined(preset).flops,
-        replace(preset.refine, refine_base_lr=base_lr),
-    )
-    train_set = load_split(preset, "train")
-    settings = {
-        "encoder": preset.encoder,
-        "pretrain": preset.pretrain,
-        "finetune": config,
-        "flops": flops,
-    }
+    first, flops = pretrained(preset), refined(preset).flops
+    config = replace(preset.refine, refine_base_lr=base_lr)
+    settings = {"encoder": preset.encoder, "pretrain": preset.pretrain}
+    settings |= {"finetune": config, "flops": flops}
 
-    def train(folder: Path, saving: Saving) -> dict:
-        result = finetune(
-            first.encoder,
-            _at_hand(train_set),
-            config,
-            flops=flops,
-            num_workers=loader_workers(),
-            saving=saving,
-        )
-        save_encoder(result.encoder, folder / "encoder.safetensors")
-        result.history.to_csv(folder / "history.csv", index=False)
-        return {"epochs": result.epochs, "flops": result.flops, "seconds": result.seconds}
+    def train(folder: Path, how: dict) -> dict:
+        result = finetune(first.encoder, config=config, flops=flops, **how)
+        return {"epochs": result.epochs, **_write(result, folder, ("encoder",))}
 
-    folder, facts = _entry("finetune", settings, train_set, train)
-    numbers = (facts[name] for name in ("epochs", "flops", "seconds"))
-    return FinetuneResult(
-        load_encoder(folder / "encoder.safetensors"), _read_history(folder), *numbers
-    )
+    folder, facts = _stored("finetune", preset, settings, train)
+    encoder, history = load_encoder(folder / "encoder.safetensors"), _read_history(folder)
+    return FinetuneResult(encoder, history, facts["epochs"], facts["flops"], facts["seconds"])
 
 
-def _at_hand(train_set: ImageDataset) -> ImageDataset:
-    """In memory where a GPU trains, which cuts its own crops then; what presets train on here are
-    small images.
-    """
-    return train_set.in_memory() if default_device().type == "cuda" else train_set
-
-
-MODELS = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
+TRAINED = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
 
 
 def is_stored(model: str, preset: Preset) -> bool:
-    """Whether ``MODELS[model](preset)`` would load and not train."""
+    """Whether ``TRAINED[model](preset)`` would load and not train."""
     if is_published(preset):
         return True
     token = _may_train.set(False)
     try:
-        MODELS[model](preset)
+        TRAINED[model](preset)
     except _NotStoredError:
         return False
     finally:
@@ -237,130 +169,92 @@ def _released(preset: Preset, stage: int) -> nn.Module:
     except InputError as error:
         file = f"$MIMREFINER_CACHE/weights/{name}{Path(BY_NAME[name].url).suffix}"
         raise InputError(
-            f"preset {preset.name} needs the released weights {name} ({error}), or put them at {file}"
+            f"preset {preset.name} needs the released weights {name} ({error}), "
+            f"or put them at {file}"
         ) from error
 
 
-def _cached_pretrain(
+def _pretrained(
     kind: str,
-    settings: dict,
-    train_set: ImageDataset,
-    encoder: nn.Module,
     preset: Preset,
-    run: Callable[[Saving], PretrainResult],
+    settings: dict,
+    encoder: nn.Module,
+    config: PretrainConfig,
+    start_from: SimMIM | None = None,
 ) -> PretrainResult:
-    def train(folder: Path, saving: Saving) -> dict:
-        result = run(saving)
+    def train(folder: Path, how: dict) -> dict:
+        result = pretrain(encoder, config=config, start_from=start_from, **how)
         safetensors.torch.save_file(result.model.state_dict(), folder / "model.safetensors")
-        result.history.to_csv(folder / "history.csv", index=False)
-        return {"flops": result.flops, "seconds": result.seconds}
+        return _write(result, folder, ())
 
-    folder, facts = _entry(kind, settings, train_set, train)
+    folder, facts = _stored(kind, preset, settings, train)
     model = build_masked_model(encoder, preset.pretrain)
     model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    return PretrainResult(
-        model.eval(), model.encoder, _read_history(folder), facts["flops"], facts["seconds"]
-    )
+    history = _read_history(folder)
+    return PretrainResult(model.eval(), model.encoder, history, facts["flops"], facts["seconds"])
 
 
-def _entry(
-    kind: str, settings: dict, data: ImageDataset, train: Callable[[Path, Saving], dict]
+def _write(
+    result: PretrainResult | RefineResult | FinetuneResult, folder: Path, encoders: tuple[str, ...]
+) -> dict:
+    """Write encoders, by attribute, and the history; the facts that go into the manifest."""
+    for name in encoders:
+        save_encoder(getattr(result, name), folder / f"{name}.safetensors")
+    write_csv(result.history, folder / HISTORY_FILE)
+    return {"flops": result.flops, "seconds": result.seconds}
+
+
+def _read_history(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / HISTORY_FILE)
+
+
+def _stored(
+    kind: str, preset: Preset, settings: dict, train: Callable[[Path, dict], dict]
 ) -> tuple[Path, dict]:
-    """The folder of an entry and the facts in its manifest; trained now if it is not there."""
+    """An entry's folder and facts; it is trained now if it is not there.
+
+    Args:
+        kind: the name of what is trained.
+        preset: gives the images that it is trained on.
+        settings: all that decides the weights beside data, code and device.
+        train: trains with these keyword arguments (``dataset``, ``saving`` and so on), writes into
+            the folder and returns the facts.
+    """
+    dataset = load_split(preset, "train")
     described = {
         "kind": kind,
-        "settings": {
-            name: asdict(x) if dataclasses.is_dataclass(x) else x for name, x in settings.items()
-        },
-        "data": data_hash(data),
+        "settings": {name: asdict(x) if is_dataclass(x) else x for name, x in settings.items()},
+        "data": data_hash(dataset),
         "numerics": NUMERICS,
         "torch": torch.__version__,
         "device": default_device().type,
     }
-    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{kind}-{key}"
-    if _is_stored(folder):
-        return folder, _stored_facts(folder)
-    if not _may_train.get():
-        raise _NotStoredError(folder.name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder) if distributed.rank() == 0 else nullcontext():
-        if not _is_stored(folder):  # else trained by another process while this one waited
-            _train_entry(folder, described, train)
-    return folder, _stored_facts(folder)
+    entry = Entry.named(cache_folder(), kind, described)
+    facts = distributed.from_first(entry.facts)
+    if facts is None and not _may_train.get():
+        raise _NotStoredError(entry.folder.name)
+    if facts is None:
+        with entry.locked() if distributed.rank() == 0 else nullcontext():
+            facts = distributed.from_first(entry.facts)  # perhaps by now of another process
+            if facts is None:
+                facts = _train(entry, dataset, train)
+    return entry.folder, facts
 
 
-def _is_stored(folder: Path) -> bool:
-    """Of a group of processes that train together the first one looks, so that all agree."""
-    return distributed.any_process(distributed.rank() == 0 and _stored_facts(folder) is not None)
-
-
-def _train_entry(folder: Path, described: dict, train: Callable[[Path, Saving], dict]) -> None:
-    unfinished = folder.parent / "unfinished" / folder.name
+def _train(entry: Entry, dataset: ImageDataset, train: Callable[[Path, dict], dict]) -> dict:
+    """Fill ``entry`` with all processes of a group, of which the first one writes; its facts."""
+    unfinished = entry.folder.parent / "unfinished" / entry.folder.name
+    if default_device().type == "cuda":  # a GPU cuts its own crops, and presets' images are small
+        dataset = dataset.in_memory()
+    how = {"dataset": dataset, "num_workers": loader_workers()}
+    how["saving"] = Saving(unfinished, resume=True)
+    facts = None
     if distributed.rank() > 0:
-        with tempfile.TemporaryDirectory() as temporary:
-            train(Path(temporary), Saving(unfinished, resume=True))
-        distributed.any_process(False)  # until the first one has written the entry
-        return
-    # Of a process that was killed: the lock says nobody trains this now
-    for left_over in folder.parent.glob(f".{folder.name}-*"):
-        shutil.rmtree(left_over)
-    if folder.exists():
-        print(f"{folder} is damaged ({_damage(folder)}): training again", file=sys.stderr)
-        shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        part = Path(temporary) / "entry"
-        part.mkdir()
-        facts = train(part, Saving(unfinished, resume=True))
-        files = {file.name: _file_hash(file) for file in sorted(part.iterdir())}
-        (part / "manifest.json").write_text(
-            json.dumps({**described, **facts, "files": files}, indent=2)
-        )
-        part.rename(folder)
-    shutil.rmtree(unfinished)
-    distributed.any_process(False)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process trains an entry at a time; the operating system frees the lock of a process that
-    dies.
-    """
-    lock = FileLock(folder.parent / "locks" / f"{folder.name}.lock")
-    Path(lock.lock_file).parent.mkdir(exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process trains {folder.name}: waiting for it", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _stored_facts(folder: Path) -> dict | None:
-    """The manifest of a whole entry, None where there is none or a damaged one."""
-    if not folder.exists() or _damage(folder):
-        return None
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def _damage(folder: Path) -> str | None:
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"no readable manifest: {error}"
-    for name, expected in files.items():
-        if not (folder / name).is_file() or _file_hash(folder / name) != expected:
-            return f"{name} is missing or changed"
-    return None
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_history(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "history.csv")
+        with tempfile.TemporaryDirectory() as folder:
+            train(Path(folder), how)
+    else:
+        with entry.filled_aside() as folder:
+            facts = train(folder, how)
+            entry.finish(folder, facts)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return distributed.from_first(lambda: facts)  # and the others wait until it is written

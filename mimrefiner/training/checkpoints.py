@@ -1,16 +1,17 @@
 """Checkpoints of the whole state of a training."""
 
-import hashlib
+import logging
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mimrefiner.errors import InputError
-from mimrefiner.files import atomic_file, goes_on_without
+from mimrefiner.files import atomic_file, goes_on_without, sha256_of_file
+
+logger = logging.getLogger(__name__)
 
 KEEP = 2
 NAME = re.compile(r"stage(\d)-step(\d{8})-([0-9a-f]{16})\.pt")
@@ -47,13 +48,14 @@ class Checkpoints:
             file.unlink()
 
     def files(self) -> list[Path]:
-        """Oldest first."""
+        """The checkpoints' files, oldest first."""
         found = [file for file in self.folder.glob("stage*.pt") if NAME.fullmatch(file.name)]
         return sorted(found, key=lambda file: NAME.fullmatch(file.name).groups()[:2])
 
     def save(self, state: dict) -> None:
-        """Write ``state`` aside, rename it when it is whole and on disk, then drop all but the
-        newest. A full disk is said, and loses no earlier checkpoint.
+        """Write ``state`` aside, rename it when it is whole and on disk, then drop old ones.
+
+        A full disk is reported; training goes on, and the earlier checkpoints stay.
         """
         aside = self.folder / "writing.pt"
         with goes_on_without(f"checkpoint at step {state['step']}", "earlier ones are kept"):
@@ -61,24 +63,25 @@ class Checkpoints:
                 torch.save(state, temporary)
                 with temporary.open("rb+") as stream:
                     os.fsync(stream.fileno())
-            aside.rename(
-                self.folder / f"stage{state['stage']}-step{state['step']:08d}-{digest_of(aside)}.pt"
-            )
+            name = f"stage{state['stage']}-step{state['step']:08d}-{digest_of(aside)}.pt"
+            aside.rename(self.folder / name)
             for file in self.files()[:-KEEP]:
                 file.unlink(missing_ok=True)
 
     def newest_file(self) -> Path | None:
-        """The newest valid checkpoint, None where there is none. Damaged ones are named and
-        renamed: as ``*.damaged`` they no longer count among the newest, for which new ones would be
-        dropped.
+        """The newest valid checkpoint, None where there is none.
+
+        Damaged ones are named and renamed to ``*.damaged``, so that they no longer count among the
+        newest, for which new ones would be dropped.
         """
         for file in reversed(self.files()):
             if digest_of(file) == NAME.fullmatch(file.name).group(3):
                 return file
             kept = file.rename(file.with_name(f"{file.name}.damaged"))
-            print(
-                f"{file} is damaged (its checksum differs): now {kept.name}; trying the one before",
-                file=sys.stderr,
+            logger.warning(
+                "%s is damaged (its checksum differs): now %s; trying the one before",
+                file,
+                kept.name,
             )
         return None
 
@@ -89,10 +92,10 @@ class Checkpoints:
 
 
 def digest_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    """The first 16 digits of the file's SHA-256, which its name carries."""
+    return sha256_of_file(file)[:16]
 
 
 def load_checkpoint(file: Path) -> dict:
-    # Processes of one machine share it
+    """The state in a checkpoint; its tensors are read when used, and processes share them."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

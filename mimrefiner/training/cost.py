@@ -1,6 +1,10 @@
-"""What refinement and pre-training cost: parameters, operations and memory, by formula."""
+"""What refinement and pre-training cost: parameters, operations and memory, by formula.
 
-import sys
+Formulas answer at once and are tested against counted steps; torch's counter takes ten seconds for
+a step of a ViT-L/16 on meta tensors.
+"""
+
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,16 +20,27 @@ from mimrefiner.models.masked import MAE, SimMIM, random_mask
 from mimrefiner.training.memory import ADVICE, PLENTY, PRETRAIN_ADVICE, Memory
 from mimrefiner.training.optim import stage_steps
 
+logger = logging.getLogger(__name__)
+
 SPARE = 1.1
 USE = 0.4  # share of a GPU's peak that training reaches: an assumption, not a measurement
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of one model and recipe.
+    """What one model and recipe cost.
 
-    ``forward_flops``, ``heads_flops``, ``refine_flops`` are per image, ``heads_total`` and
-    ``refine_total`` those of the whole stages; memory is in bytes per GPU.
+    Attributes:
+        parameters: weights of the encoder.
+        head_parameters: weights of all heads.
+        forward_flops: operations per image of the encoder's forward pass.
+        heads_flops: operations per image of stage 2.
+        refine_flops: operations per image of stage 3.
+        heads_total: operations of stage 2.
+        refine_total: operations of stage 3.
+        probe_bytes: memory for probing on one GPU.
+        heads_bytes: memory for stage 2 on each GPU.
+        refine_bytes: memory for stage 3 on each GPU.
     """
 
     parameters: int
@@ -49,22 +64,21 @@ def parameters(s: ViTShape) -> int:
 
 
 def forward_flops(s: ViTShape, size: int) -> int:
-    """Operations of one image of ``size`` px: matrix products and attention, as
-    ``torch.utils.flop_counter`` counts them.
+    """Operations of one image of ``size`` px, as ``torch.utils.flop_counter`` counts them.
+
+    These are matrix products and attention.
     """
     patches = (size // s.patch_size) ** 2
     return embed_flops(s, patches) + s.depth * block_flops(s.dim, s.mlp_dim, patches + s.cls_token)
 
 
 def embed_flops(s: ViTShape, patches: int) -> int:
-    """Operations of the patch embedding; its backward pass costs as much, since images need no
-    gradient.
-    """
+    """Operations of the patch embedding; as many go back, since images need no gradient."""
     return 2 * patches * 3 * s.patch_size**2 * s.dim
 
 
 def block_flops(dim: int, mlp_dim: int, tokens: int) -> int:
-    """Operations of one block forward; its backward pass costs twice as much."""
+    """Operations of one block forward; twice as many go back."""
     return tokens * (8 * dim**2 + 4 * dim * mlp_dim) + 4 * tokens**2 * dim
 
 
@@ -72,51 +86,41 @@ def pretrain_flops(s: ViTShape, config: PretrainConfig) -> int:
     """Operations per image of masked pre-training, forward and backward."""
     patches = (s.image_size // s.patch_size) ** 2
     pixels = 3 * s.patch_size**2
-    if config.method == "simmim":
-        blocks, head = (
-            s.depth * block_flops(s.dim, s.mlp_dim, patches + s.cls_token),
-            2 * patches * s.dim * pixels,
-        )
-        return 2 * embed_flops(s, patches) + 3 * (blocks + head)
-    visible = int((~random_mask(1, patches, config.mask_ratio)).sum()) + s.cls_token
-    d = config.decoder_dim
-    decoder = (
-        2 * visible * s.dim * d
-        + config.decoder_depth * block_flops(d, 4 * d, patches + s.cls_token)
-        + 2 * patches * d * pixels
-    )
-    return 2 * embed_flops(s, patches) + 3 * (
-        s.depth * block_flops(s.dim, s.mlp_dim, visible) + decoder
-    )
+    seen, d = patches + s.cls_token, config.decoder_dim
+    head = 2 * patches * s.dim * pixels
+    if config.method == "mae":
+        seen = _visible(s, config)
+        decoder = config.decoder_depth * block_flops(d, 4 * d, patches + s.cls_token)
+        head = 2 * seen * s.dim * d + decoder + 2 * patches * d * pixels
+    blocks = s.depth * block_flops(s.dim, s.mlp_dim, seen)
+    return 2 * embed_flops(s, patches) + 3 * (blocks + head)
+
+
+def _visible(s: ViTShape, config: PretrainConfig) -> int:
+    """Tokens that MAE's encoder sees."""
+    mask = random_mask(1, (s.image_size // s.patch_size) ** 2, config.mask_ratio)
+    return int((~mask).sum()) + s.cls_token
 
 
 def pretrain_total(s: ViTShape, config: PretrainConfig, images: int) -> int:
-    """Operations of pre-training on so many images."""
-    return (
-        pretrain_flops(s, config)
-        * config.batch_size
-        * stage_steps(images, config.batch_size, config.epochs)
-    )
+    """Operations of the whole pre-training on a data set of so many images."""
+    steps = stage_steps(images, config.batch_size, config.epochs)
+    return pretrain_flops(s, config) * config.batch_size * steps
 
 
 def head_parameters(s: ViTShape, config: RefineConfig) -> int:
     """Weights of all heads."""
     c = config
-    projector = (
-        s.dim * c.hidden_dim
-        + c.hidden_dim**2
-        + c.hidden_dim * c.out_dim
-        + 4 * c.hidden_dim
-        + 2 * c.out_dim
-    )
-    predictor = 2 * c.out_dim * c.predictor_dim + 2 * c.predictor_dim
-    return len(config.resolve_blocks(s.depth)) * (projector + predictor)
+    products = s.dim * c.hidden_dim + c.hidden_dim**2 + c.hidden_dim * c.out_dim
+    norms = 4 * c.hidden_dim + 2 * c.out_dim + 2 * c.predictor_dim
+    predictor = 2 * c.out_dim * c.predictor_dim
+    return len(config.resolve_blocks(s.depth)) * (products + norms + predictor)
 
 
 def step_flops(
     s: ViTShape, config: RefineConfig, *, train_encoder: bool, memory: Memory = PLENTY
 ) -> int:
-    """Operations per image of stage 2 or 3, forward and backward: encoder, heads, queue and loss."""
+    """Operations per image of stage 2 or 3 (``train_encoder``), forward and backward."""
     c, heads, views = config, len(config.resolve_blocks(s.depth)), len(config.views.crops)
     global_views = len(c.views.global_crops)
     encoder = sum(
@@ -129,7 +133,7 @@ def step_flops(
     backward = 2 * first if train_encoder else first
     head = 2 * views * heads * (first + backward + 3 * rest)
     queue = 2 * heads * global_views * c.queue_size * c.out_dim
-    # Gradient to the predictions only
+    # Gradients go to the predictions only
     loss = 2 * heads * global_views * views * c.batch_size * c.out_dim * 2
     return encoder + head + queue + loss
 
@@ -147,29 +151,29 @@ def _encoder_flops(s: ViTShape, size: int, frozen: int, memory: Memory, trained:
 
 
 def activation_bytes(s: ViTShape, size: int) -> int:
-    """Bytes that the blocks keep for the backward pass of one image under autocast."""
+    """Bytes that the blocks keep for one image's backward pass under autocast."""
     return s.depth * block_bytes(s.dim, s.mlp_dim, (size // s.patch_size) ** 2 + s.cls_token)
 
 
 def block_bytes(dim: int, mlp_dim: int, tokens: int) -> int:
-    """What one block keeps of one image: inputs of norms (float32), of products and of attention
-    (bfloat16).
+    """Bytes that one block keeps of one image.
+
+    They are the inputs of norms (float32), products and attention (bfloat16).
     """
     return tokens * (2 * 4 * dim + 2 * (6 * dim + 2 * mlp_dim))
 
 
 def passing_bytes(s: ViTShape, size: int) -> int:
-    """Bytes that exist at once while one image passes without a graph, under autocast: a block's
-    input, sum, norm, MLP, output.
+    """Bytes that exist at once while one image passes without a graph, under autocast.
+
+    They are a block's input, sum, norm, MLP and output.
     """
     tokens = (size // s.patch_size) ** 2 + s.cls_token
     return tokens * (14 * s.dim + 4 * s.mlp_dim)
 
 
 def kept_bytes(s: ViTShape, size: int, *, recompute: bool) -> int:
-    """:func:`activation_bytes` under autocast, or, if blocks are computed again, the inputs of the
-    blocks only.
-    """
+    """:func:`activation_bytes`, or the blocks' inputs alone if they are computed again."""
     tokens = (size // s.patch_size) ** 2 + s.cls_token
     return s.depth * tokens * 4 * s.dim if recompute else activation_bytes(s, size)
 
@@ -182,52 +186,52 @@ def training_bytes(
     gpus: int = 1,
     memory: Memory = PLENTY,
 ) -> float:
-    """Bytes that stage 2 or 3 needs on each of ``gpus`` that share the batch."""
+    """Bytes that stage 2 or 3 (``train_encoder``) needs on each of ``gpus`` that share a batch."""
     c, heads, views = config, len(config.resolve_blocks(s.depth)), len(config.views.crops)
-    weights, share = parameters(s), config.batch_size / gpus
+    share = config.batch_size / gpus
     at_once = min(share, memory.micro_batch or share)
     # Crops of one size pass the encoder together
     sizes = Counter(crop.size for crop in c.views.crops)
+    pixels = 3 * sum(n * size**2 for size, n in sizes.items())
     widths = s.dim + 4 * c.hidden_dim + 2 * c.out_dim + 2 * c.predictor_dim
     lookup = min(4 * heads * share * 2 * c.queue_size, LOOKUP_BYTES)
     in_heads = 4 * share * views * heads * widths + lookup
-    # Weight, gradient and two moments in float32, the weight in bfloat16
-    always = 18 * head_parameters(s, c)
-    always += 2 * 4 * heads * c.queue_size * c.out_dim + 4 * 3 * (share + at_once) * sum(
-        n * size**2 for size, n in sizes.items()
-    )
+    # Of a head's weight: itself, gradient and two moments in float32, itself in bfloat16
+    always = 18 * head_parameters(s, c) + 2 * 4 * heads * c.queue_size * c.out_dim
+    always += 4 * (share + at_once) * pixels
     if not train_encoder:
         passing = at_once * max(n * passing_bytes(s, size) for size, n in sizes.items())
-        return SPARE * (4 * weights + always + max(passing, in_heads))
+        return SPARE * (4 * parameters(s) + always + max(passing, in_heads))
     trained = 1 - c.frozen_blocks / s.depth
+    kept = {size: n * kept_bytes(s, size, recompute=memory.recompute) for size, n in sizes.items()}
+    kept = at_once * trained * sum(kept.values())
+    again = max(n * activation_bytes(s, size) for size, n in sizes.items()) / s.depth
+    again *= at_once * memory.recompute
+    always += _encoder_state_bytes(s, trained, gpus, memory)
+    if memory.micro_batch:  # heads and encoder go back one after the other
+        return SPARE * (always + max(in_heads, kept + again))
+    return SPARE * (always + kept + max(in_heads, again))
+
+
+def _encoder_state_bytes(s: ViTShape, trained: float, gpus: int, memory: Memory) -> float:
+    """Bytes of an encoder's weights and of what training keeps for the share that is trained."""
+    weights = parameters(s)
     states = weights * (8 + 12 * trained)  # weight and moving average; gradient and two moments
     if memory.micro_batch and gpus > 1 and not memory.shard:
         # Gradients are added up beside the messages in which they are averaged
         states += 4 * trained * weights
     if memory.shard:
-        # Two blocks put together, with gradients
+        # Two blocks are put together, with gradients
         states = states / gpus + 4 * 4 * weights / s.depth
-    states += 2 * trained * weights  # in bfloat16
-    kept = (
-        at_once
-        * trained
-        * sum(n * kept_bytes(s, size, recompute=memory.recompute) for size, n in sizes.items())
-    )
-    again = (
-        at_once
-        * memory.recompute
-        * max(n * activation_bytes(s, size) / s.depth for size, n in sizes.items())
-    )
-    if memory.micro_batch:  # heads and encoder go back one after the other
-        return SPARE * (states + always + max(in_heads, kept + again))
-    return SPARE * (states + always + kept + max(in_heads, again))
+    return states + 2 * trained * weights  # in bfloat16
 
 
 def pretrain_bytes(
     s: ViTShape, config: PretrainConfig, *, gpus: int = 1, shard: bool = False
 ) -> float:
-    """Bytes that masked pre-training needs on each of ``gpus`` that share the batch, and with
-    ``shard`` the model.
+    """Bytes that masked pre-training needs on each of ``gpus``, which share a batch.
+
+    With ``shard`` they share the model too.
     """
     c, patches, pixels = config, (s.image_size // s.patch_size) ** 2, 3 * s.patch_size**2
     tokens, weights, d = patches + s.cls_token, parameters(s), c.decoder_dim
@@ -236,31 +240,29 @@ def pretrain_bytes(
         kept = s.depth * block_bytes(s.dim, s.mlp_dim, tokens)
     else:
         weights += s.dim * d + c.decoder_depth * (12 * d**2 + 13 * d) + d * (pixels + 4) + pixels
-        visible = int((~random_mask(1, patches, c.mask_ratio)).sum()) + s.cls_token
-        kept = s.depth * block_bytes(s.dim, s.mlp_dim, visible) + c.decoder_depth * block_bytes(
-            d, 4 * d, tokens
-        )
+        kept = s.depth * block_bytes(s.dim, s.mlp_dim, _visible(s, c))
+        kept += c.decoder_depth * block_bytes(d, 4 * d, tokens)
     states = 16 * weights  # weight, gradient and two moments
     if shard:
-        # Two blocks put together, with gradients
+        # Two blocks are put together, with gradients
         states = states / gpus + 2 * 8 * weights / s.depth
     # Prediction in both precisions, target, its patches' norm, difference
     loss = patches * pixels * (2 + 4 * 4)
-    return SPARE * (
-        states + 2 * weights + c.batch_size / gpus * (kept + loss + 2 * 4 * patches * pixels)
-    )
+    per_image = kept + loss + 2 * 4 * patches * pixels
+    return SPARE * (states + 2 * weights + c.batch_size / gpus * per_image)
 
 
 def make_plan(
     s: ViTShape, config: RefineConfig, images: int, *, gpus: int = 1, memory: Memory = PLENTY
 ) -> Plan:
-    """Cost of refining a ViT of shape ``s``.
+    """What it costs to refine a ViT.
 
     Args:
+        s: its shape.
         config: the recipe.
-        images: in the training set.
-        gpus: the batch is shared by them; every one holds heads and queue, and the encoder unless
-            it is sharded.
+        images: how many the training set has.
+        gpus: how many share a batch; every one holds heads and queue, and the encoder unless it is
+            sharded.
         memory: what trades time for memory.
     """
     if gpus < 1 or config.batch_size % gpus:
@@ -269,30 +271,35 @@ def make_plan(
         )
     if config.batch_size > images:
         raise InputError(
-            f"a batch of {config.batch_size} needs at least that many images, the data set has {images}"
+            f"a batch of {config.batch_size} needs at least that many images, "
+            f"the data set has {images}"
         )
     weights, c = parameters(s), config
-    flops2, flops3 = (
-        step_flops(s, c, train_encoder=train, memory=memory) for train in (False, True)
-    )
+    heads, both = (step_flops(s, c, train_encoder=train, memory=memory) for train in (False, True))
+    image = 4 * 3 * s.image_size**2 + passing_bytes(s, s.image_size)
     return Plan(
-        weights,
-        head_parameters(s, c),
-        forward_flops(s, s.image_size),
-        flops2,
-        flops3,
-        heads_total=flops2 * c.batch_size * stage_steps(images, c.batch_size, c.heads_epochs),
-        refine_total=flops3 * c.batch_size * stage_steps(images, c.batch_size, c.refine_epochs),
-        probe_bytes=SPARE
-        * (6 * weights + 64 * (4 * 3 * s.image_size**2 + passing_bytes(s, s.image_size))),
+        parameters=weights,
+        head_parameters=head_parameters(s, c),
+        forward_flops=forward_flops(s, s.image_size),
+        heads_flops=heads,
+        refine_flops=both,
+        heads_total=heads * c.batch_size * stage_steps(images, c.batch_size, c.heads_epochs),
+        refine_total=both * c.batch_size * stage_steps(images, c.batch_size, c.refine_epochs),
+        probe_bytes=SPARE * (6 * weights + 64 * image),
         heads_bytes=training_bytes(s, c, train_encoder=False, gpus=gpus, memory=memory),
         refine_bytes=training_bytes(s, c, train_encoder=True, gpus=gpus, memory=memory),
     )
 
 
 def gpu_hours(flops: float, tflops: float = 312) -> float:
-    """Hours of one GPU with a peak of ``tflops`` TFLOP/s in bfloat16 (312: A100), of which training
-    is assumed to reach ``USE``.
+    """Hours on one GPU, of whose peak training is assumed to reach the share :data:`USE`.
+
+    Args:
+        flops: operations.
+        tflops: the peak in bfloat16, in TFLOP/s (312: A100).
+
+    >>> gpu_hours(4.4928e17)
+    1.0
     """
     return flops / (tflops * 1e12 * USE) / 3600
 
@@ -300,7 +307,7 @@ def gpu_hours(flops: float, tflops: float = 312) -> float:
 def warn_of_pretraining(
     model: SimMIM | MAE, config: PretrainConfig, device: torch.device, shard: bool
 ) -> None:
-    """Say, with advice, that pre-training ``model`` will probably not fit the GPU ``device``."""
+    """Warn, with advice, if pre-training ``model`` will probably not fit the GPU ``device``."""
     if card := card_bytes(device):
         needed = pretrain_bytes(
             _shape(model.encoder), config, gpus=distributed.world(), shard=shard
@@ -309,7 +316,7 @@ def warn_of_pretraining(
 
 
 def warn_of_refinement(refiner: MIMRefiner, memory: Memory) -> None:
-    """Say, with advice, that training will probably not fit the GPU that ``refiner`` is on."""
+    """Warn, with advice, if refinement will probably not fit the GPU that ``refiner`` is on."""
     if card := card_bytes(next(refiner.parameters()).device):
         s, how = _shape(refiner.encoder), {"gpus": distributed.world(), "memory": memory}
         needed = {
@@ -320,25 +327,22 @@ def warn_of_refinement(refiner: MIMRefiner, memory: Memory) -> None:
 
 
 def _shape(encoder: torch.nn.Module) -> ViTShape:
-    grid, block, patch = (
-        encoder.patch_embed.grid_size,
-        encoder.blocks[0],
-        encoder.patch_embed.patch_size[0],
-    )
-    mlp_dim = (
-        sum(x.weight.shape[0] for x in block.mlp.modules() if isinstance(x, torch.nn.Linear))
-        - encoder.embed_dim
-    )
-    return ViTShape(grid[0] * patch, patch, encoder.embed_dim, len(encoder.blocks), 1, mlp_dim)
+    grid, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
+    dim, linear = encoder.embed_dim, torch.nn.Linear
+    widths = [x.out_features for x in encoder.blocks[0].mlp.modules() if isinstance(x, linear)]
+    return ViTShape(grid[0] * patch, patch, dim, len(encoder.blocks), 1, sum(widths) - dim)
 
 
 def _warn_if_too_large(stages: dict[str, float], card: float, advice: str) -> None:
     for name, needed in stages.items():
         if needed > card and distributed.rank() == 0:
-            print(
-                f"{name} needs about {needed / 2**30:,.1f} GiB by estimate, this GPU has {card / 2**30:,.1f}: it may run out of "
-                f"memory. To need less: {advice}",
-                file=sys.stderr,
+            logger.warning(
+                "%s needs about %s GiB by estimate, this GPU has %s: it may run out of memory. "
+                "To need less: %s",
+                name,
+                f"{needed / 2**30:,.1f}",
+                f"{card / 2**30:,.1f}",
+                advice,
             )
 
 

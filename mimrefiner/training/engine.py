@@ -1,5 +1,6 @@
-"""The engine of several processes: Lightning Fabric joins them, averages gradients (DDP) and shares
-weights (FSDP).
+"""The engine of several processes: Lightning Fabric joins them and runs DDP and FSDP.
+
+DDP averages gradients; FSDP also shares the weights.
 """
 
 import atexit
@@ -19,7 +20,7 @@ from mimrefiner.distributed import world
 from mimrefiner.errors import InputError
 
 DDP_PARAMETERS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-# As well
+# Newer versions of torch have another name for it
 SYNC_BUFFERS = (
     "forward_sync_buffers" if "forward_sync_buffers" in DDP_PARAMETERS else "broadcast_buffers"
 )
@@ -27,31 +28,29 @@ SYNC_BUFFERS = (
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that were started (NCCL with GPUs, else gloo), leave them at the end;
-    alone: nothing.
+    """Join the processes that were started (NCCL with GPUs, else gloo), and leave them at the end.
 
-    A process that waits longer than ``$MIMREFINER_TIMEOUT`` seconds (1800) for another ends with an
-    error, and ``torchrun`` ends the others.
+    A process that was started alone joins nothing. One that waits longer than
+    ``$MIMREFINER_TIMEOUT`` seconds (1800) for another ends with an error, and ``torchrun`` ends the
+    others.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     from lightning_fabric.strategies import DDPStrategy
 
-    _fabric(
-        DDPStrategy(timeout=timedelta(seconds=float(os.environ.get("MIMREFINER_TIMEOUT", "1800"))))
-    )
+    seconds = float(os.environ.get("MIMREFINER_TIMEOUT", "1800"))
+    _fabric(DDPStrategy(timeout=timedelta(seconds=seconds)))
     yield
     _sharding.cache_clear()
     dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
 
 
 def _fabric(strategy):
-    """The engine (:class:`lightning_fabric.Fabric`) with ``strategy``, launched: joins the group
-    where that is not done yet.
+    """A launched :class:`lightning_fabric.Fabric` with ``strategy``, which has joined the group.
 
-    It sees every process as a machine of its own with one device, so that any number of them may be
-    on any machine.
+    It sees every process as a machine of its own with one device, so that any number of them may
+    run on any machine.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import TorchElasticEnvironment
@@ -62,12 +61,12 @@ def _fabric(strategy):
         def local_rank(self) -> int:
             return 0
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # not a banner from every run
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # no banner from every run
     joined, local = dist.is_initialized(), int(os.environ.get("LOCAL_RANK", "0"))
     if joined:  # perhaps by the caller, without the variables of a launcher
         os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    # What `fabric run` was told about processes and devices is done with; what is left (strategy,
-    # precision) contradicts ours.
+    # What `fabric run` was told about processes and devices is used here, once; its strategy and
+    # precision contradict ours
     told = {
         name: os.environ.pop(f"LT_{name}", "") for name in ("ACCELERATOR", "DEVICES", "NUM_NODES")
     }
@@ -93,18 +92,18 @@ def _fabric(strategy):
     except (ValueError, MisconfigurationException) as error:
         raise InputError(str(error)) from error
     # With NCCL, Fabric would leave the group at exit, also after an error, and wait for processes
-    # that wait for this one.
+    # that wait for this one
     atexit.unregister(getattr(fabric_distributed, "_destroy_dist_connection", None))
     return fabric
 
 
 def averaged(part: nn.Module) -> Callable:
-    """A function that calls the one it is given, such that backward passes through the result
-    average the gradients of ``part`` over the processes (DDP), while they go on:
-    ``averaged(encoder)(lambda: encoder(images))``.
+    """A function that calls another one, which uses ``part``, and averages the gradients (DDP).
 
-    It only calls where there is nothing to average: alone, nothing to train, or sharded, whose
-    gradients are means already.
+    ``averaged(encoder)(lambda: encoder(images))`` gives what the inner function gives; a backward
+    pass through it averages the gradients of ``part`` over the processes while it goes on. Where
+    there is nothing to average the function is only called: with one process, with nothing to
+    train, or sharded, where gradients are means already.
     """
     trained = [x for x in part.parameters() if x.requires_grad]
     if world() == 1 or not trained or is_sharded(trained[0]):
@@ -112,8 +111,7 @@ def averaged(part: nn.Module) -> Callable:
     from lightning_fabric.strategies import DDPStrategy
 
     # Looking for parameters that no loss reaches also keeps DDP from sorting its messages anew
-    # after the first step, with which
-    # a resumed run would add in another order and differ in the last bits.
+    # after the first step: a resumed run would add in another order and differ in the last bits
     strategy = DDPStrategy(
         find_unused_parameters=True, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False}
     )
@@ -121,13 +119,14 @@ def averaged(part: nn.Module) -> Callable:
 
 
 def call(function: Callable):
-    """``function()``."""
+    """Call ``function``."""
     return function()
 
 
 def adding(through: Callable) -> AbstractContextManager:
-    """Within it, backward passes ``through`` an :func:`averaged` function add to the gradients of
-    this process, to be averaged by a later one.
+    """Within this block, backward passes add to this process's gradients, not yet averaged.
+
+    ``through`` is the :func:`averaged` function; its next backward pass outside averages the sum.
     """
     modules = through.modules() if isinstance(through, nn.Module) else ()
     wrapped = [x for x in modules if isinstance(x, nn.parallel.DistributedDataParallel)]
@@ -135,11 +134,12 @@ def adding(through: Callable) -> AbstractContextManager:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Scale all gradients by one factor so that their common norm is at most ``limit``, sharded or
-    not; the GPU does not wait.
+    """Scale all gradients by one factor, so that their common norm is at most ``limit``.
+
+    Parameters may be sharded. The GPU does not wait.
     """
     parameters = [x for x in parameters if x.grad is not None]
-    # Of whole parameters, of this process's shards
+    # Sums of squares: of whole parameters, and of this process's shards
     squares = [torch.zeros((), device=parameters[0].device) for _ in range(2)]
     for x in parameters:
         squares[is_sharded(x)] += local(x.grad).float().square().sum()
@@ -150,12 +150,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
 
 
 def shard(model: nn.Module) -> None:
-    """Let every process keep its part of the parameters only (FSDP2: Fabric's model-parallel
-    strategy with torch's ``fully_shard``).
+    """Let every process keep only its part of the parameters (FSDP2).
 
-    Each block is put together while it runs, forward and again backward; what lies outside of them
-    for the whole pass. Gradients are averaged and split as soon as a block's are known, in every
-    one of several backward passes.
+    This is Fabric's model-parallel strategy with torch's ``fully_shard``. Each block is put
+    together while it runs, forward and again backward; what lies outside the blocks stays together
+    for the whole pass. Every backward pass averages and splits a block's gradients as soon as they
+    are known.
 
     Args:
         model: an encoder, or a model with one, on its device, with ``requires_grad`` as it will be
@@ -166,7 +166,8 @@ def shard(model: nn.Module) -> None:
     """
     if world() == 1:
         raise InputError(
-            "sharding shares the encoder among processes, here is one: start with torchrun, or leave out --shard"
+            "sharding shares the encoder among processes, here is one: "
+            "start with torchrun, or leave out --shard"
         )
     if torch.__version__ < (2, 7):
         raise InputError(f"sharding needs torch 2.7 or newer, this is {torch.__version__}")
@@ -175,7 +176,7 @@ def shard(model: nn.Module) -> None:
 
 @cache
 def _sharding():
-    """One engine for all that is sharded: each has messages of its own."""
+    """The one engine of all sharded models, since every engine has messages of its own."""
     from lightning_fabric.strategies import ModelParallelStrategy
 
     return _fabric(
@@ -188,7 +189,7 @@ def _split_blocks(model: nn.Module, _) -> nn.Module:
 
     encoder = getattr(model, "encoder", model)
     # Fabric's mesh has two dimensions and, with some versions of torch, a group and a time limit of
-    # its own.
+    # its own
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
     for block in encoder.blocks:
         fully_shard(block, mesh=mesh)
@@ -200,9 +201,7 @@ def _split_blocks(model: nn.Module, _) -> nn.Module:
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether ``x`` is spread over the processes (a DTensor; asked for like this, its import takes
-    time).
-    """
+    """Whether ``x`` is spread over the processes (a DTensor, which takes long to import)."""
     return hasattr(x, "to_local")
 
 
@@ -212,10 +211,11 @@ def local(x: Tensor) -> Tensor:
 
 
 def whole(state, keep: bool = True):
-    """``state`` (nested dictionaries and lists) with sharded tensors put together on the CPU; all
-    processes must call it.
+    """``state`` with its sharded tensors put together on the CPU; all processes must call it.
 
-    ``keep``: whether this process wants them; it gets None instead if not.
+    Args:
+        state: nested dictionaries and lists.
+        keep: whether this process wants the whole tensors; it gets None for each if not.
     """
     if isinstance(state, Tensor) and is_sharded(state):
         full = state.detach().full_tensor()
@@ -226,9 +226,7 @@ def whole(state, keep: bool = True):
 
 
 def load_whole(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-    """``part.load_state_dict(state)``, where ``state`` holds whole tensors (see :func:`whole`) and
-    ``part`` may be sharded.
-    """
+    """``part.load_state_dict(state)`` with whole tensors (see :func:`whole`) for a sharded part."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
         part.load_state_dict({name: _split(x, own.get(name)) for name, x in state.items()})
@@ -242,8 +240,9 @@ def load_whole(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
 
 
 class _Called(nn.Module):
-    """What DDP wraps: its forward pass calls a function that uses ``part``. (DDP would copy tensors
-    it is given to the GPU.)
+    """What DDP wraps: its forward pass calls a function that uses ``part``.
+
+    A function, because DDP would copy tensors that it is given to the GPU.
     """
 
     def __init__(self, part: nn.Module):
@@ -266,8 +265,6 @@ def _split(x, like: Tensor | None):
 
 
 def unsharded(model: nn.Module, plain: nn.Module) -> nn.Module:
-    """``plain``, a copy of ``model`` from before it was sharded, with the weights that ``model``
-    has now.
-    """
+    """``plain``, a copy of ``model`` from before it was sharded, with its weights of now."""
     plain.load_state_dict(whole(model.state_dict()))
     return plain

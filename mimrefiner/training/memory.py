@@ -1,4 +1,4 @@
-"""What trades time for memory while training, and what is said where memory does not suffice."""
+"""What trades time for memory while training, and the advice for where memory runs out."""
 
 import functools
 from collections.abc import Iterator
@@ -12,11 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from mimrefiner.errors import InputError
 
 ADVICE = (
-    "freeze the first blocks (--freeze-first), use fewer heads (--heads) or local crops (--local-crops), recompute activations "
-    "(--recompute), pass fewer images through the encoder at a time (--micro-batch), use more GPUs and share the encoder among "
-    "them (--shard); batches below about 256 may cost quality"
+    "freeze the first blocks (--freeze-first), use fewer heads (--heads) or local crops "
+    "(--local-crops), recompute activations (--recompute), pass fewer images through the encoder "
+    "at a time (--micro-batch), use more GPUs and share the encoder among them (--shard); "
+    "batches below about 256 may cost quality"
 )
-PRETRAIN_ADVICE = "use more GPUs and share the model among them (--shard), or a preset or config with a smaller batch"
+PRETRAIN_ADVICE = (
+    "use more GPUs and share the model among them (--shard), "
+    "or a preset or config with a smaller batch"
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,15 @@ class Memory:
             raise InputError(f"micro_batch must be at least 1, got {self.micro_batch}")
 
 
-PLENTY = Memory()  # saves nothing
+PLENTY = Memory()  # there is enough: nothing is traded
 
 
 @contextmanager
 def recomputed(encoder: nn.Module) -> Iterator[None]:
-    """Within it, each block keeps its input only and is computed again in the backward pass. Hooks
-    on the blocks, which pool features, stay outside of what is repeated (timm's own
-    ``set_grad_checkpointing`` would repeat them too).
+    """Within this block, encoder blocks keep only their input and are computed again going back.
+
+    Hooks on the blocks, which pool features, run once (timm's own ``set_grad_checkpointing`` would
+    run them again).
     """
     for block in encoder.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -63,7 +68,7 @@ def recomputed(encoder: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def advice_on_memory(advice: str) -> Iterator[None]:
-    """Within it, a GPU's lack of memory is an :class:`InputError` with ``advice``."""
+    """Within this block, a GPU that runs out of memory raises InputError with ``advice``."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

@@ -1,6 +1,7 @@
-"""Steps, learning rates and parameter groups of training."""
+"""Steps, learning rates, parameter groups and averages of training."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -8,29 +9,99 @@ from torch import nn
 from mimrefiner.config import RefineConfig
 from mimrefiner.training.engine import local
 
+EMA_HORIZON = 0.27  # as a share of training
+LOG_POINTS = 100  # rows of history per stage and head: each one makes the GPU wait
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """``average`` = decay * ``average`` + (1 - decay) * ``model``, buffers copied; each process
-    sees to its own part.
 
-    (:class:`torch.optim.swa_utils.AveragedModel` waits for the GPU at every update.)
+@dataclass(frozen=True)
+class Stage:
+    """The frame of one loop: its steps, epochs, learning rates and losses.
+
+    Attributes:
+        number: 1 trains a model without heads, 2 trains heads, 3 encoder and heads.
+        steps: how many there are.
+        images: images of an epoch.
+        batch_size: images of a step, those of all processes together.
+        warmup: steps in which the learning rate rises.
+        base_lr: the highest learning rate, for 256 images.
+        min_lr: the learning rate of the last step.
+        clip_norm: limits the norm of all gradients together; None sets no limit.
+        blocks: the blocks (0-based) whose heads have a loss each; () where there is one loss.
     """
-    weights = [[local(x) for x in part.parameters()] for part in (average, model)]
-    torch._foreach_lerp_(*weights, 1 - decay)
-    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        ours.copy_(theirs)
+
+    number: int
+    steps: int
+    images: int
+    batch_size: int
+    warmup: float
+    base_lr: float
+    min_lr: float
+    clip_norm: float | None = None
+    blocks: tuple[int, ...] = ()
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step (0-based)."""
+        peak = self.base_lr * self.batch_size / 256
+        return cosine_lr(step, self.steps, self.warmup, peak, self.min_lr)
+
+    def epoch(self, step: int) -> float:
+        """How many epochs are over when ``step`` begins."""
+        return step * self.batch_size / self.images
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the history has a row of this step."""
+        return step % max(1, self.steps // LOG_POINTS) == 0 or step == self.steps - 1
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the stage, ends with this step."""
+        done = step + 1
+        return done * self.batch_size % self.images == 0 or done == self.steps
+
+
+def stage_steps(images: int, batch_size: int, epochs: float) -> int:
+    """Steps of a stage: whole batches only, and at least one."""
+    return max(1, round(epochs * (images // batch_size)))
+
+
+def step_seed(seed: int, stage: int, step: int) -> int:
+    """The seed of what one step draws, different for every (seed, stage, step)."""
+    return (8 * seed + stage << 32) + step
+
+
+def cosine_lr(step: int, steps: int, warmup: float, peak: float, low: float) -> float:
+    """Linear warm-up over ``warmup`` steps to ``peak``, then half a cosine to ``low``.
+
+    >>> [round(cosine_lr(step, 5, warmup=1, peak=1.0, low=0.0), 2) for step in range(5)]
+    [0.5, 1.0, 0.75, 0.25, 0.0]
+    """
+    warmup = min(warmup, steps / 2)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    over = (step - warmup) / max(1, steps - 1 - warmup)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * over))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Set every group's rate to ``lr`` times its ``lr_scale`` (1 without one); returns ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
 
 
 def head_weights(schedule: str, heads: int, progress: float) -> list[float]:
-    """The weight of every head's loss when ``progress`` (0..1) of stage 3 is over; the last head's
-    is always 1.
+    """The weight of every head's loss at a point of stage 3; the last head's is always 1.
 
-    The schedules of the released ablations (``src/yamls/stage3/ablations``), whose times are here
-    shares of training: ``"uniform decay"``: 1 for a fifth of it, then a cosine to 0. ``"staggered
-    decay"``: the same, but every later block begins to decay later. ``"staggered step"``: 0 at once
-    where that begins to decay. ``"one-hot"``: 0.1 before, 1 until the next block's turn, then 0.
-    ``"constant"``: 1, as in the paper.
+    Args:
+        schedule: one of the released ablations (``src/yamls/stage3/ablations``), whose times are
+            shares of training here. ``"constant"``: 1, as in the paper. ``"uniform decay"``: 1 for
+            a fifth of training, then a cosine to 0. ``"staggered decay"``: the same, but every
+            later block begins to decay later. ``"staggered step"``: 0 at once where that begins to
+            decay. ``"one-hot"``: 0.1 before, 1 until the next block's turn, then 0.
+        heads: how many there are.
+        progress: the share of the stage that is over, 0 to 1.
+
+    >>> head_weights("staggered step", heads=3, progress=0.3)
+    [0.0, 1.0, 1.0]
     """
     weights = []
     for head in range(heads - 1):
@@ -46,49 +117,30 @@ def head_weights(schedule: str, heads: int, progress: float) -> list[float]:
     return [*weights, 1.0]
 
 
-def step_seed(seed: int, stage: int, step: int) -> int:
-    return (8 * seed + stage << 32) + step
-
-
-EMA_HORIZON = 0.27  # as a share of training
-
-
-def stage_steps(images: int, batch_size: int, epochs: float) -> int:
-    """Steps of a stage: whole batches only, at least one step."""
-    return max(1, round(epochs * (images // batch_size)))
-
-
-def cosine_lr(step: int, steps: int, warmup: float, peak: float, low: float) -> float:
-    """Linear warm-up over ``warmup`` steps to ``peak``, then half a cosine to ``low``."""
-    warmup = min(warmup, steps / 2)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return low + (peak - low) * 0.5 * (
-        1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup))
-    )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set every group's rate to ``lr`` times its layer's scale (timm's ``lr_scale``); returns
-    ``lr``.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
-
-
 def ema_decay(config: RefineConfig, steps: int) -> float:
-    """The configured decay, or the one that averages over 27 % of training."""
-    return (
-        config.ema_decay
-        if config.ema_decay is not None
-        else max(0.0, 1 - 1 / (EMA_HORIZON * steps))
-    )
+    """The configured decay, or the one that averages over 27 % of ``steps``."""
+    if config.ema_decay is not None:
+        return config.ema_decay
+    return max(0.0, 1 - 1 / (EMA_HORIZON * steps))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """``average`` = decay * ``average`` + (1 - decay) * ``model``, with buffers copied.
+
+    Each process sees to its own part of sharded weights, and no GPU waits
+    (:class:`torch.optim.swa_utils.AveragedModel` makes it wait at every update).
+    """
+    weights = [[local(x) for x in part.parameters()] for part in (average, model)]
+    torch._foreach_lerp_(*weights, 1 - decay)
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 def freeze_first(encoder: nn.Module, blocks: int) -> None:
-    """Freeze patch embedding, cls token, positions and the first ``blocks`` blocks (0: nothing); no
-    graph is kept for them.
+    """Freeze the first ``blocks`` blocks and all before them, for which no graph is kept then.
+
+    0 freezes nothing, not even the patch embedding.
     """
     if blocks:
         for name, x in encoder.named_parameters():
@@ -106,24 +158,23 @@ def freeze_behind(encoder: nn.Module, block: int) -> None:
 
 
 def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameter groups whose rates shrink towards the input (``layerwise_lr_decay_modifier.py`` of
-    the released code).
+    """Parameter groups whose rates shrink towards the input.
 
     ``lr_scale`` is 1 for the final norm, ``layer_decay ** (depth - i)`` for block i (0-based) and
-    ``layer_decay ** (depth + 1)`` for everything before the blocks. Tokens, positions and
-    one-dimensional parameters are not decayed; frozen ones are left out.
+    ``layer_decay ** (depth + 1)`` for everything before the blocks, as in the released code
+    (``layerwise_lr_decay_modifier.py``). Tokens, positions and one-dimensional parameters have no
+    weight decay; frozen parameters are left out.
+
+    ``timm.optim.param_groups_layer_decay`` counts the layers that an encoder has: without a final
+    norm (data2vec 2.0) its exponents are smaller by one.
     """
     depth, plain = len(encoder.blocks), undecayed(encoder)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, x in encoder.named_parameters():
         part = name.split(".")
-        power = (
-            depth - int(part[1])
-            if part[0] == "blocks"
-            else 0
-            if part[0] in ("norm", "fc_norm")
-            else depth + 1
-        )
+        power = 0 if part[0] in ("norm", "fc_norm") else depth + 1
+        if part[0] == "blocks":
+            power = depth - int(part[1])
         if x.requires_grad:
             groups.setdefault((power, x.ndim > 1 and name not in plain), []).append(x)
     return [
@@ -133,8 +184,6 @@ def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: flo
 
 
 def undecayed(model: nn.Module) -> list[str]:
-    """Tokens and positions are not decayed; one-dimensional parameters are not either, which timm
-    sees to.
-    """
+    """The names of tokens and positions, which have no weight decay, like norms and biases."""
     tokens = ("cls_token", "pos_embed", "reg_token", "mask_token")
     return [name for name, _ in model.named_parameters() if name.split(".")[-1] in tokens]

@@ -1,15 +1,16 @@
-"""Training that survives: checkpoints of the whole state, exact resume, and a clean end on SIGTERM.
+"""What keeps a training alive: its loop's frame, checkpoints, exact resume, a clean end on SIGTERM.
 
 A checkpoint's file name carries the start of its SHA-256, so that a truncated or changed file is
 noticed. Files hold tensors, numbers and text only and are loaded with ``weights_only=True``.
 """
 
-import json
+import logging
 import shutil
 import signal
-import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,132 +20,223 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from mimrefiner import distributed
-from mimrefiner.config import PretrainConfig, RefineConfig
-from mimrefiner.data.datasets import ImageDataset, data_hash
+from mimrefiner.config import PretrainConfig, RefineConfig, Views
+from mimrefiner.data.datasets import data_hash
+from mimrefiner.data.views import Order, view_batches
 from mimrefiner.errors import InputError, Stopped
-from mimrefiner.files import atomic_file, goes_on_without, write_csv
+from mimrefiner.files import Entry, atomic_file, different_settings, goes_on_without, write_csv
+from mimrefiner.models.encoders import normalisation
 from mimrefiner.models.weights import save_encoder, sha256_of
+from mimrefiner.progress import Meter, progress
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Checkpoints, Saving, load_checkpoint
+from mimrefiner.training.memory import PLENTY, Memory
+from mimrefiner.training.optim import Stage, set_lr
 
-NUMERICS = 1  # raised by hand when the same settings give other weights: trained models of another number are trained anew
-LOG_POINTS = 100  # history rows per stage, so that metrics do not stop the GPU at every step
-SETTINGS = "settings.json"  # what a finished run was
+logger = logging.getLogger(__name__)
+
+# Raised by hand where the same settings give other weights; the store then trains anew
+NUMERICS = 1
+CHECK_EVERY = 10  # steps between two questions to all processes whether to stop: GPUs wait
+HISTORY_FILE = "history.csv"
+
+# Adds what it measures of a model to the last row of the epochs so far
+Watch = Callable[[nn.Module, list[dict]], None]
 
 
 def run_settings(config: PretrainConfig | RefineConfig, dataset: Dataset, model: nn.Module) -> dict:
-    """What a resumed run must share with the interrupted one. Data are told apart by content (they
-    may have moved to another folder), those that are no
-    :class:`mimrefiner.data.datasets.ImageDataset` by the number of images alone.
+    """What a resumed run must share with the interrupted one.
+
+    Data are told apart by what they hold, since they may have moved to another folder.
     """
-    data = data_hash(dataset) if isinstance(dataset, ImageDataset) else ""
     return {
         **asdict(config),
-        "data": data,
+        "data": data_hash(dataset),
         "images": len(dataset),
         "first weights": sha256_of(model),
     }
 
 
-def is_logged(step: int, steps: int) -> bool:
-    return step % max(1, steps // LOG_POINTS) == 0 or step == steps - 1
-
-
-CHECK_EVERY = (
-    10  # steps between the processes' agreements on whether to stop: each one waits for the GPU
-)
-
-
-HISTORY = "history.csv"  # beside the checkpoints, as long as training goes on
-
-
-class Run:
-    """One training run: its history, clock, checkpoints, and the checks between two steps.
+class TrainingRun:
+    """One training: its history, clock and checkpoints, and what its loops have in common.
 
     Args:
-        saving: None keeps nothing on disk.
-        settings: what is trained on what; a checkpoint of other settings is refused.
+        saving: where checkpoints go; None keeps nothing on disk.
+        settings: called where something is kept; it tells what is trained on what, and a checkpoint
+            of other settings is refused.
+        num_workers: processes that load images.
+        memory: what trades time for memory.
+        monitor: called at the end of every epoch and stage with the trained module and the rows of
+            the epochs so far, to whose last one it adds what it measures; None measures nothing.
 
     Attributes:
-        rows: the history, one dictionary per row; ``epochs``: the same of what is measured once an
-            epoch.
-        flops: counted so far.
+        rows: the history so far, one dictionary per row.
+        epochs: what was measured once per epoch, one dictionary each.
+        flops: floating point operations of the stages that have begun.
     """
 
-    def __init__(self, saving: Saving | None, settings: dict):
-        self.saving, self.settings = saving, settings
+    def __init__(
+        self,
+        saving: Saving | None = None,
+        settings: Callable[[], dict] = dict,
+        *,
+        num_workers: int = 0,
+        memory: Memory = PLENTY,
+        monitor: Watch | None = None,
+    ):
+        self.saving, self.num_workers = saving, num_workers
+        self.memory, self.monitor = memory, monitor
         self.rows: list[dict] = []
         self.epochs: list[dict] = []
         self.flops = 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
         self.found = None
-        self._first_bad = None
         if saving is not None:
+            self.settings = settings()
             self.checkpoints = Checkpoints(saving.folder)
             self.found = self._restorable()
 
     @property
     def seconds(self) -> float:
-        """Wall time, that of earlier parts of a resumed run included."""
+        """Wall time, with that of the earlier parts of a resumed run."""
         return self.seconds_before + time.perf_counter() - self.began
 
     @property
     def history(self) -> pd.DataFrame:
+        """The history so far: one row per logged step, and per head where there are heads."""
         return pd.DataFrame(self.rows)
 
-    def begin(self, stage: int, steps: int, **parts) -> int:
-        """Start a stage: restore ``parts`` (anything with ``state_dict``) if a checkpoint has them;
-        returns the first step to do.
+    def begin(self, stage: Stage, **parts) -> None:
+        """Start a stage, or go on with it where the checkpoint left it.
 
-        A stage that the checkpoint has behind it is not restored, its first step is ``steps``.
+        Args:
+            stage: its frame. If the checkpoint is of a later stage, no step of this one is left.
+            parts: what a checkpoint keeps, by name, everything with ``state_dict``: first the
+                trained module, which has an ``encoder``; then its ``optimizer`` and others.
         """
-        self.stage, self.steps, self.parts = stage, steps, parts
-        self._first_bad, self._next = None, 0
-        if self.found is None or self.found["stage"] < stage:
-            return 0
-        if self.found["stage"] > stage:
-            return steps
+        self.stage, self.parts = stage, parts
+        self.trained, self.optimizer = next(iter(parts.values())), parts["optimizer"]
+        self.first, self._next, self._first_bad = 0, 0, None
+        if self.found is None or self.found["stage"] < stage.number:
+            return
+        if self.found["stage"] > stage.number:
+            self.first = stage.steps
+            return
         state, self.found = self.found, None
         for name, part in parts.items():
             engine.load_whole(part, state["parts"][name])
         self.rows, self.epochs = state["rows"], state["epochs"]
         self.flops, self.seconds_before = state["flops"], state["seconds"]
-        self._next = state["step"]
+        self.first = self._next = state["step"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"])
         if state["threads"] != torch.get_num_threads() and distributed.rank() == 0:
-            print(
-                f"the checkpoint was written with {state['threads']} threads, here are {torch.get_num_threads()}: "
+            logger.warning(
+                "the checkpoint was written with %d threads, here are %d: "
                 "results will not repeat bit for bit",
-                file=sys.stderr,
+                state["threads"],
+                torch.get_num_threads(),
             )
-        return state["step"]
+
+    def steps(self, title: str, dataset: Dataset, views: Views, seed: int) -> Iterator[tuple]:
+        """Yield (step, batch) for every step that is left, after setting its learning rate.
+
+        Args:
+            title: stands before the progress.
+            dataset: map-style, (image, label).
+            views: the views of every image.
+            seed: draws the order and the views.
+
+        A batch holds this process's share, as :func:`mimrefiner.data.views.view_batches` yields it.
+        """
+        device, stage = next(self.trained.parameters()).device, self.stage
+        mean, std = normalisation(self.trained.encoder)
+        part = distributed.rank(), distributed.world()
+        batches = view_batches(
+            dataset,
+            views,
+            Order(stage.batch_size, stage.steps, seed, self.first, part),
+            mean=mean,
+            std=std,
+            device=device,
+            num_workers=self.num_workers,
+        )
+        self.meter = Meter(stage.batch_size, device)
+        batches = progress(self.meter.waiting(batches), title, stage.steps - self.first)
+        for step, batch in enumerate(batches, self.first):
+            self.lr = set_lr(self.optimizer, stage.lr(step))
+            yield step, batch
+
+    @contextmanager
+    def counted(self, step: int) -> Iterator[None]:
+        """Count the operations inside this block in the first step, which stands for all steps."""
+        if step > 0:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops += counter.get_total_flops() * self.stage.steps * distributed.world()
+
+    def descend(self) -> None:
+        """Clip the gradients where the stage asks for it, and let the optimiser take its step."""
+        if self.stage.clip_norm is not None:
+            engine.clip_gradients(self.trained.parameters(), self.stage.clip_norm)
+        self.optimizer.step()
+
+    def end_step(self, step: int, losses: Tensor, metrics: dict[str, Tensor] | None = None) -> None:
+        """End a step: history, monitor, checkpoint, and a look at whether to stop.
+
+        Args:
+            step: 0-based.
+            losses: this process's loss (), or those of the heads (heads,).
+            metrics: name -> this process's values (heads,).
+
+        Raises:
+            FloatingPointError: a loss, or a weight about to be saved, is not finite.
+            Stopped: SIGTERM has come.
+        """
+        losses = distributed.mean(losses.detach()).reshape(-1)
+        self.watch(step, losses)
+        if self.stage.is_logged(step):
+            self.check_finite()
+            means = {name: distributed.mean(x) for name, x in (metrics or {}).items()}
+            self._log(step, {"loss": losses, **means})
+        if self.monitor is not None and self.stage.ends_epoch(step):
+            epoch = self.stage.epoch(step + 1)
+            self.epochs.append({"stage": self.stage.number, "epoch": epoch, **self.meter.read()})
+            self.monitor(self.trained, self.epochs)
+            self.meter.start()
+        self._next = step + 1
+        self._save_or_stop()
+
+    def _log(self, step: int, columns: dict[str, Tensor]) -> None:
+        values = {name: x.tolist() for name, x in columns.items()}
+        when = {"stage": self.stage.number, "step": step, "epoch": self.stage.epoch(step)}
+        for row in range(len(values["loss"])):
+            head = {"block": self.stage.blocks[row]} if self.stage.blocks else {}
+            numbers = {name: x[row] for name, x in values.items()}
+            self.rows.append({**when, "lr": self.lr, **head, **numbers})
 
     def watch(self, step: int, losses: Tensor) -> None:
-        """Remember the first step at which each of ``losses`` (n,) was not finite, without waiting
-        for the GPU.
-        """
-        bad = torch.where(losses.detach().isfinite(), -1, step)
-        self._first_bad = (
-            bad
-            if self._first_bad is None
-            else torch.where(self._first_bad < 0, bad, self._first_bad)
-        )
+        """Remember the first step at which each of ``losses`` (n,) was not finite.
 
-    def check_finite(self, names: list[str]) -> None:
-        """Raise FloatingPointError if a watched loss was not finite; ``names``: what each of them
-        is.
+        The GPU does not wait for it.
         """
+        bad = torch.where(losses.isfinite(), -1, step)
+        before = bad if self._first_bad is None else self._first_bad
+        self._first_bad = torch.where(before < 0, bad, before)
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a watched loss was not finite."""
         if self._first_bad is None:
             return
-        bad = [
-            (step, name)
-            for name, step in zip(names, self._first_bad.tolist(), strict=True)
-            if step >= 0
-        ]
+        names = [f" in the head on block {block} (0-based)" for block in self.stage.blocks] or [""]
+        steps = zip(self._first_bad.tolist(), names, strict=True)
+        bad = [(step, name) for step, name in steps if step >= 0]
         if bad:
             step, name = min(bad, key=lambda found: found[0])
             raise FloatingPointError(
@@ -152,60 +244,51 @@ class Run:
             )
 
     def _remedy(self) -> str:
-        """What to do about losses or weights that are not finite. A resumed run must keep its
-        settings, so it takes a new one.
+        """What to do about losses or weights that are not finite.
+
+        A resumed run must keep its settings, so other settings need a new run.
         """
-        temperature = "raise the temperature, " if self.stage > 1 else ""  # pre-training has none
+        # Pre-training has no temperature
+        temperature = "raise the temperature, " if self.stage.number > 1 else ""
         kept = self.saving is not None and self.checkpoints.files()
         return (
-            f"start again in an empty folder and {temperature}clip gradients (clip_norm, --clip-norm) or lower the learning rate"
+            f"start again in an empty folder and {temperature}clip gradients (clip_norm, "
+            "--clip-norm) or lower the learning rate"
             + (f"; the last good checkpoint is in {self.saving.folder}" if kept else "")
         )
 
-    def end_step(self, step: int, names: list[str]) -> None:
-        """Save if it is time to, after checking the losses; raise :class:`Stopped` once SIGTERM has
-        come.
-
-        Raises:
-            FloatingPointError: see :meth:`check_finite`.
-        """
-        self._next = step + 1
-        last = self._next == self.steps
+    def _save_or_stop(self) -> None:
+        """Save finite losses and weights if it is time to; stop once SIGTERM has come."""
+        last = self._next == self.stage.steps
         due = self.saving is not None and (last or self._next % self.saving.every == 0)
         agree = distributed.world() == 1 or last or due or self._next % CHECK_EVERY == 0
         stop = agree and distributed.any_process(_Terminated.asked)
-        if self.saving is None:
-            if stop:
-                raise Stopped(
-                    f"stopped at stage {self.stage}, step {self._next}; nothing was saved"
-                )
-            return
-        if due or stop:
-            self.check_finite(names)
-            self._check_weights(step)
+        if self.saving is not None and (due or stop):
+            self.check_finite()
+            self._check_weights()
             self.save()
-            # again: it may have come meanwhile, and no process must leave before the first one has
-            # written
+            # It may have come meanwhile, and no process may leave before the first has written
             stop = distributed.any_process(_Terminated.asked)
         if stop:
-            raise Stopped(
-                f"stopped at stage {self.stage}, step {self._next}; resume from {self.saving.folder}"
-            )
+            where = f"stopped at stage {self.stage.number}, step {self._next}; "
+            kept = f"resume from {self.saving.folder}" if self.saving else "nothing was saved"
+            raise Stopped(where + kept)
 
-    def _check_weights(self, step: int) -> None:
-        """A finite loss can have gradients that are not: such weights are not saved either."""
+    def _check_weights(self) -> None:
+        """Raise FloatingPointError for weights that are not finite, even where the losses are."""
         modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         weights = [named for part in modules for named in part.named_parameters()]
         bad = [name for name, x in weights if not engine.local(x).isfinite().all()]
         if distributed.any_process(bool(bad)):
             raise FloatingPointError(
-                f"weights became nan or infinite by step {step} ({', '.join(bad[:3]) or 'of another process'}), losses did not: "
-                f"{self._remedy()}"
+                f"weights became nan or infinite by step {self._next - 1} "
+                f"({', '.join(bad[:3]) or 'of another process'}), losses did not: {self._remedy()}"
             )
 
     def save(self) -> None:
-        """Write a checkpoint and the history so far. Process 0 does; the others hold the same
-        state, or give it their shards.
+        """Write a checkpoint and the history so far.
+
+        The first process writes; the others hold the same state, or give it their shards.
         """
         first = distributed.rank() == 0
         parts = {
@@ -215,7 +298,7 @@ class Run:
             return
         state = {
             "settings": self.settings,
-            "stage": self.stage,
+            "stage": self.stage.number,
             "step": self._next,
             "parts": parts,
             "rows": self.rows,
@@ -227,7 +310,8 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         self.checkpoints.save(_plain(state))
-        with goes_on_without(HISTORY), atomic_file(self.saving.folder / HISTORY) as temporary:
+        history = self.saving.folder / HISTORY_FILE
+        with goes_on_without(HISTORY_FILE), atomic_file(history) as temporary:
             self.history.to_csv(temporary, index=False)
 
     def _restorable(self) -> dict | None:
@@ -243,28 +327,30 @@ class Run:
         file = self.saving.folder / name
         if distributed.any_process(not file.exists() or file.stat().st_size != size):
             raise InputError(
-                f"not all processes see {file}, which the first one chose: use a folder that all of them share"
+                f"not all processes see {file}, which the first one chose: "
+                "use a folder that all of them share"
             )
         found = load_checkpoint(file)
         different = different_settings(found["settings"], self.settings)
         if distributed.any_process(bool(different)):
             raise InputError(
                 f"{self.saving.folder} holds checkpoints of a run with other settings "
-                f"({', '.join(different) or 'of another process'}): resume with the same ones, or use an empty folder"
+                f"({', '.join(different) or 'of another process'}): "
+                "resume with the same ones, or use an empty folder"
             )
         return found
 
     def _choose(self) -> tuple[str, int] | None:
-        """Name, which tells stage, step and checksum, and bytes of the newest valid checkpoint.
-        Process 0 alone reads it all.
-        """
+        """Name and bytes of the newest valid checkpoint, which the first process alone reads."""
         if not self.saving.resume:
             if self.checkpoints.files():
                 raise InputError(
-                    f"{self.saving.folder} holds checkpoints already: resume from them or use an empty folder"
+                    f"{self.saving.folder} holds checkpoints already: "
+                    "resume from them or use an empty folder"
                 )
             return None
-        self.checkpoints.clear()  # not before: a start by mistake must not take the file that a running one is writing
+        # Not before: a start by mistake must leave the file that a running training is writing
+        self.checkpoints.clear()
         file = self.checkpoints.newest_file()
         return None if file is None else (file.name, file.stat().st_size)
 
@@ -280,15 +366,16 @@ class _Terminated:
 
 
 class sigterm_stops:
-    """Within it, SIGTERM ends training after the step at hand instead of the process at once. One
-    inside of another does nothing, so that what comes between two stages is not forgotten; what
-    comes too late for any step is handed on at the end.
+    """Within this block SIGTERM ends training after the step at hand, not the process at once.
+
+    A block inside another one does nothing, so that a signal between two stages is kept for the
+    next step. A signal that comes after the last step is sent again at the end.
     """
 
     def __enter__(self):
         self.before = None
         inside = signal.getsignal(signal.SIGTERM) == _Terminated.set
-        # Python allows handlers nowhere else
+        # Python allows handlers in the main thread alone
         if not inside and threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, _Terminated.set)
 
@@ -300,15 +387,8 @@ class sigterm_stops:
                 signal.raise_signal(signal.SIGTERM)
 
 
-def different_settings(there: dict, here: dict) -> list[str]:
-    """Names of the settings in which two runs differ."""
-    return [name for name in {**there, **here} if there.get(name) != here.get(name)]
-
-
 def _plain(x):
-    """``x`` (nested dictionaries, lists and tuples) with NumPy's numbers as Python's: others are
-    not loaded again.
-    """
+    """``x`` with NumPy's numbers as Python's, since ``weights_only=True`` refuses others."""
     if isinstance(x, dict):
         return {name: _plain(value) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -319,51 +399,56 @@ def _plain(x):
 def train_into(
     out: Path, train: partial, encoders: tuple[str, ...], *, save_every: int, resume: bool
 ) -> None:
-    """Run ``train`` and write its results to the folder ``out``: nothing is trained that ``resume``
-    finds finished there.
+    """Train and write the result to the folder ``out``, unless it is there already.
 
     Args:
+        out: gets the history, the encoders and a manifest, which says that the run is finished;
+            until then checkpoints lie in ``out/checkpoints``.
         train: ``pretrain`` or ``refine`` of (encoder, data set, config), to be called with
             ``saving``.
-        encoders: attributes of its result, each written as ``NAME.safetensors``; the last one says
-            that the run is finished.
-        save_every: steps between two checkpoints, which lie in ``out`` until the run is finished.
+        encoders: attributes of its result; each is written as ``NAME.safetensors``.
+        save_every: steps between two checkpoints.
+        resume: go on with an interrupted run, and leave a finished one as it is.
 
     Raises:
-        InputError: a finished run is in ``out``, of other settings or, without ``resume``, of any.
+        InputError: ``out`` holds a finished run, and it has other settings, is damaged, or
+            ``resume`` is off.
     """
-    folder, last = out / "checkpoints", out / f"{encoders[-1]}.safetensors"
     encoder, dataset, config = train.args
-    # As a file gives them back
-    settings = json.loads(json.dumps(run_settings(config, dataset, encoder)))
-    if distributed.from_first(last.exists):
-        if not resume:
-            raise InputError(
-                f"{out} holds a finished run: use an empty folder, or --resume, which leaves it as it is"
-            )
-        distributed.from_first(lambda: _finish_again(out, folder, settings))
+    entry, checkpoints = Entry(out, run_settings(config, dataset, encoder)), out / "checkpoints"
+    if distributed.from_first(partial(_is_finished, entry, resume)):
+        if distributed.rank() == 0:  # a run that was killed at its very end leaves them
+            shutil.rmtree(checkpoints, ignore_errors=True)
         return
-    result = train(saving=Saving(folder, save_every, resume))
+    result = train(saving=Saving(checkpoints, save_every, resume))
     if distributed.rank() == 0:
-        write_csv(result.history, out / "history.csv")
-        with atomic_file(out / SETTINGS) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2))
-        for name in encoders:
-            save_encoder(getattr(result, name), out / f"{name}.safetensors")
-        shutil.rmtree(folder)
-        files = ", ".join(f"{name}.safetensors" for name in encoders)
-        print(f"{result.seconds:.0f} s; {files} and history.csv are in {out}")
+        weights = [out / f"{name}.safetensors" for name in encoders]
+        for name, file in zip(encoders, weights, strict=True):
+            save_encoder(getattr(result, name), file)
+        write_csv(result.history, out / HISTORY_FILE)
+        facts = {"flops": result.flops, "seconds": result.seconds}
+        entry.finish(out, facts, [*weights, out / HISTORY_FILE])
+        shutil.rmtree(checkpoints)
+        names = ", ".join(file.name for file in weights)
+        logger.info("%.0f s; %s and %s are in %s", result.seconds, names, HISTORY_FILE, out)
 
 
-def _finish_again(out: Path, folder: Path, settings: dict) -> None:
-    """Remove checkpoints that a run killed at its very end has left.
-
-    Raises:
-        InputError: the finished run had other settings.
-    """
-    if different := different_settings(json.loads((out / SETTINGS).read_text()), settings):
+def _is_finished(entry: Entry, resume: bool) -> bool:
+    """Whether ``entry`` holds what is to be trained; InputError if it holds something else."""
+    out = entry.folder
+    if not entry.is_there:
+        return False
+    if not resume:
         raise InputError(
-            f"{out} holds a finished run with other settings ({', '.join(different)}): use an empty folder"
+            f"{out} holds a finished run: use an empty folder, "
+            "or --resume, which leaves it as it is"
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"{out} is finished: nothing to do")
+    if different := entry.different():
+        raise InputError(
+            f"{out} holds a finished run with other settings ({', '.join(different)}): "
+            "use an empty folder"
+        )
+    if damage := entry.damage():
+        raise InputError(f"{out} holds a finished run, but {damage}: use an empty folder")
+    logger.info("%s is finished: nothing to do", out)
+    return True

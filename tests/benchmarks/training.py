@@ -27,8 +27,15 @@ from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner import distributed
-from mimrefiner.data.augment import DRAWS, paper_views, photometric, small_views
-from mimrefiner.data.views import loaded_crops, resident_crops, view_batches
+from mimrefiner.data.augment import paper_views, small_views
+from mimrefiner.data.views import (
+    DRAWS,
+    Order,
+    loaded_crops,
+    photometric,
+    resident_crops,
+    view_batches,
+)
 from mimrefiner.device import plain_attention
 from mimrefiner.method.heads import Heads
 from mimrefiner.method.losses import multi_view_nna_loss
@@ -173,7 +180,7 @@ def step(device: str, small: bool, repeats: int) -> None:
 
     def ours():
         refiner.zero_grad()
-        forward_backward(refiner, views, index, top_k=1)
+        forward_backward(refiner, (views, index, None), top_k=1)
 
     def looped():
         refiner.zero_grad()
@@ -218,11 +225,11 @@ def processes(device: str, small: bool, repeats: int) -> None:
 
         def ours():
             refiner.zero_grad()
-            forward_backward(refiner, views, index, top_k=1, through=through)
+            forward_backward(refiner, (views, index, None), top_k=1, through=through)
 
         def behind():
             refiner.zero_grad()
-            forward_backward(refiner, views, index, top_k=1)
+            forward_backward(refiner, (views, index, None), top_k=1)
             grads = [x.grad for x in refiner.parameters() if x.grad is not None]
             flat = torch.cat([x.flatten() for x in grads])
             torch.distributed.all_reduce(flat)
@@ -237,7 +244,7 @@ def processes(device: str, small: bool, repeats: int) -> None:
                 patch.object(distributed, "world", lambda: 1),
                 patch.object(distributed, "rank", lambda: 0),
             ):
-                forward_backward(refiner, views, index, top_k=1)
+                forward_backward(refiner, (views, index, None), top_k=1)
 
         ways = {
             "in the group": ours,
@@ -341,11 +348,9 @@ def peak_of(name: str, device: str, vit: str, small: bool) -> float:
 
 def data_wait_share(way, photos: list, views, device: str, steps: int) -> float:
     """The share of the time that ``way`` waits for its views, as ``--watch`` records it."""
-    options = {"seed": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": device}
-    meter = Meter(len(photos), device)
-    for images, *_ in meter.waiting(
-        view_batches(photos, views, batch_size=len(photos), steps=steps, **options)
-    ):
+    options = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "device": device}
+    meter, order = Meter(len(photos), device), Order(len(photos), steps, seed=0)
+    for images, *_ in meter.waiting(view_batches(photos, views, order, **options)):
         way(images)
     return meter.read()["data_wait_share"]
 
@@ -373,7 +378,7 @@ def ours_stage_3(refiner, index):
 
     def run(views):
         optimizer.zero_grad()
-        forward_backward(refiner, views, index, top_k=1)
+        forward_backward(refiner, (views, index, None), top_k=1)
         optimizer.step()
 
     return run
