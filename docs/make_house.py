@@ -21,9 +21,9 @@ FLOORS = (  # from the top; rooms side by side do not meet
     ("",),
 )
 PATH = (  # an image on its way to the loss
-    "data/datasets",
     "data/views",
     "method/refiner",
+    "models/blocks",
     "method/heads",
     "method/nn_queue",
     "method/losses",

@@ -9,69 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from mimrefiner import distributed
-from mimrefiner.distributed import gather, world
-
-
-def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
-    """``norm`` in training mode with the statistics of all processes: (rows, channels), the same
-    number of rows everywhere.
-
-    One message forward and one back: the processes' means and variances are gathered and combined,
-    in float32. Equals
-    ``norm(gather(x))``'s own rows. (``nn.SyncBatchNorm`` refuses CPUs.)
-    """
-    variance, average = torch.var_mean(x.float(), 0, correction=0)
-    # (world, channels) each
-    variances, averages = gather(torch.stack([variance, average])[None]).unbind(1)
-    average = averages.mean(0)
-    variance = variances.mean(0) + (averages - average).square().mean(0)
-    with torch.no_grad():
-        rows = len(x) * world()
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(average, norm.momentum)
-        norm.running_var.lerp_(variance * rows / (rows - 1), norm.momentum)
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    return ((x.float() - average) * scale + norm.bias).to(x.dtype)
-
-
-class StackedLinear(nn.Module):
-    """One bias-free linear layer per head: (rows, heads, inputs) -> (rows, heads, outputs)."""
-
-    def __init__(self, heads: int, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
-        for weight in self.weight:
-            nn.init.xavier_uniform_(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
-
-
-class StackedBatchNorm(nn.BatchNorm1d):
-    """One batch norm per head over the rows of (rows, heads, dim), those of all processes; no
-    statistic crosses heads.
-    """
-
-    def __init__(self, heads: int, dim: int):
-        super().__init__(heads * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and distributed.world() > 1:
-            return batch_norm(x.flatten(1), self).view(x.shape)
-        return super().forward(x.flatten(1)).view(x.shape)
 
 
 class Heads(nn.Module):
     """The contrastive heads of MIM-Refiner (``src/models/ssl/nnclr_head.py`` of the released code).
 
     Projector: Linear, BN, GELU, Linear, BN, GELU, Linear, BN; predictor: Linear, BN, GELU, Linear.
-    No biases, Xavier-uniform
-    weights. About 8.9 M parameters a head at the paper's widths and ``dim`` 1024.
+    There are no biases, and weights start Xavier-uniform. A head has about 8.9 M parameters at the
+    paper's widths and ``dim`` 1024.
 
     Args:
         heads: number of heads.
         dim: width of the encoder's blocks.
-        hidden_dim, out_dim: of the projector (paper: 2048, 256).
+        hidden_dim, out_dim: hidden and output width of the projector (paper: 2048, 256).
         predictor_dim: hidden width of the predictor (paper: 4096).
     """
 
@@ -106,11 +56,57 @@ class Heads(nn.Module):
         """Project and predict.
 
         Args:
-            x: pooled features of each head's block, all views of the batch together because the
-                batch statistics are taken over all of them, (rows, heads, dim).
+            x: pooled features of each head's block, (rows, heads, dim). All views of the batch come
+                together, because the batch statistics are taken over all of them.
 
         Returns:
             Projections ``z`` and predictions ``p``, each (rows, heads, out_dim).
         """
         z = self.projector(x)
         return z, self.predictor(z)
+
+
+class StackedLinear(nn.Module):
+    """One bias-free linear layer per head: (rows, heads, inputs) -> (rows, heads, outputs)."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
+
+
+class StackedBatchNorm(nn.BatchNorm1d):
+    """One batch norm per head over the rows of (rows, heads, dim); no statistic crosses heads."""
+
+    def __init__(self, heads: int, dim: int):
+        super().__init__(heads * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and distributed.world() > 1:
+            return batch_norm(x.flatten(1), self).view(x.shape)
+        return super().forward(x.flatten(1)).view(x.shape)
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    """``norm`` in training mode with the statistics of all processes: (rows, channels).
+
+    One message goes forward and one back: the processes' means and variances are gathered and
+    combined, in float32. Every process has the same number of rows. The result equals this
+    process's rows of ``norm(gather(x))``. (``nn.SyncBatchNorm`` refuses CPUs.)
+    """
+    variance, average = torch.var_mean(x.float(), 0, correction=0)
+    # (world, channels) each
+    variances, averages = distributed.gather(torch.stack([variance, average])[None]).unbind(1)
+    average = averages.mean(0)
+    variance = variances.mean(0) + (averages - average).square().mean(0)
+    with torch.no_grad():
+        rows = len(x) * distributed.world()
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(average, norm.momentum)
+        norm.running_var.lerp_(variance * rows / (rows - 1), norm.momentum)
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return ((x.float() - average) * scale + norm.bias).to(x.dtype)

@@ -1,10 +1,11 @@
-"""Nearest-neighbour alignment (NNA), the loss of MIM-Refiner (arXiv 2402.10093, Eq. 1-2 and Figure
-4).
+"""Nearest-neighbour alignment (NNA), the loss of MIM-Refiner (arXiv 2402.10093, Eq. 1-2, Figure 4).
 
 For a target view ``a`` (global), a predicted view ``b`` and image ``i``, all vectors
 L2-normalised::
 
-    l(a, b, i) = -log  exp(nn_z[i,a] . p[i,b] / T)  /  (exp(nn_z[i,a] . p[i,b] / T) + sum_{j != i} exp(z[i,a] . p[j,b] / T))
+    pos(i)    = exp(nn_z[i, a] . p[i, b] / T)
+    neg(i, j) = exp(z[i, a] . p[j, b] / T)
+    l(a, b, i) = -log( pos(i) / (pos(i) + sum_{j != i} neg(i, j)) )
 
 Only the positive is swapped with a neighbour from the queue; the negatives are the batch's own
 projections. The gradient reaches ``p`` alone.
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimrefiner.config import PAIRINGS
-from mimrefiner.errors import InputError
+from mimrefiner.errors import InputError, one_of
 
 
 def nna_loss(
@@ -35,11 +36,14 @@ def nna_loss(
 
     Returns:
         The mean over the batch, a scalar.
+
+    >>> import mimrefiner as mr
+    >>> z = torch.eye(4)  # four images that have nothing in common
+    >>> mr.nna_loss(z, z, p=z).item() < mr.nna_loss(z, z, p=z.roll(1, 0)).item()
+    True
     """
     if not z.ndim == nn_z.ndim == p.ndim == 2:
-        raise InputError(
-            f"expected z, nn_z and p as (batch, dim), got {', '.join(str(tuple(x.shape)) for x in (z, nn_z, p))}"
-        )
+        raise InputError(f"expected z, nn_z and p as (batch, dim), got {_shapes(z, nn_z, p)}")
     z, nn_z, p = (x[None, :, None] for x in (z, nn_z, p))
     return nna_terms(z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives).mean()
 
@@ -69,6 +73,11 @@ def multi_view_nna_loss(
 
     Returns:
         One loss per head, (heads,), averaged over this process's batch and over the pairs of views.
+
+    >>> import mimrefiner as mr
+    >>> z, p = torch.rand(3, 8, 2, 16), torch.rand(3, 8, 12, 16)  # 3 heads, 2 of 12 views global
+    >>> mr.multi_view_nna_loss(z, nn_z=z, p=p).shape
+    torch.Size([3])
     """
     terms = nna_terms(
         z, nn_z, p, temperature=temperature, swap_negatives=swap_negatives, offset=offset
@@ -85,46 +94,33 @@ def nna_terms(
     swap_negatives: bool = False,
     offset: int = 0,
 ) -> Tensor:
-    """The loss of every (head, global view a, view b, image), not averaged: (heads, global_views,
-    views, batch).
+    """The loss of every (head, global view a, view b, image), not averaged.
 
-    Arguments as in :func:`multi_view_nna_loss`. ``exp(-terms)`` is the softmax probability of the
-    positive ("alignment").
+    ``exp(-terms)`` is the softmax probability of the positive ("alignment"). For the arguments see
+    :func:`multi_view_nna_loss`.
+
+    Returns:
+        (heads, global_views, views, batch).
     """
-    check_temperature(temperature)
-    if z.shape != nn_z.shape or z.ndim != 4 or p.ndim != 4:
-        found = ", ".join(str(tuple(x.shape)) for x in (z, nn_z, p))
-        raise InputError(
-            f"expected z and nn_z of one shape (heads, batch, global_views, dim) and p like it, got {found}"
-        )
-    heads, batch, global_views, dim = z.shape
-    if (
-        p.shape[0] != heads
-        or p.shape[3] != dim
-        or p.shape[1] < offset + batch
-        or p.shape[2] < global_views
-    ):
-        raise InputError(
-            f"expected p as ({heads}, >= {offset + batch}, >= {global_views}, {dim}) for z {tuple(z.shape)} at offset {offset}, "
-            f"got {tuple(p.shape)}"
-        )
+    _check(z, nn_z, p, temperature, offset)
     # Normalised in float32; under autocast the products below run in its lower precision
     with torch.no_grad():
         z = F.normalize(z.float(), dim=-1)
         nn_z = F.normalize(nn_z.float(), dim=-1)
     p = F.normalize(p.float(), dim=-1)
     if not isinstance(temperature, Tensor):
-        # Filled there: copying it would wait for the GPU
+        # Filled on the device: copying it there would wait for the GPU
         temperature = torch.full((1,), temperature, device=p.device)
     temperature = temperature.to(p).reshape(-1, 1, 1, 1)
 
+    own = slice(offset, offset + z.shape[1])  # the rows of p that belong to z
     terms = []
     # One target view at a time bounds the logits to (heads, views, batch, batch_all)
-    for a in range(global_views):
+    for a in range(z.shape[2]):
         targets = (nn_z if swap_negatives else z)[:, :, a]  # (heads, batch, dim)
         logits = torch.einsum("hid,hjbd->hbij", targets, p)  # (heads, views, batch, batch_all)
         if not swap_negatives:
-            positive = torch.einsum("hid,hibd->hbi", nn_z[:, :, a], p[:, offset : offset + batch])
+            positive = torch.einsum("hid,hibd->hbi", nn_z[:, :, a], p[:, own])
             logits = torch.diagonal_scatter(logits, positive, offset=offset, dim1=-2, dim2=-1)
         logits = logits / temperature
         terms.append(logits.logsumexp(-1) - logits.diagonal(offset, -2, -1))
@@ -132,11 +128,12 @@ def nna_terms(
 
 
 def average_pairs(terms: Tensor, pairing: str) -> Tensor:
-    """Average (heads, global_views, views, batch) terms over the pairs of views that ``pairing``
-    counts: (heads,).
+    """Average (heads, global_views, views, batch) terms to one loss for each head, (heads,).
+
+    ``pairing`` says which pairs of views count, see :func:`pair_weights`.
     """
     weights = pair_weights(terms.shape[1], terms.shape[2], pairing, terms.device)
-    # Which would round the losses to bfloat16
+    # Autocast would round the losses to bfloat16
     with torch.autocast(terms.device.type, enabled=False):
         return torch.einsum("hab,ab->h", terms.float().mean(-1), weights / weights.sum())
 
@@ -151,9 +148,13 @@ def pair_weights(
     at cc57423) takes its local terms from the predictions of views ``0 .. n_local - 1``. The global
     views are then counted again, pairs of a view with itself included, and the last
     ``global_views`` local crops carry no gradient.
+
+    >>> pair_weights(2, 5, "intended").int().tolist()
+    [[0, 1, 1, 1, 1], [1, 0, 1, 1, 1]]
+    >>> pair_weights(2, 5, "published").int().tolist()
+    [[1, 2, 1, 0, 0], [2, 1, 1, 0, 0]]
     """
-    if pairing not in PAIRINGS:
-        raise InputError(f"pairing must be one of {PAIRINGS}, got {pairing!r}")
+    one_of("pairing", pairing, PAIRINGS)
     if views < 2:
         raise InputError(
             f"a loss needs pairs of different views, got {global_views} global of {views} in all"
@@ -165,13 +166,28 @@ def pair_weights(
     return (different & (view < global_views)).float() + (view < views - global_views).float()
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    """InputError unless every temperature is positive (a tensor is trusted: looking at it would
-    stop the GPU).
-    """
-    if not isinstance(temperature, (Tensor, Real)):
+def _check(z: Tensor, nn_z: Tensor, p: Tensor, temperature: float | Tensor, offset: int) -> None:
+    # A tensor of temperatures is trusted: looking at it would stop the GPU
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, Real):
+            raise InputError(
+                f"temperature must be a number, or one per head as a tensor, got {temperature!r}"
+            )
+        if not temperature > 0:
+            raise InputError(f"temperature must be > 0, got {temperature}")
+    if z.shape != nn_z.shape or z.ndim != 4 or p.ndim != 4:
         raise InputError(
-            f"temperature must be a number, or one per head as a tensor, got {temperature!r}"
+            "expected z and nn_z of one shape (heads, batch, global_views, dim) and p like it, "
+            f"got {_shapes(z, nn_z, p)}"
         )
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise InputError(f"temperature must be > 0, got {temperature}")
+    heads, batch, global_views, dim = z.shape
+    rows, views = p.shape[1:3]
+    if (p.shape[0], p.shape[3]) != (heads, dim) or rows < offset + batch or views < global_views:
+        raise InputError(
+            f"expected p as ({heads}, >= {offset + batch}, >= {global_views}, {dim}) "
+            f"for z {tuple(z.shape)} at offset {offset}, got {tuple(p.shape)}"
+        )
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)

@@ -13,14 +13,30 @@ LOOKUP_BYTES = 2**28  # at most this much similarity matrix at a time
 
 
 class NNQueue(nn.Module):
-    """First-in-first-out queue of un-normalised projections, one row of slots shared by all heads.
+    """First-in-first-out queue of un-normalised projections; all heads share the slots.
 
-    Persistent buffers: ``z`` (heads, size, dim), first filled with N(0, 1); ``index``, ``label``,
-    ``age`` (size,) and ``ptr``
-    (1,), the slot that is written next. ``index`` and ``label`` are -1 where nothing was enqueued
-    yet; ``age`` counts the images enqueued since, its own batch included. Semantics:
-    ``src/modules/ssl/nnclr_queue.py`` of the released code, except that similarities are always
-    float32.
+    It does what ``src/modules/ssl/nnclr_queue.py`` of the released code does, except that
+    similarities are always float32. Its persistent buffers are
+
+    - ``z`` (heads, size, dim): projections, first filled with N(0, 1);
+    - ``index`` and ``label`` (size,): image and class of each slot, -1 where nothing was enqueued;
+    - ``age`` (size,): images enqueued since, those of its own batch included;
+    - ``ptr`` (1,): the slot that is written next.
+
+    Args:
+        heads: number of heads.
+        size: number of slots.
+        dim: width of the projections.
+
+    >>> import mimrefiner as mr
+    >>> queue = mr.NNQueue(heads=1, size=8, dim=4)
+    >>> z = torch.eye(4)[None]  # (heads, batch, dim)
+    >>> queue.enqueue(z, index=torch.arange(4))
+    >>> query = z[:, :2, None] + 0.1  # (heads, batch, views, dim)
+    >>> queue.lookup_slots(query, index=None).flatten().tolist()
+    [0, 1]
+    >>> queue.lookup(query, index=torch.tensor([0, 1])).shape  # others than images 0 and 1
+    torch.Size([1, 2, 1, 4])
     """
 
     def __init__(self, heads: int, size: int, dim: int):
@@ -41,13 +57,13 @@ class NNQueue(nn.Module):
 
     @property
     def size(self) -> int:
+        """Number of slots."""
         return self.z.shape[1]
 
     def lookup(self, z: Tensor, index: Tensor | None, **options) -> Tensor:
-        """Neighbours of ``z`` (heads, batch, views, dim) in the queue, un-normalised and without
-        gradient: the shape of ``z``.
+        """Neighbours of ``z`` in the queue, un-normalised and without gradient, shaped like ``z``.
 
-        See :meth:`lookup_slots` for the arguments.
+        The arguments are those of :meth:`lookup_slots`.
         """
         return self.gather(self.lookup_slots(z, index, **options))
 
@@ -61,7 +77,7 @@ class NNQueue(nn.Module):
         generator: torch.Generator | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> Tensor:
-        """Slots of the neighbours of ``z`` by cosine similarity: (heads, batch, views), integers.
+        """Slots of the neighbours of ``z`` by cosine similarity, integers (heads, batch, views).
 
         Args:
             z: projections, (heads, batch, views, dim).
@@ -72,34 +88,14 @@ class NNQueue(nn.Module):
             part: (i, n) when ``z`` is the i-th of n equal parts of the batch: draws are made for
                 the whole of it, so that they do not depend on the number of processes.
         """
-        if z.ndim != 4 or z.shape[0] != self.z.shape[0] or z.shape[3] != self.z.shape[2]:
-            raise InputError(
-                f"expected z as ({self.z.shape[0]}, batch, views, {self.z.shape[2]}), got {tuple(z.shape)}"
-            )
+        self._check_query(z, index, top_k)
         heads, batch, views = z.shape[:3]
-        if index is not None and index.shape != (batch,):
-            raise InputError(
-                f"expected index as ({batch},) for z {tuple(z.shape)}, got {tuple(index.shape)}"
-            )
-        if not 1 <= top_k <= self.size:
-            raise InputError(
-                f"top_k must be between 1 and the queue's size {self.size}, got {top_k}"
-            )
-        if top_k > 1:
-            device = z.device if generator is None else generator.device
-            pick = torch.randint(
-                top_k, (heads, batch * part[1], views, 1), generator=generator, device=device
-            )
-            pick = pick[:, part[0] * batch : (part[0] + 1) * batch]
-            if z.device.type == "cuda" and device.type == "cpu":
-                pick = pick.pin_memory()  # else the copy would wait for the GPU
-            pick = pick.to(z.device, non_blocking=True)
+        picks = None if top_k == 1 else _picks((heads, batch, views), top_k, generator, part, z)
         rows = max(1, LOOKUP_BYTES // (4 * heads * views * self.size))
         slots = []
         with torch.autocast(z.device.type, enabled=False):
             for start in range(0, batch, rows):
                 some = slice(start, start + rows)
-                # (heads, rows * views, dim)
                 query = F.normalize(z[:, some].float(), dim=-1).flatten(1, 2)
                 # (heads, rows, views, size)
                 similarity = (query @ self.unit.mT).unflatten(1, (-1, views))
@@ -107,13 +103,13 @@ class NNQueue(nn.Module):
                     own = index[some, None] == self.index  # (rows, size)
                     similarity.masked_fill_(own[:, None], -1.0)
                 nearest = similarity.topk(top_k, dim=-1).indices
-                slots.append(
-                    nearest[..., 0] if top_k == 1 else nearest.gather(-1, pick[:, some])[..., 0]
-                )
+                if picks is not None:
+                    nearest = nearest.gather(-1, picks[:, some])
+                slots.append(nearest[..., 0])
         return torch.cat(slots, dim=1)
 
     def gather(self, slots: Tensor) -> Tensor:
-        """Entries at ``slots`` (heads, batch, views): (heads, batch, views, dim)."""
+        """What lies in ``slots`` (heads, batch, views): (heads, batch, views, dim)."""
         heads = torch.arange(self.z.shape[0], device=slots.device)[:, None, None]
         return self.z[heads, slots]
 
@@ -122,21 +118,12 @@ class NNQueue(nn.Module):
         """Write the newest projections over the oldest.
 
         Args:
-            z: projections of the first global view, already gathered over processes, (heads, batch,
-                dim).
+            z: projections of the first global view, gathered over processes, (heads, batch, dim).
             index: which image each row is, (batch,).
             label: its class, (batch,), or None; used for metrics only.
         """
-        shapes = [tuple(x.shape) for x in (z, index, label) if x is not None]
-        batch = z.shape[1] if z.ndim == 3 else -1
-        # Before anything is written
-        if z.shape != (self.z.shape[0], batch, self.z.shape[2]) or set(shapes[1:]) != {(batch,)}:
-            raise InputError(
-                f"expected z as ({self.z.shape[0]}, batch, {self.z.shape[2]}), index and label as (batch,), "
-                f"got {', '.join(map(str, shapes))}"
-            )
-        if batch > self.size:
-            raise InputError(f"a batch of {batch} does not fit a queue of {self.size}")
+        self._check_entries(z, index, label)
+        batch = len(index)
         slots = (self.ptr + torch.arange(batch, device=self.ptr.device)) % self.size
         self.z[:, slots] = z.to(self.z.dtype)
         # From z as stored, so that a loaded queue equals this one
@@ -146,3 +133,39 @@ class NNQueue(nn.Module):
         self.age[slots] = 0
         self.age += batch
         self.ptr.copy_((self.ptr + batch) % self.size)
+
+    def _check_query(self, z: Tensor, index: Tensor | None, top_k: int) -> None:
+        heads, size, dim = self.z.shape
+        if z.ndim != 4 or z.shape[0] != heads or z.shape[3] != dim:
+            raise InputError(f"expected z as ({heads}, batch, views, {dim}), got {tuple(z.shape)}")
+        if index is not None and index.shape != (z.shape[1],):
+            raise InputError(
+                f"expected index as ({z.shape[1]},) for z {tuple(z.shape)}, "
+                f"got {tuple(index.shape)}"
+            )
+        if not 1 <= top_k <= size:
+            raise InputError(f"top_k must be between 1 and the queue's size {size}, got {top_k}")
+
+    def _check_entries(self, z: Tensor, index: Tensor, label: Tensor | None) -> None:
+        heads, size, dim = self.z.shape
+        shapes = [tuple(x.shape) for x in (z, index, label) if x is not None]
+        batch = z.shape[1] if z.ndim == 3 else -1
+        if z.shape != (heads, batch, dim) or set(shapes[1:]) != {(batch,)}:
+            raise InputError(
+                f"expected z as ({heads}, batch, {dim}), index and label as (batch,), "
+                f"got {', '.join(map(str, shapes))}"
+            )
+        if batch > size:
+            raise InputError(f"a batch of {batch} does not fit a queue of {size}")
+
+
+def _picks(shape, top_k: int, generator, part: tuple[int, int], z: Tensor) -> Tensor:
+    """Which of the ``top_k`` nearest every query takes, (heads, batch, views, 1), beside ``z``."""
+    heads, batch, views = shape
+    home = z.device if generator is None else generator.device
+    of_all = (heads, batch * part[1], views, 1)
+    picks = torch.randint(top_k, of_all, generator=generator, device=home)
+    picks = picks[:, part[0] * batch : (part[0] + 1) * batch]
+    if z.device.type == "cuda" and home.type == "cpu":
+        picks = picks.pin_memory()  # else the copy would wait for the GPU
+    return picks.to(z.device, non_blocking=True)

@@ -10,26 +10,28 @@ from mimrefiner.errors import InputError
 
 
 def block_modules(encoder: nn.Module) -> Sequence[nn.Module]:
-    """What counts as a block: the blocks of a ViT (Hiera too), the stages of a convolutional
-    network.
-    """
+    """The blocks of a ViT (Hiera too), or the stages of a convolutional network."""
     for name in ("blocks", "stages"):
         if hasattr(encoder, name):
             return getattr(encoder, name)
     raise InputError(
-        f"{type(encoder).__name__} has neither blocks nor stages: expected a timm ViT, Hiera or ConvNeXt"
+        f"{type(encoder).__name__} has neither blocks nor stages: "
+        "expected a timm ViT, Hiera or ConvNeXt"
     )
 
 
+def depth_of(encoder: nn.Module) -> int:
+    """Number of blocks."""
+    return len(block_modules(encoder))
+
+
 def available_pools(encoder: nn.Module) -> tuple[str, ...]:
-    """The poolings ``encoder`` has: "cls" only where there is a cls token, "mean" over patch tokens
-    always.
-    """
+    """The poolings that ``encoder`` has: "cls" if it has a cls token, "mean" of patch tokens."""
     return ("cls", "mean") if getattr(encoder, "cls_token", None) is not None else ("mean",)
 
 
 def check_pools(encoder: nn.Module, pools: Sequence[str] | None) -> tuple[str, ...]:
-    """``pools`` (None: all there are), or an InputError naming those the encoder has."""
+    """``pools``, or all that ``encoder`` has for None; InputError if it lacks one."""
     available = available_pools(encoder)
     if pools is not None and not len(pools):
         raise InputError(f"expected one or more poolings of {', '.join(available)}, got none")
@@ -72,14 +74,14 @@ def pooled_blocks(
     """Run ``encoder`` once and pool the raw output of every block in ``blocks``.
 
     Args:
-        encoder: a timm ViT (anything with ``blocks`` and ``forward_features``).
+        encoder: a timm ViT, or anything with blocks and ``forward_features``.
         images: normalised images, (batch, 3, height, width).
         blocks: 0-based blocks.
-        pools: of "cls", "mean".
+        pools: one or both of "cls" and "mean".
         norm_blocks: blocks whose tokens pass the encoder's final LayerNorm first.
 
     Returns:
-        For every pooling, a list of (batch, dim), in the order of ``blocks``.
+        For every pooling, one (batch, dim) for each block, in the order of ``blocks``.
     """
     pooled: dict[str, list] = {pool: [None] * len(blocks) for pool in pools}
 
@@ -99,7 +101,3 @@ def pooled_blocks(
     with hooked([modules[block] for block in blocks], pool):
         encoder.forward_features(images)
     return pooled
-
-
-def depth_of(encoder: nn.Module) -> int:
-    return len(block_modules(encoder))
