@@ -10,19 +10,30 @@ from torch import nn
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU; the CPU also where several processes were started on it."""
+    """The GPU where there is one; else, and in a group of processes on CPUs, the CPU."""
     on_cpus = dist.is_initialized() and dist.get_backend() == "gloo"
     return torch.device("cuda" if torch.cuda.is_available() and not on_cpus else "cpu")
 
 
 def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
     """bfloat16 where it helps: on GPUs, and on CPUs from width 192 up."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or encoder.embed_dim >= 192)
+    helps = device.type == "cuda" or encoder.embed_dim >= 192
+    return torch.autocast(device.type, torch.bfloat16, enabled=helps)
 
 
 @contextmanager
 def frozen(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Within it, ``encoder`` is on ``device``, in eval mode and needs no gradient; after it, as it was."""
+    """Within this block ``encoder`` is on ``device``, in eval mode and needs no gradient.
+
+    Afterwards it is as it was before.
+
+    >>> encoder = torch.nn.Linear(2, 2)
+    >>> with frozen(encoder, "cpu"):
+    ...     encoder.training, encoder.weight.requires_grad
+    (False, False)
+    >>> encoder.training, encoder.weight.requires_grad
+    (True, True)
+    """
     home, was_training = next(encoder.parameters()).device, encoder.training
     needed = [x.requires_grad for x in encoder.parameters()]
     encoder.eval().requires_grad_(False).to(device)
@@ -36,8 +47,11 @@ def frozen(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 @contextmanager
 def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it, attention on a CPU is three plain operations: the fused kernel's backward pass is slower there, most of all
-    for the short sequences of small images (docs/scaling.md has the ratios)."""
+    """Within this block attention on a CPU is three plain operations.
+
+    The fused kernel's backward pass is slower there, most of all for the short sequences of small
+    images (docs/scaling.md has the ratios).
+    """
     fused = [m for m in model.modules() if getattr(m, "fused_attn", False) and device.type == "cpu"]
     for module in fused:
         module.fused_attn = False
@@ -49,5 +63,5 @@ def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def loader_workers() -> int:
-    """Processes that decode and crop: those a GPU would wait for; on a CPU training itself has the cores."""
+    """How many processes decode and crop: none on a CPU, whose cores are the training's own."""
     return min(8, (os.cpu_count() or 2) - 1) if default_device().type == "cuda" else 0

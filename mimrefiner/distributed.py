@@ -1,10 +1,8 @@
-"""Training on several processes: Lightning Fabric joins them and averages gradients, the few other
-collectives are torch's.
+"""What the processes of one training tell each other; one process alone tells nothing.
 
-Processes are started by ``torchrun`` or ``fabric run``. Each computes the loss of its own share of
-the batch against the predictions of all; gradients are averaged. Every process then holds the same
-weights, optimiser and queue. With one process every function here does nothing, and Fabric is not
-imported.
+``torchrun`` or ``fabric run`` starts them, and :mod:`mimrefiner.training.engine` joins them. Each
+computes the loss of its own share of the batch against the predictions of all, and gradients are
+averaged, so that every process holds the same weights, optimiser and queue.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +19,12 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 def world() -> int:
-    """Number of processes."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process, 0-based."""
+    """The number of this process, 0-based."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -47,8 +45,9 @@ def barrier() -> None:
 
 
 def from_first(function: Callable):
-    """What ``function()`` returns on the first process (the others do not call it), on all of them;
-    bad input and errors of the file system there are raised on all, so that none waits in vain.
+    """What ``function()`` returns on the first process, which alone calls it, on all of them.
+
+    Bad input and errors of the file system are raised on all, so that none waits in vain.
     """
     if world() == 1:
         return function()
@@ -65,8 +64,9 @@ def from_first(function: Callable):
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows of all processes in order: (rows, ...) -> (world * rows, ...). Gradients are summed
-    over processes.
+    """The rows of all processes in order: (rows, ...) -> (world * rows, ...).
+
+    Gradients are summed over processes.
     """
     return x if world() == 1 else _Gather.apply(x.contiguous())
 
@@ -81,7 +81,11 @@ def mean(x: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather forward, reduce-scatter backward."""
+    """All-gather forward, reduce-scatter backward.
+
+    With gloo, ``torch.distributed.nn.functional.all_gather`` sends as many messages back as there
+    are processes.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -97,8 +101,11 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
-    """The first ``counts[i]`` rows of every process i behind each other; ``x`` has ``max(counts)``
-    rows on all of them.
+    """The first ``counts[i]`` rows of every process i, in order.
+
+    Args:
+        x: this process's rows, filled up to ``max(counts)`` rows on every process.
+        counts: how many rows of each process count.
     """
     home = x.device
     if dist.get_backend() == "nccl":

@@ -2,10 +2,16 @@
 
 
 class InputError(ValueError):
-    """Something the user gave does not fit; the message says what was expected, what came and what
-    to do.
+    """What a person gave does not fit; the message says what was expected, what came, what to do.
 
     The command line prints the message as one line, without a traceback, and exits with status 2.
+
+    >>> import mimrefiner as mr
+    >>> try:
+    ...     mr.ViTConfig(dim=64, num_heads=5)
+    ... except mr.InputError as error:
+    ...     print(error)
+    dim 64 is not divisible by 5 attention heads
     """
 
 
@@ -14,6 +20,6 @@ class Stopped(Exception):
 
 
 def one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
-    """InputError unless ``value`` is one of ``valid``, which it lists."""
+    """Raise InputError, which lists ``valid``, unless ``value`` is one of them."""
     if value not in valid:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(valid)}")

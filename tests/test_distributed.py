@@ -25,6 +25,7 @@ from mimrefiner.probes.monitor import Monitor
 from mimrefiner.study import store
 from mimrefiner.training import checkpoints, engine, optim
 from mimrefiner.training.checkpoints import Checkpoints, Saving
+from mimrefiner.training.finetune import finetune
 from mimrefiner.training.memory import Memory
 from mimrefiner.training.refine import forward_backward
 from mimrefiner.training.run import TrainingRun
@@ -324,6 +325,24 @@ def test_training_on_two_processes_follows_that_on_one(digits, tmp_path):
     assert torch.allclose(outputs[0]["loss"][:4], alone["loss"][:4], rtol=1e-4)
     assert torch.allclose(outputs[0]["loss"], alone["loss"], rtol=0.02)
     assert outputs[0]["flops"] == pytest.approx(alone["flops"], rel=1e-3)
+
+
+def test_fine_tuning_is_shared_by_the_processes(digits, tmp_path):
+    preset, some = mr.load_preset("smoke"), digits["train"].take(128)
+    config = replace(preset.refine, refine_base_lr=2e-2, warmup_epochs=0)
+
+    def run(_=0):
+        result = finetune(mr.build_vit(preset.encoder), some, config, flops=1e9)
+        loss = torch.tensor(result.history["loss"])
+        return {"loss": loss, "hash": sha256_of(result.encoder), "flops": result.flops}
+
+    outputs, codes = on_several(run, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    alone = run()
+    assert outputs[0]["hash"] == outputs[1]["hash"]
+    assert outputs[0]["flops"] == alone["flops"]
+    assert alone["loss"].std() > 1e-2
+    assert torch.allclose(outputs[0]["loss"], alone["loss"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+import json
 import os
 import subprocess
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
+from conftest import GOLDEN
 from timm.layers import PatchDropout
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +22,10 @@ from mimrefiner.models.masked import build_masked_model, random_mask
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.training import engine, optim, refine
 from mimrefiner.training.checkpoints import Saving
+from mimrefiner.training.finetune import finetune
 from mimrefiner.training.memory import Memory, recomputed
 from mimrefiner.training.refine import forward_backward
-from mimrefiner.training.run import TrainingRun
+from mimrefiner.training.run import NUMERICS, TrainingRun
 
 
 @pytest.fixture
@@ -38,6 +41,31 @@ def some(digits):
 @pytest.fixture
 def refiner(smoke):
     return mr.MIMRefiner(mr.build_vit(smoke.encoder), smoke.refine)
+
+
+NUMERICS_MUST_BE_RAISED = """
+The same settings now give other losses than when NUMERICS was set. If that is meant, raise NUMERICS
+in mimrefiner/training/run.py by one, so that stored models are trained anew, and write
+tests/golden/first_losses.json again:
+"""
+
+
+def test_first_losses_are_those_of_the_numerics(smoke, some):
+    """Stored models are kept by NUMERICS and not by the code: this tells when it must be raised."""
+    encoder, short = mr.build_vit(smoke.encoder), replace(smoke.refine, refine_epochs=2)
+    small = replace(smoke.pretrain, decoder_dim=32, decoder_heads=2)
+    losses = {
+        method: mr.pretrain(encoder, some, replace(small, method=method)).history["loss"]
+        for method in ("simmim", "mae")
+    }
+    losses["refine"] = mr.refine(encoder, some, short).history["loss"]
+    losses["finetune"] = finetune(encoder, some, short, flops=2e9).history["loss"]
+    found = {"numerics": NUMERICS, **{name: x.tolist() for name, x in losses.items()}}
+    expected = json.loads((GOLDEN / "first_losses.json").read_text())
+    same = found.keys() == expected.keys() and all(
+        found[name] == pytest.approx(values, rel=1e-4) for name, values in expected.items()
+    )
+    assert same, NUMERICS_MUST_BE_RAISED + json.dumps(found)
 
 
 @pytest.mark.parametrize("method", ["simmim", "mae"])
