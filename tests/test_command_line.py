@@ -142,7 +142,8 @@ def test_refine_trains_the_presets_own_model_first(tmp_path):
     ]
     assert main(arguments) == 0
     assert len(list((tmp_path / "cache").glob("pretrain-*"))) == 1
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["views"]["n_local"] == 1
+    told = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert told["settings"]["views"]["n_local"] == 1
 
 
 def fabric_run(*options):

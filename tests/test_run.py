@@ -404,7 +404,7 @@ def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys
         "encoder.safetensors",
         "epochs.csv",
         "history.csv",
-        "manifest.json",
+        "settings.json",
     ]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == expected
     (tmp_path / "out" / "checkpoints").mkdir()  # as a kill before their removal leaves them

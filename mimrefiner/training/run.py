@@ -415,7 +415,8 @@ def train_into(
             ``resume`` is off.
     """
     encoder, dataset, config = train.args
-    entry, checkpoints = Entry(out, run_settings(config, dataset, encoder)), out / "checkpoints"
+    entry = Entry(out, run_settings(config, dataset, encoder), manifest="settings.json")
+    checkpoints = out / "checkpoints"
     if distributed.from_first(partial(_is_finished, entry, resume)):
         if distributed.rank() == 0:  # a run that was killed at its very end leaves them
             shutil.rmtree(checkpoints, ignore_errors=True)
