@@ -173,38 +173,54 @@ class Entry:
     @property
     def is_there(self) -> bool:
         """Whether the folder holds a manifest, of whatever settings."""
-        return (self.folder / self.manifest).is_file()
+        return self._has(self.manifest)
 
     def facts(self) -> dict | None:
         """What :meth:`finish` was given, or None.
 
         None stands for an entry that is unfinished, damaged or of other settings.
         """
-        return None if self.different() or self.damage() else self._content()["facts"]
+        return None if self.different() or self.damage() else self._read("facts")
 
     def damage(self) -> str | None:
         """Why the entry does not count as finished, in words; None where it does."""
-        try:
-            files = self._content()["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"{self.manifest} is missing or unreadable ({first_line(error)})"
-        for name, expected in files.items():
-            file = self.folder / name
-            if not file.is_file() or sha256_of_file(file) != expected:
-                return f"{name} is missing or changed"
-        return None
+        files = self._read("files")
+        if files is None:
+            return f"{self.manifest} is missing or unreadable"
+        damaged = files.keys() - self.intact()
+        return f"{min(damaged)} is missing or changed" if damaged else None
+
+    def intact(self) -> list[str]:
+        """The names of the manifest's files that are as they were written; [] without a manifest.
+
+        >>> from tempfile import mkdtemp
+        >>> entry = Entry(Path(mkdtemp()), {})
+        >>> for name in ("a", "b"):
+        ...     _ = (entry.folder / name).write_text(name)
+        >>> entry.finish(entry.folder, {})
+        >>> _ = (entry.folder / "a").write_text("changed")
+        >>> entry.intact()
+        ['b']
+        """
+        files = self._read("files") or {}
+        there = [(name, expected) for name, expected in files.items() if self._has(name)]
+        return [name for name, sha in there if sha256_of_file(self.folder / name) == sha]
 
     def different(self) -> list[str]:
         """The names of the settings that differ from the manifest's; [] without a manifest."""
-        try:
-            there = self._content()["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+        there = self._read("settings")
         here = json.loads(json.dumps(self.settings, default=_jsonable))  # as a file gives it back
-        return different_settings(there, here)
+        return [] if there is None else different_settings(there, here)
 
-    def _content(self) -> dict:
-        return json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))
+    def _has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def _read(self, part: str) -> dict | None:
+        """A part of the manifest, None where it cannot be read."""
+        try:
+            return json.loads((self.folder / self.manifest).read_text(encoding="utf-8"))[part]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def finish(self, folder: Path, facts: dict, files: Iterable[Path] | None = None) -> None:
         """Write the manifest into ``folder``, which makes the entry finished.

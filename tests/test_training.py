@@ -225,6 +225,15 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     assert rates[54] == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_stage_ends_epochs_and_itself():
+    stage = optim.Stage(2, steps=5, images=8, batch_size=4, warmup=0, base_lr=0.1, min_lr=0.0)
+    assert [stage.ends_epoch(step) for step in range(5)] == [False, True, False, True, True]
+    assert [stage.epoch(step) for step in range(5)] == [0, 0.5, 1, 1.5, 2]
+    assert stage.lr(0) == pytest.approx(0.1 * 4 / 256) and stage.lr(4) == 0
+    logged = [step for step in range(1000) if replace(stage, steps=1000).is_logged(step)]
+    assert logged == [*range(0, 1000, 10), 999]
+
+
 def test_moving_average_is_that_of_the_weights(smoke, some, monkeypatch):
     """Against a plain recursion over the encoder's weights after every step."""
     refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), replace(smoke.refine, ema_decay=0.7))

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # Raised by hand where the same settings give other weights; the store then trains anew
 NUMERICS = 1
-CHECK_EVERY = 10  # steps between two questions to all processes whether to stop: GPUs wait
+CHECK_EVERY = 10  # after so many steps the processes agree on whether to stop; GPUs wait for it
 HISTORY_FILE = "history.csv"
 
 # Adds what it measures of a model to the last row of the epochs so far
