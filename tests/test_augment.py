@@ -15,6 +15,27 @@ from mimrefiner.data import augment, views
 from mimrefiner.data.views import CROP_TRIES, DRAWS
 
 
+def photometric(x, crop, u):
+    """One view of a batch: (batch, 3, height, width)."""
+    return views.photometric(x[None], [crop], u[:, None])[0]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [augment.paper_views(24, 12, 3), augment.small_views(24, 4, 3), augment.digit_views(24, 8)],
+)
+def test_views_coloured_together_equal_views_coloured_alone(recipe):
+    """Bit for bit, with other recipes and other sizes beside them."""
+    u = torch.from_numpy(views.uniforms(3, 1, np.arange(6), len(recipe.crops)))
+    for group in views.size_groups(recipe):
+        crops = recipe.crops[group]
+        x = torch.rand(len(crops), 6, 3, crops[0].size, crops[0].size)
+        together = views.photometric(x, crops, u[:, group])
+        alone = [photometric(x[v], crop, u[:, group][:, v]) for v, crop in enumerate(crops)]
+        assert torch.equal(together, torch.stack(alone))
+        assert not torch.equal(together, x)
+
+
 def draws(n, seed=0):
     return torch.from_numpy(np.stack([views.uniforms(seed, 0, i, 1)[0] for i in range(n)]))
 
@@ -64,7 +85,7 @@ def test_probabilities_are_kept():
 
     def share_changed(**settings):
         crop = Crop(4, (1.0, 1.0), **{"jitter_p": 0.0, "grey_p": 0.0, **settings})
-        return (views.photometric(x, crop, u) != x).flatten(1).any(1).float().mean().item()
+        return (photometric(x, crop, u) != x).flatten(1).any(1).float().mean().item()
 
     assert share_changed() == 0
     assert share_changed(jitter_p=0.8) == pytest.approx(0.8, abs=0.03)
@@ -76,11 +97,11 @@ def test_probabilities_are_kept():
 def test_photometric_leaves_its_input_alone_and_does_not_mix_images(images):
     crop, u = Crop(12, (1.0, 1.0), blur_p=0.5, solarize_p=0.5), draws(6)
     before = images.clone()
-    together = views.photometric(images, crop, u)
+    together = photometric(images, crop, u)
     assert torch.equal(images, before)
     assert together.min() >= 0
     assert together.max() <= 1
-    alone = torch.cat([views.photometric(images[[i]], crop, u[[i]]) for i in range(6)])
+    alone = torch.cat([photometric(images[[i]], crop, u[[i]]) for i in range(6)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
@@ -163,7 +184,7 @@ def test_colour_jitter_is_distributed_as_torchvisions():
         saturation=0.2,
         hue=0.1,
     )
-    ours = views.photometric(image.expand(n, -1, -1, -1), crop, draws(n))
+    ours = photometric(image.expand(n, -1, -1, -1), crop, draws(n))
     jitter = ColorJitter(0.4, 0.4, 0.2, 0.1)
     theirs = torch.stack([jitter(image) for _ in range(n)])
     for what in (
@@ -183,7 +204,7 @@ def test_the_four_changes_of_colour_come_in_every_order(monkeypatch):
     )
     crop, u = Crop(2, (1.0, 1.0), jitter_p=1.0, grey_p=0.0), draws(1200)
     for i in range(1200):
-        views.photometric(torch.zeros(1, 3, 2, 2), crop, u[[i]])
+        photometric(torch.zeros(1, 3, 2, 2), crop, u[[i]])
         orders[tuple(seen)] += 1
         seen.clear()
     assert len(orders) == math.factorial(4) and min(orders.values()) > 25

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimrefiner as mr
 from mimrefiner.data.augment import paper_views
-from mimrefiner.data.views import DRAWS, photometric
+from mimrefiner.data.views import DRAWS, photometric, size_groups
 from mimrefiner.errors import Stopped
 from mimrefiner.models.masked import build_masked_model, random_mask
 from mimrefiner.models.weights import sha256_of
@@ -336,16 +336,20 @@ def test_no_step_waits_for_the_gpu(smoke, monkeypatch):
     config = replace(smoke.refine, views=paper_views(32, 16, 2), batch_size=16)
     refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config).to("meta")
     average = copy.deepcopy(refiner.encoder)
-    index, draws = torch.zeros(16, dtype=torch.long, device="meta"), torch.rand(16, DRAWS)
+    index, draws = (
+        torch.zeros(16, dtype=torch.long, device="meta"),
+        torch.rand(16, len(config.views.crops), DRAWS),
+    )
     recipes = [replace(smoke.pretrain, method=method) for method in ("simmim", "mae")]
     models = [
         build_masked_model(mr.build_vit(smoke.encoder), recipe).to("meta") for recipe in recipes
     ]
     with Waits() as waits, Copies():
-        views = [
-            photometric(torch.empty(16, 3, c.size, c.size, device="meta"), c, draws)
-            for c in config.views.crops
-        ]
+        views = []
+        for group in size_groups(config.views):
+            crops = config.views.crops[group]
+            cut = torch.empty(len(crops), 16, 3, crops[0].size, crops[0].size, device="meta")
+            views += photometric(cut, crops, draws[:, group]).unbind()
         forward_backward(refiner, (views, index, index), top_k=4, generator=torch.Generator())
         engine.clip_gradients(refiner.parameters(), 1.0)
         optim.update_average(average, refiner.encoder, 0.9)

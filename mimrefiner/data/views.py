@@ -6,8 +6,9 @@ a resumed run sees the views that an uninterrupted one sees.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from mimrefiner.data.resampling import crop_batch
 from mimrefiner.errors import InputError
 
 Keys = list[tuple[int, int]]  # one batch: (epoch, image) of every row
-# One batch: crops of every view in 0..1, (batch, 3, size, size); draws, on the CPU; index; label
+# One batch: the crops of every group, (views, batch, 3, size, size) in 0..1; draws, on the CPU;
+# index; label
 Crops = tuple[list[Tensor], Tensor, Tensor, Tensor]
 CROP_TRIES = 10
 # Crop, offset, flip, jitter?, jitter order and factors, blur, grey, solarise
@@ -112,12 +114,25 @@ def view_batches(
         cut = loaded_crops(dataset, views, batches, order.seed, device, num_workers)
     else:
         cut = resident_crops(pixels, dataset.labels, views, batches, order.seed, device)
+    groups = size_groups(views)
     for crops, draws, index, label in cut:
         coloured = [
-            photometric(x, crop, draws[:, v])
-            for v, (x, crop) in enumerate(zip(crops, views.crops, strict=True))
+            photometric(x, views.crops[group], draws[:, group])
+            for x, group in zip(crops, groups, strict=True)
         ]
-        yield [(x - mean) / std for x in coloured], index, label
+        yield [view for x in coloured for view in ((x - mean) / std).unbind()], index, label
+
+
+def size_groups(views: Views) -> list[slice]:
+    """The views of one size next to each other, which are cut and coloured together.
+
+    >>> from mimrefiner.data.augment import paper_views
+    >>> size_groups(paper_views())
+    [slice(0, 2, None), slice(2, 12, None)]
+    """
+    sizes = [crop.size for crop in views.crops]
+    starts = [i for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def loaded_crops(
@@ -130,10 +145,11 @@ def loaded_crops(
 ) -> Iterator[Crops]:
     """Crops that loader processes cut image by image."""
     cuts = _Cuts(dataset, views, seed)
-    for pixels, *rest in loaded(cuts, batches, _collate, num_workers, pin=device.type == "cuda"):
-        pixels = (x.to(device, non_blocking=True).permute(0, 3, 1, 2) for x in pixels)
-        draws, index, label = rest
-        index, label = (x.to(device, non_blocking=True) for x in (index, label))
+    for pixels, draws, which in loaded(
+        cuts, batches, cuts.collate, num_workers, pin=device.type == "cuda"
+    ):
+        pixels = (x.to(device, non_blocking=True).permute(0, 1, 4, 2, 3) for x in pixels)
+        index, label = which.to(device, non_blocking=True)
         yield [x.float().div_(255) for x in pixels], draws, index, label
 
 
@@ -146,6 +162,7 @@ class _Cuts(Dataset):
     def __init__(self, dataset: Dataset, views: Views, seed: int):
         self.dataset, self.views, self.seed = dataset, views, seed
         self.scales = np.array([crop.scale for crop in views.crops])
+        self.groups = size_groups(views)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -160,14 +177,20 @@ class _Cuts(Dataset):
             crop_view(image, crop, *where)
             for crop, *where in zip(self.views.crops, boxes, flips, strict=True)
         ]
-        return pixels, draws, index, int(label)
+        return pixels, draws, (index, int(label))
 
-
-def _collate(rows):
-    pixels, draws, index, label = zip(*rows, strict=True)
-    pixels = [torch.from_numpy(np.stack(view)) for view in zip(*pixels, strict=True)]
-    draws = torch.from_numpy(np.stack(draws))  # (batch, views, draws)
-    return pixels, draws, torch.tensor(index), torch.tensor(label)
+    def collate(self, rows):
+        """A batch of rows: uint8 pixels of every group, (views, batch, size, size, 3); draws,
+        (batch, views, draws); index and label, (2, batch).
+        """
+        pixels, draws, which = zip(*rows, strict=True)
+        pixels = [
+            torch.from_numpy(
+                np.stack([np.stack(view) for view in list(zip(*pixels, strict=True))[group]])
+            )
+            for group in self.groups
+        ]
+        return pixels, torch.from_numpy(np.stack(draws)), torch.tensor(which).T
 
 
 def resident_crops(
@@ -186,18 +209,28 @@ def resident_crops(
     pixels = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     labels = torch.full((len(pixels),), -1) if labels is None else torch.from_numpy(labels)
     scales = np.array([crop.scale for crop in views.crops])
+    flip_p = np.array([crop.flip_p for crop in views.crops])
+    groups = size_groups(views)
     for batch in batches:
-        index = torch.tensor([i for _, i in batch])
-        # (batch, views, draws)
-        draws = uniforms(seed, batch[0][0], index.numpy(), len(views.crops))
+        which = np.array([i for _, i in batch])
+        draws = uniforms(seed, batch[0][0], which, len(views.crops))  # (batch, views, draws)
         boxes, flips = crop_boxes(width, height, scales, draws)
-        draws, boxes, flips = (torch.from_numpy(x) for x in (draws, boxes, flips))
-        on_device = index.to(device, non_blocking=True)
-        images = pixels[on_device].float()
+        where = np.concatenate([boxes, (flips < flip_p)[..., None]], -1)  # (batch, views, 5)
+        where = to_device(torch.from_numpy(where).transpose(0, 1).float(), device)
+        index = torch.from_numpy(which)
+        index, label = to_device(torch.stack([index, labels[index]]), device)
+        images = pixels[index].float()
         crops = [
-            crop_batch(images, crop, boxes[:, v], flips[:, v]) for v, crop in enumerate(views.crops)
+            crop_batch(images, views.crops[group.start].size, where[group]) for group in groups
         ]
-        yield crops, draws, on_device, labels[index].to(device, non_blocking=True)
+        yield crops, torch.from_numpy(draws), index, label
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` from the CPU on ``device``; a GPU gets it through page-locked memory and waits not."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def to_pil(image) -> Image.Image:
@@ -305,57 +338,79 @@ def crop_view(image: Image.Image, crop: Crop, box: np.ndarray, flip: float) -> n
     return pixels[:, ::-1] if flip < crop.flip_p else pixels
 
 
-def photometric(x: Tensor, crop: Crop, u: Tensor) -> Tensor:
-    """Colour jitter, greyscale, blur and solarisation of a batch, each image by its own draws.
+def photometric(x: Tensor, crops: Sequence[Crop], u: Tensor) -> Tensor:
+    """Colour jitter, greyscale, blur and solarisation of views, each image by its own draws.
 
-    The draws stay on the CPU, where they decide which images each step touches, so that no step
-    waits for the GPU.
+    All views of one size are coloured together, since a GPU spends its time on the number of calls.
+    The draws stay on the CPU, where they decide which rows each call touches; rows and numbers of
+    all calls travel in one copy each.
 
     Args:
-        x: images in 0..1, (batch, 3, height, width), on any device.
-        crop: the recipe.
-        u: draws of each image, (batch, DRAWS), on the CPU.
+        x: views in 0..1, (views, batch, 3, height, width), on any device.
+        crops: the recipe of every view.
+        u: draws of each image, (batch, views, DRAWS), on the CPU.
 
     Returns:
-        A new batch in 0..1.
+        New views in 0..1.
     """
-    x = x.clone()
-    u = u[:, 2 * CROP_TRIES + 3 :]
-    jitter, order, factors = u[:, 0] < crop.jitter_p, u[:, 1:5].argsort(-1), u[:, 5:9]
-    strengths = (crop.brightness, crop.contrast, crop.saturation, crop.hue)
-    for turn in range(4):
-        for op, strength in enumerate(strengths):
-            chosen = jitter & (order[:, turn] == op)
-            if strength > 0 and chosen.any():
-                shift = (2 * factors[chosen, op] - 1) * strength
-                rows = _rows(chosen, x)
-                shift = shift.to(x.device, non_blocking=True)[:, None, None, None]
-                x[rows] = _JITTER[op](x[rows], shift)
-    grey, blur, solarize = u[:, 9] < crop.grey_p, u[:, 10] < crop.blur_p, u[:, 12] < crop.solarize_p
-    if grey.any():
-        rows = _rows(grey, x)
-        x[rows] = _grey(x[rows]).expand(-1, 3, -1, -1)
-    if blur.any():
-        low, high = crop.blur_sigma
-        sigma = (low + (high - low) * u[blur, 11]).to(x.device, non_blocking=True)
-        rows = _rows(blur, x)
-        x[rows] = gaussian_blur(x[rows], sigma, radius=max(1, math.ceil(3 * high)))
-    if solarize.any():
-        rows = _rows(solarize, x)
-        x[rows] = torch.where(x[rows] >= 128 / 255, 1 - x[rows], x[rows])
-    return x
+    calls = photometric_calls(crops, u.transpose(0, 1)[..., 2 * CROP_TRIES + 3 :])
+    flat = x.flatten(0, 1).clone()
+    if calls:
+        functions, rows, numbers = zip(*calls, strict=True)
+        sizes = [len(row) for row in rows]
+        rows, numbers = (
+            to_device(torch.cat(part), x.device).split(sizes) for part in (rows, numbers)
+        )
+        for function, row, number in zip(functions, rows, numbers, strict=True):
+            flat[row] = function(flat[row], number[:, None, None, None])
+    return flat.view(x.shape)
 
 
-def _rows(chosen: Tensor, x: Tensor) -> Tensor:
-    """The rows of ``x`` that are ``chosen`` on the CPU, as indices beside ``x``."""
-    return chosen.nonzero()[:, 0].to(x.device, non_blocking=True)
+def photometric_calls(
+    crops: Sequence[Crop], u: Tensor
+) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]:
+    """What is done in which order: (function, rows of (views * batch), one number per row).
+
+    ``u`` are the photometric draws, (views, batch, 13): jitter?, the order of its four parts, their
+    factors, grey?, blur?, sigma, solarise?
+    """
+
+    def of_views(values: Iterable) -> Tensor:
+        return torch.tensor(list(values))[:, None]
+
+    strengths = torch.tensor([[c.brightness, c.contrast, c.saturation, c.hue] for c in crops])
+    shifts = (2 * u[..., 5:9] - 1) * strengths[:, None]
+    jitter = (u[..., 0] < of_views(c.jitter_p for c in crops))[..., None]
+    jitter = jitter & (strengths > 0)[:, None]
+    order = u[..., 1:5].argsort(-1)
+    calls = [
+        (function, jitter[..., part] & (order[..., turn] == part), shifts[..., part])
+        for turn in range(4)
+        for part, function in enumerate(_JITTER)
+    ]
+    calls.append((_greyscale, u[..., 9] < of_views(c.grey_p for c in crops), u[..., 9]))
+    low = of_views(c.blur_sigma[0] for c in crops)
+    sigma = low + of_views(c.blur_sigma[1] - c.blur_sigma[0] for c in crops) * u[..., 11]
+    blurred = u[..., 10] < of_views(c.blur_p for c in crops)
+    radii = of_views(max(1, math.ceil(3 * c.blur_sigma[1])) for c in crops)
+    for radius in radii.unique().tolist():
+        calls.append((partial(_blur, radius=radius), blurred & (radii == radius), sigma))
+    calls.append((_solarize, u[..., 12] < of_views(c.solarize_p for c in crops), u[..., 12]))
+    return [
+        (function, chosen.flatten().nonzero()[:, 0], numbers[chosen])
+        for function, chosen, numbers in calls
+        if chosen.any()
+    ]
+
+
+@cache
+def _grey_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """ITU-R 601, as PIL and torchvision have it."""
+    return torch.tensor([0.2989, 0.587, 0.114], dtype=dtype, device=device)
 
 
 def _grey(x: Tensor) -> Tensor:
-    # ITU-R 601, as PIL and torchvision
-    weights = torch.tensor([0.2989, 0.587, 0.114], dtype=x.dtype)
-    weights = weights.to(x.device, non_blocking=True)
-    return torch.einsum("bchw,c->bhw", x, weights)[:, None]
+    return torch.einsum("bchw,c->bhw", x, _grey_weights(x.device, x.dtype))[:, None]
 
 
 def _brightness(x: Tensor, shift: Tensor) -> Tensor:
@@ -383,11 +438,21 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
     green_or_blue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
     hue = torch.where(value == r, ((g - b) / safe) % 6, green_or_blue) + 6 * shift[:, 0]
-    channels = []
-    for n in (5.0, 3.0, 1.0):
-        k = (n + hue) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+    n = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype)[:, None, None]
+    k = (n + hue[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _greyscale(x: Tensor, _) -> Tensor:
+    return _grey(x).expand(-1, 3, -1, -1)
+
+
+def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    return gaussian_blur(x, sigma.flatten(), radius)
+
+
+def _solarize(x: Tensor, _) -> Tensor:
+    return torch.where(x >= 128 / 255, 1 - x, x)
 
 
 _JITTER = (_brightness, _contrast, _saturation, _hue)

@@ -34,6 +34,7 @@ from mimrefiner.data.views import (
     loaded_crops,
     photometric,
     resident_crops,
+    size_groups,
     view_batches,
 )
 from mimrefiner.device import plain_attention
@@ -541,7 +542,7 @@ def augment(device: str, small: bool, repeats: int) -> None:
     )
     on_device = x.to(device)
     ways = {
-        f"batched, {device}": lambda: photometric(on_device, crop, u),
+        f"batched, {device}": lambda: photometric(on_device[None], [crop], u[:, None]),
         "torchvision, one by one, cpu": lambda: [single(i) for i in x],
     }
     seconds = compare(ways, device, repeats)
@@ -559,8 +560,8 @@ def augment(device: str, small: bool, repeats: int) -> None:
 
     def finish(batches) -> None:
         for crops, draws, *_ in batches:
-            for v, crop in enumerate(views.crops):
-                photometric(crops[v], crop, draws[:, v])
+            for cut, group in zip(crops, size_groups(views), strict=True):
+                photometric(cut, views.crops[group], draws[:, group])
 
     where = torch.device(device)
     ways = {
