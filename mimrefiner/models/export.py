@@ -1,6 +1,4 @@
-"""Encoders as files: for timm, in the layout of the official hub files, and as this package loads
-them, in any precision.
-"""
+"""Encoders as files in any precision: for timm, for the official hub code, for this package."""
 
 import copy
 import json
@@ -9,13 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mimrefiner.errors import InputError
-from mimrefiner.files import atomic_file
+from mimrefiner.errors import InputError, one_of
+from mimrefiner.files import atomic_file, write_json
 from mimrefiner.models.layouts import BLOCK_KEYS
 from mimrefiner.models.weights import save_encoder, write_safetensors
 
-# And their suffixes
-FORMATS = {
+FORMATS = {  # name -> suffixes
     "timm": (".safetensors",),
     "hub": (".th", ".pth", ".pt"),
     "mimrefiner": (".safetensors",),
@@ -26,69 +23,76 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def export(
     encoder: nn.Module, path: Path | str, format: str = "timm", dtype: str | None = None
 ) -> str:
-    """Write ``encoder``; returns how to load it. ``dtype``: of the weights in the file, a name in
-    DTYPES; None: as they are.
+    """Write ``encoder`` to a file, and say how to load it.
 
-    "timm": a safetensors file, and beside it a ``.json`` with the model's arguments and
-    ``pretrained_cfg``, for ``timm.create_model("vit_base_patch16_224", pretrained=True,
-    pretrained_cfg_overlay=dict(file=...), **model_args)``. "hub": a ``.th`` file with the names of
-    the official ``hub/`` files under ``state_dict``. "mimrefiner": a safetensors file for
-    :func:`mimrefiner.load_encoder`.
+    Args:
+        encoder: a plain ViT.
+        path: the file.
+        format: "timm" writes a safetensors file, and beside it a ``.json`` with the model's
+            arguments and ``pretrained_cfg``, for ``timm.create_model("vit_base_patch16_224",
+            pretrained=True, pretrained_cfg_overlay=dict(file=...), **model_args)``. "hub" writes a
+            ``.th`` file with the names of the official ``hub/`` files under ``state_dict``.
+            "mimrefiner" writes a safetensors file for :func:`mimrefiner.load_encoder`.
+        dtype: converts the weights, a name in DTYPES; None keeps them as they are.
 
     Raises:
         InputError: an unknown format or dtype, a suffix of another format, or a model that the
             format cannot express.
     """
     path = Path(path)
-    if format not in FORMATS:
-        raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+    one_of("format", format, tuple(FORMATS))
     # load_encoder goes by the suffix, and timm's .json lies beside
     if path.suffix not in FORMATS[format] or path.is_dir():
         raise InputError(
             f"format {format} is a file that ends in {' or '.join(FORMATS[format])}, got {path}"
         )
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        one_of("dtype", dtype, tuple(DTYPES))
         encoder = copy.deepcopy(encoder).to(DTYPES[dtype])
     if format == "mimrefiner":
         save_encoder(encoder, path)
         return f"mimrefiner.load_encoder({path.name!r})"
-    tensors = plain_tensors(encoder)
     if format == "hub":
+        tensors = hub_tensors(encoder, plain_tensors(encoder))
         with atomic_file(path) as temporary:
-            torch.save({"state_dict": hub_tensors(encoder, tensors)}, temporary)
-        return f"torch.load({path.name!r}, weights_only=True)['state_dict'] fits the models of ml-jku/MIM-Refiner's hub"
+            torch.save({"state_dict": tensors}, temporary)
+        return (
+            f"torch.load({path.name!r}, weights_only=True)['state_dict'] fits "
+            "the models of ml-jku/MIM-Refiner's hub"
+        )
+    _write_for_timm(encoder, path)
+    return (
+        "timm.create_model('vit_base_patch16_224', pretrained=True, ...) "
+        f"with the arguments in {path.stem}.json"
+    )
+
+
+def _write_for_timm(encoder: nn.Module, path: Path) -> None:
+    tensors = plain_tensors(encoder)
     if "norm_pre.weight" in tensors:
         raise InputError(
-            "timm has no post-norm ViT with a norm before the blocks: load this model with mimrefiner.load_encoder"
+            "timm has no post-norm ViT with a norm before the blocks: "
+            "load this model with mimrefiner.load_encoder"
         )
     arguments = timm_arguments(encoder, tensors)
     if "cls_token" in tensors and tensors["pos_embed"].shape[1] == encoder.patch_embed.num_patches:
         zero = torch.zeros_like(tensors["pos_embed"][:, :1])  # timm wants a row for the cls token
         tensors["pos_embed"] = torch.cat([zero, tensors["pos_embed"]], 1)
     cfg = {key: encoder.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    # For load_encoder; timm reads the file beside
+    # load_encoder reads the metadata, timm the file beside
     metadata = {"format": "pt", "mimrefiner": json.dumps(cfg)}
     write_safetensors({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
-    overlay = {
-        **cfg,
-        "input_size": encoder.pretrained_cfg["input_size"],
-        "num_classes": 0,
-        "file": path.name,
+    size = encoder.pretrained_cfg["input_size"]
+    description = {
+        "architecture": "vit_base_patch16_224",
+        "model_args": arguments,
+        "pretrained_cfg": {**cfg, "input_size": size, "num_classes": 0, "file": path.name},
     }
-    with atomic_file(path.with_suffix(".json")) as temporary:
-        description = {
-            "architecture": "vit_base_patch16_224",
-            "model_args": arguments,
-            "pretrained_cfg": overlay,
-        }
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
-    return f"timm.create_model('vit_base_patch16_224', pretrained=True, ...) with the arguments in {path.stem}.json"
+    write_json(description, path.with_suffix(".json"))
 
 
 def plain_tensors(encoder: nn.Module) -> dict[str, Tensor]:
-    """Weights of a plain ViT by their timm names; InputError names what a plain ViT does not have."""
+    """Weights of a plain ViT by their timm names; InputError names what it has beyond one."""
     tensors = {name: x.detach().cpu() for name, x in encoder.state_dict().items()}
     own = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     own |= {f"blocks.{i}.{key}" for i in range(len(encoder.blocks)) for key in BLOCK_KEYS}
@@ -96,7 +100,8 @@ def plain_tensors(encoder: nn.Module) -> dict[str, Tensor]:
     more = sorted(tensors.keys() - own)
     if more or not {"pos_embed", "patch_embed.proj.weight"} <= tensors.keys():
         raise InputError(
-            f"only plain ViTs can be exported; this model has {', '.join(more[:4]) or 'no pos_embed'}"
+            "only plain ViTs can be exported; "
+            f"this model has {', '.join(more[:4]) or 'no pos_embed'}"
         )
     return tensors
 
@@ -122,8 +127,9 @@ def timm_arguments(encoder: nn.Module, tensors: dict[str, Tensor]) -> dict:
 
 
 def hub_tensors(encoder: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights by the names of the official hub files; a cls position is added to the cls
-    token.
+    """The same weights by the names of the official hub files.
+
+    A position of the cls token is added to the token.
     """
     grid = encoder.patch_embed.grid_size
     if "cls_token" not in tensors or not ({"norm.weight", "norm_pre.weight"} & tensors.keys()):

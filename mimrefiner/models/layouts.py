@@ -1,5 +1,4 @@
-"""Published checkpoint layouts: which keys they have, and the one plain ViT that all of them
-become.
+"""Published checkpoint layouts: which keys they have, and the one plain ViT that all become.
 
 Every layout is a row of :data:`LAYOUTS`. The facts come from the public repositories named there. A
 checkpoint's sizes are read off its tensors; only the number of attention heads leaves no trace in
@@ -8,7 +7,7 @@ the shapes.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,17 +16,25 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
+from mimrefiner.models.catalogue import CATALOGUE
+
+FAIRSEQ = "modality_encoders.IMAGE."
+DECODER = ("decoder_", "mask_token")
+MUGS_HEADS = ("relation_blocks.", "instance_head.", "group_head.", "relation_head.", "head.")
 
 
 @dataclass(frozen=True)
 class Layout:
     """One published layout.
 
-    ``containers``: names under which the tensors lie, "" for the top of the file; ``mark``: a part
-    of a key that only this
-    layout has; ``strip``: prefixes taken off, in this order; ``rename``: other keys; ``drop``:
-    beginnings of keys that are no part of the encoder; ``fixed_positions``: sin-cos positions that
-    are not trained.
+    Attributes:
+        name, source: what it is called, and the repository that shows it.
+        containers: names under which the tensors lie, "" for the top of the file.
+        mark: a part of a key that only this layout has.
+        strip: prefixes that are taken off, in this order.
+        rename: beginnings of keys, old and new.
+        drop: beginnings of keys that are no part of the encoder.
+        fixed_positions: positions are sine-cosine ones, which are not trained.
     """
 
     name: str
@@ -40,54 +47,97 @@ class Layout:
     fixed_positions: bool = True
 
 
-DECODER = ("decoder_", "mask_token")
-
-
-MUGS_HEADS = ("relation_blocks.", "instance_head.", "group_head.", "relation_head.", "head.")
-
-
-FAIRSEQ = "modality_encoders.IMAGE."
-
-
 LAYOUTS = (
     Layout(
-        "data2vec 2.0 (fairseq)", "facebookresearch/fairseq, examples/data2vec", ("model", ""), FAIRSEQ + "local_encoder.",
-        ("model.",),
-        (
+        "data2vec 2.0 (fairseq)",
+        "facebookresearch/fairseq, examples/data2vec",
+        containers=("model", ""),
+        mark=FAIRSEQ + "local_encoder.",
+        strip=("model.",),
+        rename=(
             (FAIRSEQ + "local_encoder.proj", "patch_embed.proj"),
             (FAIRSEQ + "extra_tokens", "cls_token"),
             (FAIRSEQ + "fixed_positional_encoder.positions", "pos_embed"),
             (FAIRSEQ + "context_encoder.norm", "norm_pre"),
         ),
-        (FAIRSEQ + "decoder.", "decoder", "_ema", "head.", "fc_norm.", "linear_norm."),
+        drop=(FAIRSEQ + "decoder.", "decoder", "_ema", "head.", "fc_norm.", "linear_norm."),
     ),
     Layout(
-        "MIM-Refiner", "ml-jku/MIM-Refiner, hub/", ("state_dict", ""), "pos_embed.embed",
-        rename=(("pos_embed.embed", "pos_embed"), ("cls_tokens.tokens", "cls_token"), ("embed_norm", "norm_pre")),
-    ),
-    Layout("I-JEPA", "facebookresearch/ijepa", ("target_encoder",), "pos_embed", ("module.",)),
-    Layout(
-        "Mugs", "sail-sg/mugs", ("state_dict", "student", ""), "relation_blocks.", ("module.", "backbone."),
-        drop=MUGS_HEADS, fixed_positions=False,
-    ),
-    Layout(
-        "iBOT or DINO teacher", "bytedance/ibot", ("teacher",), "backbone.", ("module.", "backbone."),
-        drop=("head.", "masked_embed"), fixed_positions=False,
+        "MIM-Refiner",
+        "ml-jku/MIM-Refiner, hub/",
+        containers=("state_dict", ""),
+        mark="pos_embed.embed",
+        rename=(
+            ("pos_embed.embed", "pos_embed"),
+            ("cls_tokens.tokens", "cls_token"),
+            ("embed_norm", "norm_pre"),
+        ),
     ),
     Layout(
-        "Mugs without relation blocks", "sail-sg/mugs", ("state_dict", ""), "backbone.", ("module.", "backbone."),
-        drop=MUGS_HEADS, fixed_positions=False,
+        "I-JEPA",
+        "facebookresearch/ijepa",
+        containers=("target_encoder",),
+        mark="pos_embed",
+        strip=("module.",),
     ),
-    Layout("CrossMAE", "TonyLianLong/CrossMAE", ("model", ""), "wfm.", drop=(*DECODER, "dec_norms.", "wfm.")),
-    Layout("MAE or dBOT", "facebookresearch/mae, liuxingbin/dbot", ("model", ""), "decoder_", drop=DECODER),
-    Layout("MAE or dBOT without decoder", "facebookresearch/mae", ("model",), "patch_embed.proj", drop=DECODER),
-    Layout("MAE-CT", "ml-jku/MAE-CT", ("state_dict",), "patch_embed.proj"),
     Layout(
-        "plain ViT (DINO, MAWS, MAE-CT)", "facebookresearch/dino, facebookresearch/maws", ("",), "patch_embed.proj",
-        drop=("head.", "relation_blocks."), fixed_positions=False,
+        "Mugs",
+        "sail-sg/mugs",
+        containers=("state_dict", "student", ""),
+        mark="relation_blocks.",
+        strip=("module.", "backbone."),
+        drop=MUGS_HEADS,
+        fixed_positions=False,
     ),
-)  # fmt: skip
-
+    Layout(
+        "iBOT or DINO teacher",
+        "bytedance/ibot",
+        containers=("teacher",),
+        mark="backbone.",
+        strip=("module.", "backbone."),
+        drop=("head.", "masked_embed"),
+        fixed_positions=False,
+    ),
+    Layout(
+        "Mugs without relation blocks",
+        "sail-sg/mugs",
+        containers=("state_dict", ""),
+        mark="backbone.",
+        strip=("module.", "backbone."),
+        drop=MUGS_HEADS,
+        fixed_positions=False,
+    ),
+    Layout(
+        "CrossMAE",
+        "TonyLianLong/CrossMAE",
+        containers=("model", ""),
+        mark="wfm.",
+        drop=(*DECODER, "dec_norms.", "wfm."),
+    ),
+    Layout(
+        "MAE or dBOT",
+        "facebookresearch/mae, liuxingbin/dbot",
+        containers=("model", ""),
+        mark="decoder_",
+        drop=DECODER,
+    ),
+    Layout(
+        "MAE or dBOT without decoder",
+        "facebookresearch/mae",
+        containers=("model",),
+        mark="patch_embed.proj",
+        drop=DECODER,
+    ),
+    Layout("MAE-CT", "ml-jku/MAE-CT", containers=("state_dict",), mark="patch_embed.proj"),
+    Layout(
+        "plain ViT (DINO, MAWS, MAE-CT)",
+        "facebookresearch/dino, facebookresearch/maws",
+        containers=("",),
+        mark="patch_embed.proj",
+        drop=("head.", "relation_blocks."),
+        fixed_positions=False,
+    ),
+)
 
 FOREIGN = {  # a part of a key -> what the file looks like
     "embeddings.patch_embeddings": "a Hugging Face transformers ViT",
@@ -96,7 +146,6 @@ FOREIGN = {  # a part of a key -> what the file looks like
     "relative_position_bias_table": "a BEiT or data2vec 1.0 model",
     "ls1.gamma": "a DINOv2 model",
 }
-
 
 BLOCK_KEYS = tuple(
     f"{part}.{kind}"
@@ -107,8 +156,15 @@ BLOCK_KEYS = tuple(
 
 @dataclass(frozen=True)
 class ViTShape:
-    """Sizes and form of a plain ViT: pixels, channels, blocks; ``post_norm`` is data2vec 2.0's
-    form.
+    """Sizes and form of a plain ViT.
+
+    Attributes:
+        image_size, patch_size: sides in pixels.
+        dim, depth, num_heads, mlp_dim: width, blocks, attention heads, hidden width of the MLPs.
+        cls_token: whether it has one.
+        post_norm: data2vec 2.0's form, with LayerNorms after attention and MLP.
+        final_norm: whether a LayerNorm follows the last block.
+        fixed_positions: positions are sine-cosine ones, which are not trained.
     """
 
     image_size: int
@@ -124,8 +180,9 @@ class ViTShape:
 
 
 class PostNormBlock(Block):
-    """Attention and MLP, each followed by a LayerNorm of the sum (``AltBlock`` of fairseq with
-    ``layer_norm_first`` off).
+    """Attention and MLP, each followed by a LayerNorm of the sum.
+
+    This is ``AltBlock`` of fairseq with ``layer_norm_first`` off.
     """
 
     def forward(self, x: Tensor, *args, **mask) -> Tensor:
@@ -134,8 +191,7 @@ class PostNormBlock(Block):
 
 
 class ReleasedViT(VisionTransformer):
-    """A plain ViT that resizes its positions as the official implementations do: bicubic without
-    antialiasing.
+    """A plain ViT that resizes its positions as the official codes do: bicubic, not antialiased.
 
     The cls token carries its own position (the two are constants that are always added), so
     ``pos_embed`` is (1, height * width, dim) in every layout. Positions that are not trained are a
@@ -144,11 +200,21 @@ class ReleasedViT(VisionTransformer):
 
     def __init__(self, shape: ViTShape):
         super().__init__(
-            img_size=shape.image_size, patch_size=shape.patch_size, num_classes=0, embed_dim=shape.dim, depth=shape.depth,
-            num_heads=shape.num_heads, mlp_ratio=shape.mlp_dim / shape.dim, class_token=shape.cls_token, no_embed_class=True,
-            global_pool="token" if shape.cls_token else "avg", fc_norm=False, final_norm=shape.final_norm,
-            dynamic_img_size=True, block_fn=PostNormBlock if shape.post_norm else Block,
-        )  # fmt: skip
+            img_size=shape.image_size,
+            patch_size=shape.patch_size,
+            num_classes=0,
+            embed_dim=shape.dim,
+            depth=shape.depth,
+            num_heads=shape.num_heads,
+            mlp_ratio=shape.mlp_dim / shape.dim,
+            class_token=shape.cls_token,
+            no_embed_class=True,
+            global_pool="token" if shape.cls_token else "avg",
+            fc_norm=False,
+            final_norm=shape.final_norm,
+            dynamic_img_size=True,
+            block_fn=PostNormBlock if shape.post_norm else Block,
+        )
         self.shape = shape
         if shape.post_norm:
             self.norm_pre = nn.LayerNorm(shape.dim, eps=1e-6)
@@ -187,13 +253,15 @@ class ReleasedViT(VisionTransformer):
 def convert(
     file: Mapping, path: str, num_heads: int | None = None
 ) -> tuple[ViTShape, dict[str, Tensor], Layout]:
-    """Tensors of a published checkpoint under the names of :class:`ReleasedViT`, the sizes they
-    have, and their layout.
+    """Read a published checkpoint: the sizes of its model, its tensors and its layout.
 
     Args:
         file: what the checkpoint file holds.
         path: its name, for messages.
-        num_heads: attention heads; None looks the sizes up in the table of models.
+        num_heads: attention heads; None looks the sizes up in the catalogue.
+
+    Returns:
+        The sizes, the tensors under the names of :class:`ReleasedViT`, and the layout.
 
     Raises:
         InputError: no known layout, or keys or shapes that do not fit the layout the file looks
@@ -208,31 +276,41 @@ def convert(
         raise InputError(
             f"{path} looks like the {layout.name} layout, but has no {error.args[0]}"
         ) from None
-    dim, depth = (
-        weight.shape[0],
-        1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))),
+    dim, patch = weight.shape[0], weight.shape[-1]
+    depth = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
+    side = _square_positions(tensors, positions.reshape(1, -1, dim), path)
+    shape = ViTShape(
+        side * patch,
+        patch,
+        dim,
+        depth,
+        num_heads or _heads(dim, depth, path),
+        mlp_dim,
+        cls_token="cls_token" in tensors,
+        post_norm="norm_pre.weight" in tensors,
+        final_norm="norm.weight" in tensors,
+        fixed_positions=layout.fixed_positions,
     )
-    positions = positions.reshape(1, -1, dim)
+    if dim % shape.num_heads:
+        raise InputError(f"{path}: width {dim} is not divisible by num_heads={shape.num_heads}")
+    _check_keys(shape, tensors, layout, path)
+    return shape, tensors, layout
+
+
+def _square_positions(tensors: dict[str, Tensor], positions: Tensor, path: str) -> int:
+    """Add the cls token's position to the token, and keep the others: the side of their grid."""
     side = math.isqrt(positions.shape[1])
-    # A row for the cls token: add it to the token
     if "cls_token" in tensors and side**2 != positions.shape[1]:
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
         positions = positions[:, 1:]
         side = math.isqrt(positions.shape[1])
     if side**2 != positions.shape[1]:
         raise InputError(
-            f"{path}: expected positions of a square grid, with or without cls token, got {positions.shape[1]}"
+            f"{path}: expected positions of a square grid, with or without cls token, "
+            f"got {positions.shape[1]}"
         )
     tensors["pos_embed"] = positions
-    patch = weight.shape[-1]
-    shape = ViTShape(
-        side * patch, patch, dim, depth, num_heads or _heads(dim, depth, path), mlp_dim, "cls_token" in tensors,
-        post_norm="norm_pre.weight" in tensors, final_norm="norm.weight" in tensors, fixed_positions=layout.fixed_positions,
-    )  # fmt: skip
-    if dim % shape.num_heads:
-        raise InputError(f"{path}: width {dim} is not divisible by num_heads={shape.num_heads}")
-    _check_keys(shape, tensors, layout, path)
-    return shape, tensors, layout
+    return side
 
 
 def find_layout(file: Mapping, path: str) -> tuple[Layout, Mapping]:
@@ -240,26 +318,24 @@ def find_layout(file: Mapping, path: str) -> tuple[Layout, Mapping]:
     for layout in LAYOUTS:
         for container in layout.containers:
             found = file.get(container) if container else file
-            if isinstance(found, Mapping) and any(
-                layout.mark in key for key in found if isinstance(key, str)
-            ):
+            if isinstance(found, Mapping) and any(layout.mark in key for key in _names(found)):
                 return layout, found
-    keys = [
-        key
-        for part in (file, *file.values())
-        if isinstance(part, Mapping)
-        for key in part
-        if isinstance(key, str)
-    ]
-    like = next(
-        (what for mark, what in FOREIGN.items() if any(mark in key for key in keys)),
-        "no layout that is known",
-    )
+    keys = [key for part in (file, *file.values()) for key in _names(part)]
+    like = _foreign(keys) or "no layout that is known"
     names = ", ".join(layout.name for layout in LAYOUTS)
     raise InputError(f"{path} looks like {like}, with keys {_few(keys)}; expected one of: {names}")
 
 
-def _renamed(layout: Layout, tensors: Mapping):
+def _names(part) -> list[str]:
+    return [key for key in part if isinstance(key, str)] if isinstance(part, Mapping) else []
+
+
+def _foreign(keys: Collection[str]) -> str | None:
+    """What a file with these keys looks like, if it is of a kind that nothing here reads."""
+    return next((what for mark, what in FOREIGN.items() if any(mark in key for key in keys)), None)
+
+
+def _renamed(layout: Layout, tensors: Mapping) -> Iterator[tuple[str, Tensor]]:
     for key, x in tensors.items():
         for prefix in layout.strip:
             key = key.removeprefix(prefix)
@@ -274,22 +350,13 @@ def _renamed(layout: Layout, tensors: Mapping):
 def _check_keys(shape: ViTShape, tensors: dict[str, Tensor], layout: Layout, path: str) -> None:
     expected = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"}
     expected |= {f"blocks.{i}.{key}" for i in range(shape.depth) for key in BLOCK_KEYS}
-    norms = [
-        name for name, there in (("norm", shape.final_norm), ("norm_pre", shape.post_norm)) if there
-    ]
-    expected |= {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")} | (
-        {"cls_token"} if shape.cls_token else set()
-    )
+    for name, there in (("norm", shape.final_norm), ("norm_pre", shape.post_norm)):
+        expected |= {f"{name}.weight", f"{name}.bias"} if there else set()
+    expected |= {"cls_token"} if shape.cls_token else set()
     missing, unexpected = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing or unexpected:
-        like = next(
-            (
-                f" or {what}"
-                for mark, what in FOREIGN.items()
-                if any(mark in key for key in tensors)
-            ),
-            "",
-        )
+        foreign = _foreign(tensors)
+        like = f" or {foreign}" if foreign else ""
         raise InputError(
             f"{path} looks like the {layout.name} layout{like}, but its keys do not fit: "
             f"missing {_few(missing)}, unexpected {_few(unexpected)}"
@@ -297,19 +364,15 @@ def _check_keys(shape: ViTShape, tensors: dict[str, Tensor], layout: Layout, pat
 
 
 def _heads(dim: int, depth: int, path: str) -> int:
-    from mimrefiner.models.catalogue import CATALOGUE
-
     heads = {row.heads for row in CATALOGUE if row.heads and (row.dim, row.depth) == (dim, depth)}
     if len(heads) != 1:
         raise InputError(
-            f"{path}: the table of models has no ViT of width {dim} and {depth} blocks; give num_heads="
+            f"{path}: the table of models has no ViT of width {dim} and {depth} blocks; "
+            "give num_heads="
         )
     return heads.pop()
 
 
 def _few(keys: list[str]) -> str:
-    return (
-        ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-        if keys
-        else "none"
-    )
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return ", ".join(keys[:4]) + more if keys else "none"

@@ -1,7 +1,7 @@
 """Masked-image pre-training of timm ViTs: SimMIM and MAE.
 
-Both share masks, targets and the patch layout; they differ in what the encoder sees. Positions that
-are added to the patch embeddings are supported (``VisionTransformer``), rotary ones are not.
+Both share masks and the layout of patches; they differ in what the encoder sees. They need
+positions that are added to the patch embeddings (``VisionTransformer``); rotary ones do not work.
 """
 
 import timm.layers
@@ -14,7 +14,12 @@ from mimrefiner.errors import InputError
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """(batch, 3, height, width) -> (batch, patches, patch * patch * 3), rows first."""
+    """(batch, 3, height, width) -> (batch, patches, patch * patch * 3), rows first.
+
+    >>> images = torch.rand(1, 3, 4, 4)
+    >>> torch.equal(unpatchify(patchify(images, 2), 2), images)
+    True
+    """
     b, c, h, w = images.shape
     x = images.view(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
@@ -31,8 +36,12 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
 def random_mask(
     batch: int, patches: int, ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """(batch, patches) bool on the CPU, True where masked; every row has ``round(ratio * patches)``
-    of them, at least one.
+    """A random mask, (batch, patches) bool on the CPU, True where a patch is masked.
+
+    In every row ``round(ratio * patches)`` patches are masked, at least one and not all.
+
+    >>> random_mask(batch=2, patches=16, ratio=0.75).sum(1)
+    tensor([12, 12])
     """
     masked = min(patches - 1, max(1, round(ratio * patches)))
     noise = torch.rand(batch, patches, generator=generator)
@@ -40,14 +49,15 @@ def random_mask(
 
 
 def normalise_patches(patches: Tensor) -> Tensor:
-    """Every patch to mean 0 and variance 1 (MAE's target; unbiased variance, eps 1e-6)."""
+    """Bring every patch to mean 0 and (unbiased) variance 1, with eps 1e-6: MAE's target."""
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
 class SimMIM(nn.Module):
-    """SimMIM (arXiv 2111.09886): mask tokens pass the encoder, a linear head predicts the pixels of
-    masked patches, L1 loss.
+    """SimMIM (arXiv 2111.09886): mask tokens pass the encoder, and a linear head predicts pixels.
+
+    The loss is the mean absolute error over masked patches.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -69,8 +79,11 @@ class SimMIM(nn.Module):
         return self.head(x[:, self.encoder.num_prefix_tokens :])
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Mean absolute error over the pixels of masked patches; ``mask`` as from
-        :func:`random_mask`.
+        """Mean absolute error over the pixels of masked patches, a scalar.
+
+        Args:
+            images: normalised images, (batch, 3, height, width).
+            mask: see :func:`random_mask`; on the CPU nothing waits for the GPU.
         """
         mask = mask.to(images.device, non_blocking=True)
         error = (self.predict(images, mask).float() - patchify(images, self.patch)).abs().mean(-1)
@@ -78,15 +91,14 @@ class SimMIM(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A light transformer that predicts the pixels of every patch from the tokens of some (MAE,
-    arXiv 2111.06377).
+    """MAE's light transformer, which predicts every patch from the tokens of some of them.
 
     Args:
         dim_in: width of the encoder's tokens.
-        depth, dim, heads: of the decoder.
+        depth, dim, heads: blocks, width and attention heads of the decoder.
         grid: patches along height and width.
         patch: side of a patch in pixels.
-        first_norm: a LayerNorm before the first linear layer, for tokens that have not passed one.
+        first_norm: begin with a LayerNorm, for tokens that have not passed one.
     """
 
     def __init__(
@@ -115,8 +127,8 @@ class Decoder(nn.Module):
         """Predicted pixels of every patch, (batch, patches, patch * patch * 3).
 
         Args:
-            x: prefix tokens, then those of the patches ``visible`` (batch, visible), or of all for
-                None, (batch, tokens, dim_in).
+            x: prefix tokens, then those of the visible patches, (batch, tokens, dim_in).
+            visible: which patches these are, (batch, visible); None: all.
             patches: number of all patches; mask tokens stand for those that are not visible.
             prefix: number of prefix tokens.
         """
@@ -133,8 +145,10 @@ class Decoder(nn.Module):
 
 
 class MAE(nn.Module):
-    """MAE (arXiv 2111.06377): the encoder sees visible patches, a decoder rebuilds the masked ones,
-    MSE on normalised patches.
+    """MAE (arXiv 2111.06377): the encoder sees visible patches, a decoder rebuilds the masked ones.
+
+    The loss is the mean squared error over normalised masked patches. For the decoder's arguments
+    see :class:`Decoder`.
     """
 
     def __init__(
@@ -156,22 +170,23 @@ class MAE(nn.Module):
         return self.decoder(x, visible, mask.shape[1], self.encoder.num_prefix_tokens)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over the normalised pixels of masked patches; ``mask`` as from
-        :func:`random_mask`.
+        """Mean squared error over the normalised pixels of masked patches, a scalar.
+
+        Args:
+            images: normalised images, (batch, 3, height, width).
+            mask: see :func:`random_mask`; on the CPU nothing waits for the GPU.
         """
-        return masked_pixel_loss(
-            self.predict(images, mask),
-            images,
-            mask.to(images.device, non_blocking=True),
-            self.patch,
-        )
+        predicted = self.predict(images, mask)
+        mask = mask.to(images.device, non_blocking=True)
+        return masked_pixel_loss(predicted, images, mask, self.patch)
 
 
 def visible_tokens(encoder: nn.Module, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What MAE's first block sees: prefix tokens and visible patches (batch, tokens, dim), and
-    which these are (batch, visible).
+    """What MAE's first block sees; with ``mask`` on the CPU nothing waits for the GPU.
 
-    With ``mask`` on the CPU nothing waits for the GPU.
+    Returns:
+        Prefix tokens and visible patches, (batch, tokens, dim), and which patches these are,
+        (batch, visible).
     """
     prefix = encoder.num_prefix_tokens
     x = encoder._pos_embed(encoder.patch_embed(images))  # (batch, prefix + patches, dim)
@@ -189,7 +204,7 @@ def masked_pixel_loss(predicted: Tensor, images: Tensor, mask: Tensor, patch: in
 
 
 def build_masked_model(encoder: nn.Module, config: PretrainConfig) -> SimMIM | MAE:
-    """The pre-training model around ``encoder``; new weights are drawn from ``config.seed``."""
+    """The pre-training model around ``encoder``; ``config.seed`` draws the new weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.method == "simmim":
@@ -200,7 +215,8 @@ def build_masked_model(encoder: nn.Module, config: PretrainConfig) -> SimMIM | M
 def _check_encoder(encoder: nn.Module) -> None:
     if not hasattr(encoder, "_pos_embed") or getattr(encoder, "rope", None) is not None:
         raise InputError(
-            f"masked pre-training needs a timm VisionTransformer with added positions, got {type(encoder).__name__}"
+            "masked pre-training needs a timm VisionTransformer with added positions, "
+            f"got {type(encoder).__name__}"
         )
 
 

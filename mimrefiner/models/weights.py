@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and loading that runs no code."""
+"""Weights in files: written whole or not at all, read without running any code."""
 
 import hashlib
 import io
@@ -8,8 +8,10 @@ import pickletools
 import re
 import warnings
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import safetensors.torch
@@ -23,9 +25,7 @@ from mimrefiner.models.layouts import ReleasedViT
 
 
 def save_encoder(encoder: nn.Module, path: Path | str) -> None:
-    """Write ``encoder`` as safetensors with what :func:`mimrefiner.load_encoder` needs to build it
-    again.
-    """
+    """Write ``encoder`` as safetensors, so that :func:`mimrefiner.load_encoder` can rebuild it."""
     cfg = encoder.pretrained_cfg
     metadata = {
         "format": "mimrefiner-encoder-1",
@@ -54,51 +54,52 @@ def read_checkpoint(path: Path) -> dict:
 
     safetensors, or PyTorch's format under ``weights_only=True``. Settings that authors stored
     beside the weights (argparse, omegaconf, fairseq) become inert stand-ins; any other class is
-    refused. Tensors stay on disk until they are used where the format allows it.
+    refused. Tensors stay on disk until they are used, where the format allows it.
 
     Raises:
         InputError: a damaged file, or one that refers to code.
     """
     if path.suffix == ".safetensors":
-        try:
+        with _damage_named(path):
             return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+    zipped = zipfile.is_zipfile(path)
     try:
         with (
             torch.serialization.safe_globals(_stand_ins(path)),
             warnings.catch_warnings(action="ignore"),
         ):
-            file = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        refused = (
-            f"it refers to {found[1]}, which is refused because loading would run it"
-            if found
-            else "damaged or no checkpoint"
-        )
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UNREADABLE as error:
+        why = "damaged or no checkpoint"
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            why = f"it refers to {found[1]}, which is refused because loading would run it"
         raise InputError(
-            f"{path} was not loaded: {refused}; expected a file of plain tensors"
+            f"{path} was not loaded: {why}; expected a file of plain tensors"
         ) from error
     if not isinstance(file, dict):
         raise InputError(f"{path} holds a {type(file).__name__}; expected a dictionary of tensors")
     return file
 
 
+# What torch.load raises for a file that it refuses, or that is no checkpoint
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+)
+SETTINGS = re.compile(r"(argparse|omegaconf|fairseq|typing|pathlib)(\.|$)")
+PLAIN = {
+    ("collections", "defaultdict"),
+    *product(("builtins", "__builtin__"), ("dict", "list", "tuple", "int", "float", "str", "bool")),
+}
+
+
 class _Inert:
-    """Takes the place of a class that a checkpoint names: any arguments, any state, nothing
-    happens.
-    """
+    """Takes the place of a class that a checkpoint names: whatever it is given, nothing happens."""
 
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
@@ -111,9 +112,6 @@ class _Inert:
 
     def __setstate__(self, state):
         pass
-
-
-SETTINGS = re.compile(r"(argparse|omegaconf|fairseq|typing|pathlib)(\.|$)")
 
 
 def _stand_ins(path: Path) -> list[type]:
@@ -132,31 +130,17 @@ def _stand_ins(path: Path) -> list[type]:
                 found |= {
                     arg for opcode, arg, _ in pickletools.genops(stream) if opcode.name == "GLOBAL"
                 }
-    classes = [name.split(" ") for name in sorted(found)]
-    return [
-        _stand_in(module, name)
-        for module, name in classes
-        if SETTINGS.match(module) or (module, name) in PLAIN
-    ]
-
-
-PLAIN = {
-    (module, name)
-    for module in ("builtins", "__builtin__")
-    for name in ("dict", "list", "tuple", "int", "float", "str", "bool")
-}
+    classes = [tuple(name.split(" ")) for name in sorted(found)]
+    return [_stand_in(*name) for name in classes if SETTINGS.match(name[0]) or name in PLAIN]
 
 
 def _stand_in(module: str, name: str) -> type:
-    return type(
-        name,
-        (_Inert,),
-        {"__module__": module.replace("__builtin__", "builtins"), "__qualname__": name},
-    )
+    module = module.replace("__builtin__", "builtins")
+    return type(name, (_Inert,), {"__module__": module, "__qualname__": name})
 
 
 def sha256_of(encoder: nn.Module) -> str:
-    """Hash of an encoder's weights: names, shapes and bytes in order."""
+    """SHA-256 of an encoder's weights: names, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name, x in sorted(encoder.state_dict().items()):
         digest.update(f"{name}{tuple(x.shape)}".encode())
@@ -168,11 +152,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file; none of any other file."""
     if path.suffix != ".safetensors":
         return {}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+    with _damage_named(path), safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def is_own_file(path: Path) -> bool:
@@ -182,10 +163,15 @@ def is_own_file(path: Path) -> bool:
 
 def read_encoder_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a file written by :func:`save_encoder`."""
+    with _damage_named(path), safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata()
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        yield
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
 
@@ -199,6 +185,3 @@ def vit_config(encoder: nn.Module) -> ViTConfig:
         depth=len(encoder.blocks),
         num_heads=encoder.blocks[0].attn.num_heads,
     )
-
-
-PLAIN |= {("collections", "defaultdict")}
