@@ -7,12 +7,9 @@ from contextlib import suppress
 
 import pandas as pd
 import pytest
-import timm
-import torch
 
 import mimrefiner as mr
 from mimrefiner.__main__ import _numbers, main
-from mimrefiner.models.weights import sha256_of
 from mimrefiner.study import report
 
 
@@ -46,10 +43,9 @@ def test_one_call_writes_rows_table_and_figure(vit, data, tmp_path):
 def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
     first = mr.probe(vit, data, probes=("knn",), out=tmp_path)
     ran = []
+    rows = report.Task.rows
     monkeypatch.setattr(
-        report,
-        "_run",
-        lambda name, *a, run=report._run, **k: ran.append(name) or run(name, *a, **k),
+        report.Task, "rows", lambda task, name, *a: ran.append(name) or rows(task, name, *a)
     )
     both = mr.probe(vit, data, probes=("knn", "rank"), out=tmp_path, resume=True)
     assert ran == ["rank"] * 3
@@ -71,7 +67,29 @@ def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
         assert {
             file.name: file.read_bytes() for file in tmp_path.iterdir()
         } == before  # bad input changes nothing
-    assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())
+    assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())["settings"]
+
+
+def test_rows_that_were_changed_are_probed_again_and_said(vit, data, tmp_path, caplog):
+    options = {"probes": ("knn", "rank"), "baselines": False, "out": tmp_path}
+    whole = mr.probe(vit, data, **options)
+    file, other = tmp_path / "rows_knn_model.csv", tmp_path / "rows_rank_model.csv"
+    before, kept = file.read_bytes(), other.stat().st_mtime_ns
+    file.write_bytes(before + b"damage")
+    again = mr.probe(vit, data, resume=True, **options)
+    assert "rows_knn_model.csv is missing or changed, and is probed again" in caplog.text
+    assert file.read_bytes() == before and other.stat().st_mtime_ns == kept
+    pd.testing.assert_frame_equal(again, whole, check_dtype=False)
+
+
+def test_rows_that_no_manifest_names_are_not_taken_for_finished(vit, data, tmp_path):
+    """A kill between the rows of a probe and their entry in settings.json."""
+    options = {"probes": ("knn",), "baselines": False, "out": tmp_path}
+    mr.probe(vit, data, **options)
+    (tmp_path / "rows_rank_model.csv").write_text("half")
+    table = mr.probe(vit, data, resume=True, **options | {"probes": ("knn", "rank")})
+    assert set(table["probe"]) == {"knn", "rank"}
+    assert "half" not in (tmp_path / "rows_rank_model.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -95,23 +113,6 @@ def test_files_of_others_are_left_alone(vit, data, tmp_path, foreign):
     assert (tmp_path / "rows_of_mine.csv").read_text() + (
         tmp_path / "report.docx"
     ).read_text() == "ab"
-
-
-def test_random_baseline_has_other_weights(vit):
-    twin = report._random_twin(vit)
-    assert sha256_of(twin) != sha256_of(vit)
-    assert sha256_of(twin) == sha256_of(report._random_twin(vit))
-    assert twin(torch.randn(1, 3, 32, 32)).shape == (1, 32)
-
-
-@pytest.mark.parametrize("name", ["test_vit", "convnext_atto", "hiera_tiny_224"])
-def test_random_baseline_keeps_nothing_of_the_model(name):
-    encoder = timm.create_model(name, num_classes=0)
-    twin = report._random_twin(encoder)
-    with torch.no_grad():
-        for x in encoder.parameters():
-            x += torch.rand_like(x)
-    assert sha256_of(report._random_twin(encoder)) == sha256_of(twin)
 
 
 def test_command_line(tmp_path, capsys):
@@ -266,6 +267,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
         "--out",
     ]
     first = tmp_path / "stopped" / "rows_knn_model.csv"
+    manifest = tmp_path / "stopped" / "settings.json"  # tells that these rows are finished
     # A child inherits it where SIGINT is ignored here
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -273,10 +275,10 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            while not first.exists() and process.poll() is None:
+            while not manifest.exists() and process.poll() is None:
                 time.sleep(0.01)
             # A library's callback may swallow one; a user presses again
-            for patience in (4, 4, None):
+            for patience in (20, 20, None):
                 process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     out, err = process.communicate(timeout=patience)

@@ -1,13 +1,12 @@
-"""The block report: how good every block of an encoder is, by every probe, as a table and one
-figure.
+"""The block report: how good every block of an encoder is, by every probe, as table and figure.
 
 Every probe writes its rows when it ends, so that an interrupted report goes on where it stopped.
 """
 
-import copy
 import json
-import sys
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +19,11 @@ from mimrefiner.config import check_blocks
 from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.device import default_device
 from mimrefiner.errors import InputError
-from mimrefiner.files import atomic_file, write_csv, write_json
+from mimrefiner.files import Entry, atomic_file, write_csv, write_json
 from mimrefiner.models.blocks import available_pools, block_modules, check_pools
-from mimrefiner.models.encoders import load_encoder
+from mimrefiner.models.encoders import load_encoder, random_twin
 from mimrefiner.models.weights import sha256_of
+from mimrefiner.probes import protocols
 from mimrefiner.probes.checks import (
     COLUMNS,
     check_count,
@@ -35,26 +35,36 @@ from mimrefiner.probes.checks import (
 from mimrefiner.probes.clustering import cluster, number_of_clusters
 from mimrefiner.probes.feature_cache import cached_features
 from mimrefiner.probes.features import Features, extract_features, parse_pool, pixel_features
-from mimrefiner.probes.knn import KNN_PROTOCOL, knn_hits
+from mimrefiner.probes.knn import hits_to_rows, knn_hits
 from mimrefiner.probes.linear import hold_out, linear_probe
 from mimrefiner.probes.logistic import draw_shots, low_shot
+from mimrefiner.probes.protocols import KMEANS, KNN, LINEAR, PERCENT, SHOTS, SPECTRUM, Protocol
 from mimrefiner.probes.similarity import effective_rank
 from mimrefiner.study import figures
 from mimrefiner.study.intervals import standard_error
 from mimrefiner.study.tables import environment
 
-PROBES = ("knn", "linear", "low_shot", "cluster", "rank")
-MODELS = ("model", "random weights", "raw pixels")
-HEADLINE = {  # probe -> the metrics of table and figure
-    "knn": ("accuracy",),
-    "linear": ("accuracy",),
-    "low_shot": ("accuracy",),
-    "cluster": ("ACC", "cluster_silhouette"),
-    "rank": ("effective_rank",),
+logger = logging.getLogger(__name__)
+
+METRICS = {  # probe -> the metrics of table and figure
+    "knn": KNN.metrics,
+    "linear": LINEAR.metrics,
+    "low_shot": protocols.low_shot(1).metrics,
+    "cluster": KMEANS.metrics,
+    "rank": SPECTRUM.metrics,
 }
+PROBES = tuple(METRICS)
+COMPARED = ("model", "random weights", "raw pixels")
 LABELLED = {"knn": "k-NN", "linear": "a linear probe", "low_shot": "low-shot classification"}
-K = 10
 PIXEL_BYTES = 2**32  # raw pixels are left out where they take more than this
+HEAD = """# Block report: {title}
+
+Blocks are counted from 1. ± is the standard deviation over draws, or the standard error of
+an accuracy where nothing was drawn. The best block is the best on these test images: an optimistic
+choice.
+
+| probe | pooling | best block | its value | last block | random weights, best | raw pixels | n |
+|---|---|---|---|---|---|---|---|"""
 
 
 def probe(
@@ -64,7 +74,7 @@ def probe(
     blocks: str | Sequence[int] = "all",
     pools: Sequence[str] | None = None,
     probes: Sequence[str] = ("knn",),
-    shots: Sequence[int | float] = (1, 2, 5),
+    shots: Sequence[int | float] = SHOTS,
     clusters: int | None = None,
     out: Path | str | None = None,
     resume: bool = False,
@@ -79,197 +89,390 @@ def probe(
 ) -> pd.DataFrame:
     """Probe every block of an encoder.
 
-    In a process group (``torchrun``) all processes extract features; the first one probes and
-    writes, the others return no rows.
+    In a process group (``torchrun``) the first process returns the rows, the others none.
 
     Args:
         encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
-        data: what :func:`mimrefiner.load_dataset` takes, or (train, test), map-style data sets of
-            (image, label).
-        blocks: "all" or 0-based blocks.
-        pools: "cls", "mean" and joined ones such as "cls+mean_last4"
-            (:meth:`mimrefiner.Features.joined`); None takes cls and mean where the model has them.
-            With several, the linear probe also reports the one that validation chose.
-        probes: of knn, linear, low_shot, cluster, rank.
-        shots: of the low-shot probe, images per class or shares of the training set.
-        clusters: of the clustering; None takes the number of classes.
-        out: folder for report.csv, report.md, report.png and .pdf, and for the rows of every probe;
-            None writes nothing.
-        resume: take the finished probes from ``out``; they must be of the same weights, data and
-            settings.
-        cache: folder that keeps the features on disk
-            (:func:`mimrefiner.probes.feature_cache.cached_features`), so that an interrupted
-            extraction goes on at the next image; None keeps them in memory.
+        data: what :func:`mimrefiner.load_dataset` takes, or (train, test) of (image, label).
+        blocks: "all" or 0-based numbers.
+        pools: such as "cls", "mean", "cls+mean_last4"; None takes cls and mean where there are.
+        probes: any of knn, linear, low_shot, cluster, rank.
+        shots: labelled images per class, or shares of all, for the low-shot probe.
+        clusters: how many k-means makes; None makes as many as there are classes.
+        out: the folder of report.csv, .md, .png, .pdf and every probe's rows; None writes nothing.
+        resume: keep the finished probes in ``out``, of the same weights, data and settings.
+        cache: a folder that keeps the features, so that a stopped extraction can go on.
         pretrained: False probes random weights.
-        baselines: also raw pixels and the same network with random weights.
-        seed: of drawn splits and starts.
+        baselines: also probe raw pixels and the same network with random weights.
+        seed: draws splits, labelled images and starts.
         batch_size, num_workers, autocast: see :func:`mimrefiner.extract_features`.
-        device: of extraction and probes (k-means and ranks are computed on the CPU); None takes a
-            GPU where there is one.
+        device: where features and probes are computed; None takes a GPU where there is one.
 
     Returns:
-        Tidy rows: model ("model", "random weights", "raw pixels"), probe and the columns of the
-            probes.
+        Tidy rows: model ("model", "random weights", "raw pixels"), probe, the probes' columns.
 
     Raises:
-        InputError: an unknown probe, model, data set or block; no labels where a probe needs them;
-            other settings or foreign files in ``out``.
+        InputError: what was asked does not fit, or ``out`` holds another report or foreign files.
+
+    >>> digits = [load_dataset("digits", split=split).take(60) for split in ("train", "test")]
+    >>> probe("simmim_digits", digits, blocks=(5, 11), baselines=False)["pool"].tolist()
+    ['cls', 'cls', 'mean', 'mean']
     """
-    for name in probes:
-        if name not in PROBES:
-            raise InputError(f"unknown probe {name!r}: choose from {', '.join(PROBES)}")
-    if not probes or len(set(probes)) < len(probes):
-        raise InputError(
-            f"expected one or more different probes, got {', '.join(probes) or 'none'}"
-        )
-    check_count("seed", seed, 0)
-    title = report_title(encoder, data)
-    if isinstance(encoder, str):
-        encoder = load_encoder(encoder, pretrained=pretrained)
-    train, test = (
-        (load_dataset(data, split=part) for part in ("trainval", "test"))
-        if isinstance(data, str)
-        else data
-    )
-    grouped, first = distributed.world() > 1, distributed.rank() == 0
-    folder = None if out is None else Path(out)
-    device = default_device() if device is None else torch.device(device)
-    depth, names = (
-        len(block_modules(encoder)),
-        tuple(pools) if pools is not None else available_pools(encoder),
-    )
-    plain = check_pools(encoder, sorted({part for name in names for part in parse_pool(name)[0]}))
+    task = Task(tuple(probes), tuple(shots), clusters, seed, device)
+    loading = {"batch_size": batch_size, "num_workers": num_workers, "autocast": autocast}
+    named = load_encoder(encoder, pretrained=pretrained) if isinstance(encoder, str) else encoder
+    plan = make_plan(named, data, task, {"blocks": blocks, "pools": pools, **loading}, baselines)
+    folder = None if out is None else ReportFolder.opened(Path(out), plan.settings, resume)
+    table = _probed(plan, folder, cache)
+    if folder is not None and distributed.rank() == 0:
+        folder.write_report(table, plan, report_title(encoder, data))
+    return table
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which probes run on the features, and with which settings.
+
+    Attributes:
+        probes, shots, clusters, seed: see :func:`probe`.
+        device: where the probes compute; None becomes the default.
+    """
+
+    probes: tuple[str, ...]
+    shots: tuple[int | float, ...] = SHOTS
+    clusters: int | None = None
+    seed: int = 0
+    device: torch.device | str | None = None
+
+    def __post_init__(self):
+        for name in self.probes:
+            if name not in PROBES:
+                raise InputError(f"unknown probe {name!r}: choose from {', '.join(PROBES)}")
+        if not self.probes or len(set(self.probes)) < len(self.probes):
+            found = ", ".join(self.probes) or "none"
+            raise InputError(f"expected one or more different probes, got {found}")
+        check_count("seed", self.seed, 0)
+        device = default_device() if self.device is None else torch.device(self.device)
+        object.__setattr__(self, "device", device)
+
+    def protocols(self, images: int) -> list[Protocol]:
+        """The protocols of the rows that ``images`` training images give."""
+        of_probe = {
+            "knn": [
+                protocols.knn(min(KNN.settings["k"], images))
+            ],  # where there are fewer, all vote
+            "linear": [LINEAR],
+            "low_shot": [protocols.low_shot(shot) for shot in self.shots],
+            "cluster": [KMEANS],
+            "rank": [SPECTRUM],
+        }
+        return [protocol for name in self.probes for protocol in of_probe[name]]
+
+    def check(self, train: ImageDataset, test: ImageDataset) -> None:
+        """Raise now what a probe would raise after the extraction."""
+        y, test_y = _labels(train), _labels(test)
+        for name in self.probes:
+            if name in LABELLED:
+                what = LABELLED[name]
+                classes = check_labels(y, what, everywhere=name != "low_shot")
+                check_test_labels(test_y, what)
+            if name == "low_shot":
+                for shot in self.shots:
+                    draw_shots(y, classes, shot, self.seed)
+            if name == "cluster":
+                number_of_clusters(test_y.numpy(), self.clusters)
+
+    def rows(self, name: str, train: Features, test: Features) -> pd.DataFrame:
+        """The tidy rows of one probe."""
+        common = {"seed": self.seed, "device": self.device}
+        if name == "knn":
+            return self._knn_rows(train, test)
+        if name == "linear":
+            # Before labels decide what is held out
+            check_labels(train.y, LABELLED[name], everywhere=True)
+            val, rest = hold_out(train, self.seed)
+            return linear_probe(rest, test, val=val, choose=len(train.x) > 1, **common)
+        if name == "low_shot":
+            return low_shot(train, test, shots=self.shots, **common)
+        if name == "cluster":
+            return cluster(test, clusters=self.clusters, seed=self.seed)
+        return effective_rank(test)
+
+    def _knn_rows(self, train: Features, test: Features) -> pd.DataFrame:
+        protocol = protocols.knn(min(KNN.settings["k"], len(train.y)))
+        hits = knn_hits(train, test, k=protocol.settings["k"], device=self.device)
+        common = {"protocol": protocol.name, "metric": "accuracy", "seed": self.seed}
+        common |= {"n_train": len(train.y), "n_test": len(test.y)}
+        rows = [
+            hits_to_rows(right, blocks=test.blocks, pool=pool, **common)
+            for pool, right in hits.items()
+        ]
+        return tidy([row for of_pool in rows for row in of_pool])
+
+
+@dataclass(frozen=True)
+class ReportPlan:
+    """What a report looks at; it is made, and checked, before any work.
+
+    Attributes:
+        encoder: the model.
+        train, test: its data.
+        pools: the poolings that are probed, joined ones too.
+        task: the probes.
+        extraction: keywords of :func:`mimrefiner.extract_features`.
+        compared: what is probed: the model and its baselines.
+        settings: everything that decides the rows.
+    """
+
+    encoder: nn.Module
+    train: Dataset
+    test: Dataset
+    pools: tuple[str, ...]
+    task: Task
+    extraction: dict
+    compared: tuple[str, ...]
+    settings: dict
+
+
+def make_plan(
+    encoder: nn.Module, data, task: Task, extraction: dict, baselines: bool
+) -> ReportPlan:
+    """Settle what :func:`probe` is asked for; InputError where that does not fit the model or data.
+
+    Args:
+        encoder, data, task, baselines: see :func:`probe`.
+        extraction: keywords of :func:`mimrefiner.extract_features` as a user gives them.
+    """
+    if isinstance(data, str):
+        train, test = (load_dataset(data, split=part) for part in ("trainval", "test"))
+    else:
+        train, test = data
+    blocks, pools, depth = extraction["blocks"], extraction["pools"], len(block_modules(encoder))
+    pools = available_pools(encoder) if pools is None else tuple(pools)
+    plain = check_pools(encoder, sorted({part for name in pools for part in parse_pool(name)[0]}))
     numbers = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
-    # Poolings that need other blocks, said before the work
+    # Poolings that need other blocks are refused here
     nothing = [torch.empty(0, 1) for _ in numbers]
-    Features(dict.fromkeys(plain, nothing), torch.empty(0), numbers, depth).joined(names)
+    Features(dict.fromkeys(plain, nothing), torch.empty(0), numbers, depth).joined(pools)
     if all(isinstance(part, ImageDataset) for part in (train, test)):
-        for name in probes:
-            _check_labels(
-                name, *map(_labels, (train, test)), seed=seed, shots=shots, clusters=clusters
-            )
+        task.check(train, test)
     settings = {
         "weights_sha256": sha256_of(encoder),
         "data": data if isinstance(data, str) else [len(train), len(test)],
         "blocks": list(numbers),
-        "pools": list(names),
-        "seed": seed,
-        "shots": list(shots),
-        "clusters": clusters,
-        "autocast": str(autocast),
+        "pools": list(pools),
+        "seed": task.seed,
+        "shots": list(task.shots),
+        "clusters": task.clusters,
+        "autocast": str(extraction["autocast"]),
     }
-    going_on = folder is not None and distributed.from_first(
-        lambda: _goes_on(folder, settings, resume)
-    )
-    models: dict[str, Callable[[], nn.Module | None]] = {"model": lambda: encoder}
-    if baselines:
-        models |= {"random weights": lambda: _random_twin(encoder), "raw pixels": lambda: None}
-    options = {
-        "blocks": blocks,
-        "pools": plain,
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "autocast": autocast,
-    }
-
-    def extracted(model: str) -> tuple[list[str], tuple[Features, ...]]:
-        """The probes that are missing, and the features they need."""
-        missing = distributed.from_first(
-            lambda: [
-                name
-                for name in probes
-                if not (going_on and _rows_file(folder, model, name).is_file())
-            ]
-        )
-        if not missing:
-            return [], ()
-        kept = None if cache is None else Path(cache) / model.replace(" ", "_")
-        parts = _features(models[model](), train, test, encoder, kept, options)
-        return missing, tuple(
-            part if model == "raw pixels" else part.joined(names) for part in parts
-        )
-
+    compared = COMPARED if baselines else COMPARED[:1]
     if baselines and _too_many_pixels(encoder, train):
-        del models["raw pixels"]
-    work = ((model, *extracted(model)) for model in models)
+        compared = COMPARED[:-1]
+    extraction = extraction | {"pools": plain, "device": task.device}
+    return ReportPlan(encoder, train, test, pools, task, extraction, compared, settings)
+
+
+def _probed(
+    plan: ReportPlan, folder: "ReportFolder | None", cache: Path | str | None
+) -> pd.DataFrame:
+    """The rows of all models and probes; none but on the first process."""
+    work = ((model, *_extracted(plan, folder, model, cache)) for model in plan.compared)
     # All processes extract before one of them probes: none waits for it in the next extraction
-    if grouped:
+    if distributed.world() > 1:
         work = list(work)
-    tables = []
-    for model, missing, features in work if first else ():
-        for name in probes:
+    tables = [pd.DataFrame(columns=COLUMNS)]
+    for model, missing, parts in work if distributed.rank() == 0 else ():
+        for name in plan.task.probes:
             if name in missing:
-                rows = _run(
-                    name, *features, seed=seed, shots=shots, clusters=clusters, device=device
-                )
-                rows = rows.assign(model=model, probe=name)
+                rows = plan.task.rows(name, *parts).assign(model=model, probe=name)
                 if folder is not None:
-                    if not going_on:  # only now: bad input leaves an old report as it is
-                        _start_folder(folder, settings)
-                        going_on = True
-                    write_csv(rows, _rows_file(folder, model, name))
+                    folder.keep(rows, model, name)
             else:
-                rows = pd.read_csv(_rows_file(folder, model, name), keep_default_na=False)
+                rows = folder.rows(model, name)
             tables.append(rows)
-    if not first:
-        return pd.DataFrame(columns=["model", "probe", *COLUMNS])
-    table = pd.concat(tables, ignore_index=True)[["model", "probe", *COLUMNS]]
-    if folder is not None:
-        _write(table, folder, settings, title)
-    return table
+    table = pd.concat(tables[1:] or tables, ignore_index=True)
+    return table.reindex(columns=["model", "probe", *COLUMNS])
+
+
+def _extracted(
+    plan: ReportPlan, folder: "ReportFolder | None", model: str, cache: Path | str | None
+) -> tuple[list[str], tuple[Features, ...]]:
+    """The probes of a model that are missing, and the features they need: (train, test)."""
+    missing = [name for name in plan.task.probes if folder is None or not folder.has(model, name)]
+    if not missing:
+        return [], ()
+    if model == "raw pixels":
+        size = _pixel_size(plan.encoder)
+        return missing, tuple(pixel_features(part, size) for part in (plan.train, plan.test))
+    encoder = random_twin(plan.encoder) if model == "random weights" else plan.encoder
+    kept = None if cache is None else Path(cache) / model.replace(" ", "_")
+    parts = _features(plan, encoder, kept)
+    return missing, tuple(part.joined(plan.pools) for part in parts)
+
+
+def _features(
+    plan: ReportPlan, encoder: nn.Module, cache: Path | None
+) -> tuple[Features, Features]:
+    if cache is None:
+        pair = tuple(
+            extract_features(encoder, part, **plan.extraction) for part in (plan.train, plan.test)
+        )
+    else:
+        pair = tuple(
+            cached_features(encoder, part, cache / name, **plan.extraction)
+            for part, name in ((plan.train, "train"), (plan.test, "test"))
+        )
+    check_finite(*pair)
+    return pair
+
+
+def _labels(data: ImageDataset) -> Tensor:
+    return torch.full((len(data),), -1) if data.labels is None else torch.from_numpy(data.labels)
+
+
+def _pixel_size(encoder: nn.Module) -> int:
+    return min(encoder.pretrained_cfg["input_size"][-1], 64)
+
+
+def _too_many_pixels(encoder: nn.Module, train: Dataset) -> bool:
+    size = 4 * 3 * _pixel_size(encoder) ** 2 * len(train)
+    if size > PIXEL_BYTES and distributed.rank() == 0:
+        logger.warning(
+            "the baseline of raw pixels is left out: it would take %.0f GiB", size / 2**30
+        )
+    return size > PIXEL_BYTES
+
+
+@dataclass
+class ReportFolder:
+    """The folder of a report: it remembers finished probes, and holds the report at the end.
+
+    Attributes:
+        entry: the folder and the settings; its manifest, settings.json, lists the finished rows.
+        finished: the names of the files of finished probes.
+        is_own: whether what lies in the folder belongs to this report.
+    """
+
+    entry: Entry
+    finished: list[str] = field(default_factory=list)
+    is_own: bool = False
+
+    @classmethod
+    def opened(cls, folder: Path, settings: dict, resume: bool) -> "ReportFolder":
+        """The folder as all processes see it; nothing in it changes.
+
+        Raises:
+            InputError: files there bear a report's names and are none of a report, or, with
+                ``resume``, a report of other settings is there.
+        """
+        entry = Entry(folder, settings, manifest="settings.json")
+        return distributed.from_first(lambda: cls._opened(entry, resume))
+
+    @classmethod
+    def _opened(cls, entry: Entry, resume: bool) -> "ReportFolder":
+        folder = entry.folder
+        # A run of notebooks has a manifest too
+        ours = _is_ours(folder / entry.manifest)
+        checked = [folder / "manifest.json"] if ours else own_files(folder)
+        foreign = [old.name for old in checked if old.exists() and not _is_ours(old)]
+        if foreign:
+            raise InputError(
+                f"{folder} holds {', '.join(foreign)}, which no report wrote: choose another "
+                "folder with --out"
+            )
+        if not resume or not entry.is_there:
+            return cls(entry)
+        if different := entry.different():
+            raise InputError(
+                f"{folder} holds a report of other {', '.join(different)}: choose another folder "
+                "or leave out --resume"
+            )
+        if damage := entry.damage():
+            logger.warning("%s: %s, and is probed again", folder, damage)
+        return cls(entry, entry.intact(), is_own=True)
+
+    def has(self, model: str, name: str) -> bool:
+        """Whether the rows of a probe are there, as they were written."""
+        return self._file(model, name).name in self.finished
+
+    def rows(self, model: str, name: str) -> pd.DataFrame:
+        """The rows of a finished probe."""
+        return pd.read_csv(self._file(model, name), keep_default_na=False)
+
+    def keep(self, rows: pd.DataFrame, model: str, name: str) -> None:
+        """Write the rows of a probe that has just finished; the first ones clear the folder."""
+        if not self.is_own:  # only now: bad input leaves an old report as it is
+            for old in own_files(self.entry.folder):
+                old.unlink(missing_ok=True)
+            self.is_own = True
+        file = self._file(model, name)
+        write_csv(rows, file)
+        self.finished.append(file.name)
+        self.entry.finish(self.entry.folder, {}, [file.parent / name for name in self.finished])
+
+    def write_report(self, table: pd.DataFrame, plan: ReportPlan, title: str) -> None:
+        """Write report.csv, .md, .png and .pdf, and manifest.json with the versions of all."""
+        folder, shown = self.entry.folder, plan.task.protocols(len(plan.train))
+        with atomic_file(folder / "report.md") as temporary:
+            temporary.write_text(markdown(table, title))
+        figures.use_style()
+        figure = figures.plot_report(summary(table), shown, title=f"Block report: {title}")
+        figures.save_figure(figure, folder / "report", table)
+        write_json({**environment(), **plan.settings}, folder / "manifest.json")
+
+    def _file(self, model: str, name: str) -> Path:
+        return _rows_file(self.entry.folder, model, name)
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Every file that a report may write, whether it is there or not."""
+    rows = [_rows_file(folder, model, name) for model in COMPARED for name in PROBES]
+    report = [folder / f"report.{kind}" for kind in ("csv", "md", "png", "pdf")]
+    return [*rows, *report, folder / "manifest.json", folder / "settings.json"]
+
+
+def _rows_file(folder: Path, model: str, name: str) -> Path:
+    return folder / f"rows_{name}_{model.replace(' ', '_')}.csv"
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether ``file`` is the settings or the manifest of a report."""
+    try:
+        content = json.loads(file.read_bytes())
+        return "weights_sha256" in content or "weights_sha256" in content["settings"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over draws of every probe's main metric, per model, block and
-    pooling.
+    """Mean and spread of every probe's main metrics, per model, block and pooling.
 
-    Where nothing was drawn, ``spread`` is the binomial standard error of an accuracy on the test
-    images.
+    The spread is the standard deviation over draws. Where nothing was drawn, it is the binomial
+    standard error of an accuracy on the test images, and empty for other metrics.
     """
-    main = table[
-        [
-            metric in HEADLINE[probe]
-            for probe, metric in zip(table["probe"], table["metric"], strict=True)
-        ]
-    ]
+    shown = [m in METRICS[p] for p, m in zip(table["probe"], table["metric"], strict=True)]
     keys = ["model", "probe", "protocol", "metric", "pool", "block"]
-    stats = (
-        main.groupby(keys, sort=False)["value"]
-        .agg(value="mean", spread="std", draws="size")
-        .reset_index()
-    )
-    stats["n_test"] = main.groupby(keys, sort=False)["n_test"].first().to_numpy()
+    of_line = table[shown].groupby(keys, sort=False)
+    stats = of_line["value"].agg(value="mean", spread="std", draws="size").reset_index()
+    stats["n_test"] = of_line["n_test"].first().to_numpy()
     alone = (stats["draws"] == 1) & (stats["metric"] == "accuracy")
     stats.loc[alone, "spread"] = [
-        standard_error(v, n)
-        for v, n in zip(stats.loc[alone, "value"], stats.loc[alone, "n_test"], strict=True)
+        standard_error(row.value, row.n_test) for row in stats[alone].itertuples()
     ]
     return stats
 
 
 def report_title(encoder: nn.Module | str, data) -> str:
-    """ "MODEL on DATA", with the last part of a model's path."""
+    """The title "MODEL on DATA"; of a path to a model its last part counts."""
     model = encoder.rsplit("/", 1)[-1] if isinstance(encoder, str) else type(encoder).__name__
     return f"{model} on {data if isinstance(data, str) else 'own data'}"
 
 
 def markdown(table: pd.DataFrame, title: str) -> str:
-    """The report as text: per probe and pooling the best block, the last block and the baselines."""
+    """The report as text: best block, last block and baselines of every probe and pooling."""
     stats = summary(table)
-    lines = [
-        f"# Block report: {title}",
-        "",
-        "Blocks are counted from 1. ± is the standard deviation over draws, or the standard error of",
-    ]
-    lines += [
-        "an accuracy where nothing was drawn. The best block is the best on these test images: an optimistic choice.",
-        "",
-    ]
-    lines += [
-        "| probe | pooling | best block | its value | last block | random weights, best | raw pixels | n |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD.format(title=title)]
     ours = stats[stats["model"] == "model"]
     for (protocol, metric, pool), rows in ours.groupby(["protocol", "metric", "pool"], sort=False):
         best, last = rows.loc[rows["value"].idxmax()], rows.iloc[-1]
@@ -286,175 +489,6 @@ def markdown(table: pd.DataFrame, title: str) -> str:
 
 
 def _number(row) -> str:
-    scale = 100 if row["metric"] in ("accuracy", "ACC") else 1
+    scale = 100 if row["metric"] in PERCENT else 1
     spread = f" ± {scale * row['spread']:.1f}" if pd.notna(row["spread"]) else ""
     return f"{scale * row['value']:.1f}{spread}"
-
-
-def _features(
-    encoder, train, test, original, cache: Path | None, options: dict
-) -> tuple[Features, Features]:
-    if encoder is None:
-        size = _pixel_size(original)
-        return pixel_features(train, size), pixel_features(test, size)
-    if cache is None:
-        pair = (
-            extract_features(encoder, train, **options),
-            extract_features(encoder, test, **options),
-        )
-    else:
-        pair = tuple(
-            cached_features(encoder, x, cache / part, **options)
-            for x, part in ((train, "train"), (test, "test"))
-        )
-    check_finite(*pair)
-    return pair
-
-
-def _pixel_size(encoder: nn.Module) -> int:
-    return min(encoder.pretrained_cfg["input_size"][-1], 64)
-
-
-def _too_many_pixels(encoder: nn.Module, train: Dataset) -> bool:
-    size = 4 * 3 * _pixel_size(encoder) ** 2 * len(train)
-    if size > PIXEL_BYTES:
-        print(
-            f"the baseline of raw pixels is left out: it would take {size / 2**30:.0f} GiB",
-            file=sys.stderr,
-        )
-    return size > PIXEL_BYTES
-
-
-def _run(
-    name: str, train: Features, test: Features, *, seed: int, shots, clusters: int | None, device
-) -> pd.DataFrame:
-    if name == "knn":
-        # Fewer images than neighbours: all of them vote, and the protocol says so
-        k = min(K, len(train.y))
-        protocol = KNN_PROTOCOL.replace(f"k{K}", f"k{k}")
-        common = {
-            "protocol": protocol,
-            "metric": "accuracy",
-            "seed": seed,
-            "n_train": len(train.y),
-            "n_test": len(test.y),
-        }
-        return tidy(
-            [
-                {**common, "block": block, "pool": pool, "value": right.float().mean().item()}
-                for pool, hits in knn_hits(train, test, k=k, device=device).items()
-                for block, right in zip(test.blocks, hits, strict=True)
-            ]
-        )
-    if name == "linear":
-        # Before labels decide what is held out
-        check_labels(train.y, LABELLED[name], everywhere=True)
-        val, rest = hold_out(train, seed)
-        return linear_probe(rest, test, val=val, choose=len(train.x) > 1, seed=seed, device=device)
-    if name == "low_shot":
-        return low_shot(train, test, shots=shots, seed=seed, device=device)
-    return (
-        cluster(test, clusters=clusters, seed=seed) if name == "cluster" else effective_rank(test)
-    )
-
-
-def _labels(data: ImageDataset) -> Tensor:
-    return torch.full((len(data),), -1) if data.labels is None else torch.from_numpy(data.labels)
-
-
-def _check_labels(
-    name: str, y: Tensor, test_y: Tensor, *, seed: int, shots, clusters: int | None
-) -> None:
-    """Raise now what the probe ``name`` would raise after the extraction."""
-    if name in LABELLED:
-        classes = check_labels(y, LABELLED[name], everywhere=name != "low_shot")
-        check_test_labels(test_y, LABELLED[name])
-        for shot in shots if name == "low_shot" else ():
-            draw_shots(y, classes, shot, seed)
-    if name == "cluster":
-        number_of_clusters(test_y.numpy(), clusters)
-
-
-def _random_twin(encoder: nn.Module) -> nn.Module:
-    """The same architecture with fresh random weights."""
-    twin = copy.deepcopy(encoder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if hasattr(twin, "init_weights"):
-            twin.init_weights()
-        else:
-            for module in twin.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-                else:
-                    for x in module.parameters(recurse=False):  # position embeddings, layer scales
-                        nn.init.trunc_normal_(x, std=0.02)
-    return twin
-
-
-def _goes_on(folder: Path, settings: dict, resume: bool) -> bool:
-    """Whether the finished probes in ``folder`` are kept; InputError where other files bear the
-    report's names.
-    """
-    file = folder / "settings.json"
-    # A run of notebooks has a manifest too
-    checked = own_files(folder) if not _is_ours(file) else [folder / "manifest.json"]
-    foreign = [old.name for old in checked if old.exists() and not _is_ours(old)]
-    if foreign:
-        raise InputError(
-            f"{folder} holds {', '.join(foreign)}, which no report wrote: choose another folder with --out"
-        )
-    if not resume or not file.is_file():
-        return False
-    there = json.loads(file.read_text())
-    different = [name for name, value in settings.items() if there.get(name) != value]
-    if different:
-        raise InputError(
-            f"{folder} holds a report of other {', '.join(different)}: choose another folder or leave out --resume"
-        )
-    return True
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether ``file`` is the settings or the manifest of a report."""
-    try:
-        return "weights_sha256" in json.loads(file.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def own_files(folder: Path) -> list[Path]:
-    """Every file that a report may write, whether it is there or not."""
-    rows = [_rows_file(folder, model, name) for model in MODELS for name in PROBES]
-    names = (
-        "report.csv",
-        "report.md",
-        "report.png",
-        "report.pdf",
-        "manifest.json",
-        "settings.json",
-    )
-    return [*rows, *(folder / name for name in names)]
-
-
-def _start_folder(folder: Path, settings: dict) -> None:
-    for old in own_files(folder):
-        old.unlink(missing_ok=True)
-    write_json(settings, folder / "settings.json")
-
-
-def _rows_file(folder: Path, model: str, name: str) -> Path:
-    return folder / f"rows_{name}_{model.replace(' ', '_')}.csv"
-
-
-def _write(table: pd.DataFrame, folder: Path, settings: dict, title: str) -> None:
-    write_csv(table, folder / "report.csv")
-    with atomic_file(folder / "report.md") as temporary:
-        temporary.write_text(markdown(table, title))
-    figures.use_style()
-    figures.save_figure(
-        figures.plot_report(summary(table), title=f"Block report: {title}"),
-        folder / "report",
-        table,
-    )
-    write_json({**environment(), **settings}, folder / "manifest.json")
