@@ -44,8 +44,8 @@ def test_without_labels_the_clusters_judge_themselves(features):
 
 
 def test_more_clusters_than_images_are_refused(features):
-    with pytest.raises(mr.InputError, match="runs must be a whole number >= 1, got 0"):
-        mr.cluster(features, clusters=3, runs=0)
+    with pytest.raises(mr.InputError, match="starts must be a whole number >= 1, got 0"):
+        mr.cluster(features, clusters=3, starts=0)
     with pytest.raises(
         mr.InputError, match=r"a whole number between 2 and the number of images 60, got 2\.5"
     ):

@@ -7,7 +7,8 @@ from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner.models.blocks import pooled_blocks
-from mimrefiner.probes import dense, masks
+from mimrefiner.probes import dense
+from mimrefiner.probes import segmentation as masks
 
 
 @pytest.fixture
@@ -40,15 +41,17 @@ def parts(folder):
 
 
 def test_every_block_learns_colours(vit, folder):
-    config = dense.DenseConfig(epochs=20, batch_size=8)
-    rows = dense.dense_probe(vit, *parts(folder), classes=3, config=config)
+    config = dense.DenseConfig(3, epochs=20, batch_size=8)
+    rows = dense.dense_probe(vit, *parts(folder), config)
     assert rows["block"].tolist() == [0, 1, 2]
     assert (rows["value"] > 0.5).all()
-    again = dense.dense_probe(vit, *parts(folder), classes=3, config=config)
+    again = dense.dense_probe(vit, *parts(folder), config)
     assert rows.equals(again)
     config = replace(config, epochs=0.1, learning_rates=(1e-9,))
-    untrained = dense.dense_probe(vit, *parts(folder), classes=3, config=config)
+    untrained = dense.dense_probe(vit, *parts(folder), config)
     assert (rows["value"] > untrained["value"]).all()
+    with pytest.raises(mr.InputError, match="block 3 is out of range"):
+        dense.dense_probe(vit, *parts(folder), replace(config, blocks=(3,)))
 
 
 def test_maps_keep_the_places_of_patches(vit):
@@ -69,8 +72,8 @@ def test_mean_iou_equals_counting_by_hand():
     def model(images):
         return torch.nn.functional.one_hot(guess, 3).permute(0, 3, 1, 2).float()[None]
 
-    options = {"classes": 3, "device": "cpu", "config": dense.DenseConfig(), "window": 4}
-    found = dense.mean_iou(model, [(torch.zeros(2, 3, 4, 4), mask)], **options)
+    batches = [(torch.zeros(2, 3, 4, 4), mask)]
+    found = dense.mean_iou(model, batches, dense.DenseConfig(3), window=4, device="cpu")
     counted = mask != masks.IGNORE
     by_hand = []
     for c in range(3):
@@ -88,8 +91,10 @@ def test_ade20k_settings_are_the_papers():
         True,
     )
     assert (config.join, config.stride) == (False, None)
-    config, blocks = dense.ade20k_transfer(24)
-    assert blocks == (11, 15, 19, 23)  # -13, -9, -5, -1
+    assert (config.classes, config.blocks) == (150, "all")
+    config = dense.ade20k_transfer(24)
+    assert config.classes == 150
+    assert config.blocks == (11, 15, 19, 23)  # -13, -9, -5, -1
     assert (config.epochs, config.batch_size, len(config.learning_rates), config.ignore_zero) == (
         50,
         16,
@@ -103,11 +108,11 @@ def test_ade20k_settings_are_the_papers():
         "nearest",
     )
     assert (config.join, config.cls) == (True, True)
-    assert dense.ade20k_transfer(12)[1] == (3, 7, 11)
+    assert dense.ade20k_transfer(12).blocks == (3, 7, 11)
 
 
 def test_a_window_of_the_images_size_is_a_plain_forward(vit):
-    model = dense.DenseProbes(vit, (0, 2), 3, dense.DenseConfig()).eval()
+    model = dense.DenseProbes(vit, dense.DenseConfig(3, blocks=(0, 2))).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         plain = model(images)
@@ -127,7 +132,7 @@ def test_sliding_equals_a_loop_over_pixels(vit, size):
     """Every pixel is the mean of what the windows over it say; where the image ends, a window ends
     with it.
     """
-    model = dense.DenseProbes(vit, (2,), 3, dense.DenseConfig()).eval()
+    model = dense.DenseProbes(vit, dense.DenseConfig(3, blocks=(2,))).eval()
     images, window, stride = torch.randn(1, 3, *size), 32, 20
     padded = torch.zeros(1, 3, max(size[0], window), max(size[1], window))
     padded[..., : size[0], : size[1]] = images
@@ -160,9 +165,10 @@ def test_squares_keep_image_and_mask_together():
     mask = np.repeat(np.repeat(rng.integers(5, size=(3, 6)), 20, 0), 20, 1).astype(np.uint8)
     image = np.zeros((60, 120, 3), np.uint8)
     image[..., 0] = 50 * mask
+    config = dense.DenseConfig(5, scale=(0.5, 2.0))
     for _ in range(20):
         square, labels = masks.random_square(
-            Image.fromarray(image), Image.fromarray(mask), 32, (0.5, 2.0), 1.0, (7, 7, 7), rng
+            Image.fromarray(image), Image.fromarray(mask), 32, config, (7, 7, 7), rng
         )
         pixels, labels = np.asarray(square)[..., 0].astype(int), np.asarray(labels)
         assert pixels.shape == labels.shape == (32, 32)
@@ -174,31 +180,23 @@ def test_squares_keep_image_and_mask_together():
     half = Image.fromarray(np.repeat([[0] * 100 + [1] * 20], 60, 0).astype(np.uint8))
     shares = []
     for most in (1.0, 0.75):
+        config = dense.DenseConfig(2, scale=(1.0, 1.0), max_share=most)
         squares = [
-            masks.random_square(Image.fromarray(image), half, 32, (1.0, 1.0), most, (7, 7, 7), rng)[
-                1
-            ]
+            masks.random_square(Image.fromarray(image), half, 32, config, (7, 7, 7), rng)[1]
             for _ in range(100)
         ]
-        shares.append(
-            np.mean(
-                [
-                    np.bincount(np.asarray(x).ravel(), minlength=2).max() / 1024 <= 0.75
-                    for x in squares
-                ]
-            )
-        )
+        counts = [np.bincount(np.asarray(x).ravel(), minlength=2) for x in squares]
+        shares.append(np.mean([count.max() / 1024 <= 0.75 for count in counts]))
     assert shares[1] > shares[0] + 0.2  # squares of one class are drawn again
 
 
 def test_transfer_joins_blocks_and_validation_chooses_the_rate(vit, folder):
     train, val = parts(folder)
-    config, blocks = dense.ade20k_transfer(len(vit.blocks))
-    assert blocks == (2,)
-    config = replace(
-        config, epochs=20, batch_size=8, learning_rates=(1e-9, 0.1), ignore_zero=False, stride=20
-    )
-    rows = dense.dense_probe(vit, train, val, classes=3, config=config, blocks=(0, 2), val=val)
+    config = dense.ade20k_transfer(len(vit.blocks))
+    assert config.blocks == (2,)
+    changes = {"classes": 3, "ignore_zero": False, "learning_rates": (1e-9, 0.1), "stride": 20}
+    config = replace(config, epochs=20, batch_size=8, blocks=(0, 2), **changes)
+    rows = dense.dense_probe(vit, train, val, config, val=val)
     assert rows[["block", "pool"]].to_numpy().tolist() == [[2, "tokens"], [2, "tokens+cls"]]
     assert rows["setting"].tolist() == ["lr=0.1 blocks=0+2"] * 2
     assert (rows["value"] > 0.5).all()
@@ -206,20 +204,19 @@ def test_transfer_joins_blocks_and_validation_chooses_the_rate(vit, folder):
     with pytest.raises(
         mr.InputError, match="choosing among 2 learning rates needs validation images"
     ):
-        dense.dense_probe(vit, train, val, classes=3, config=config)
+        dense.dense_probe(vit, train, val, config)
     with pytest.raises(
         mr.InputError, match="stride must be between 1 and the window of 32 pixels, got 33"
     ):
-        dense.dense_probe(vit, train, val, classes=3, config=replace(config, stride=33), val=val)
+        dense.dense_probe(vit, train, val, replace(config, stride=33), val=val)
 
 
 def test_probes_do_not_disturb_each_other(vit, folder):
     trained = []
     for rates in ((0.1,), (0.1, 0.5)):
-        config = dense.DenseConfig(epochs=1, batch_size=8, learning_rates=rates)
-        model = dense.DenseProbes(vit, (1,), 3, config)
-        train = masks.Prepared(next(parts(folder)), vit, 3, config, random=True)
-        dense._train(model, train, config, torch.device("cpu"), 0)
+        config = dense.DenseConfig(3, blocks=(1,), epochs=1, batch_size=8, learning_rates=rates)
+        model = dense.DenseProbes(vit, config)
+        dense._train(model, next(parts(folder)), config, torch.device("cpu"), 0)
         trained.append([layer.weight for layer in model.layers])
     assert torch.allclose(trained[0][0], trained[1][0], atol=1e-6)
     assert not torch.allclose(trained[1][0], trained[1][1], atol=1e-2)
@@ -230,7 +227,7 @@ def test_bad_folders_are_named(vit, folder, tmp_path):
         masks.SegmentationFolder(folder, "test")
     train, val = parts(folder)
     with pytest.raises(mr.InputError, match="a mask holds class 2, expected classes 0 to 1"):
-        dense.dense_probe(vit, train, val, classes=2, config=dense.DenseConfig(epochs=1))
+        dense.dense_probe(vit, train, val, dense.DenseConfig(2, epochs=1))
     (folder / "masks" / "val" / "3.png").write_bytes(b"no image")
     with pytest.raises(mr.InputError, match="cannot be decoded"):
         val[3]

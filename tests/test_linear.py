@@ -6,7 +6,7 @@ from torch import nn
 import mimrefiner as mr
 from mimrefiner.models.encoders import eval_transform
 from mimrefiner.probes.features import Features
-from mimrefiner.probes.linear import JointProbes, linear_probe_augmented, schedule
+from mimrefiner.probes.linear import JointProbes, Training, linear_probe_augmented, schedule
 
 
 @pytest.fixture
@@ -127,15 +127,14 @@ def test_augmented_probe_runs_on_every_block_and_pooling(vit, digits):
         digits["train"].take(64),
         mr.extract_features(vit, digits["test"].take(40)).joined(POOLS),
     )
-    options = {"epochs": 2, "batch_size": 32, "learning_rates": (0.1,)}
-    rows = linear_probe_augmented(vit.train(), train, test, test, **options)
+    training = Training(epochs=2, batch_size=32, learning_rates=(0.1,))
+    rows = linear_probe_augmented(vit.train(), train, test, test, training)
     assert vit.training
     assert rows["pool"].drop_duplicates().tolist() == list(POOLS)
     assert rows["block"].tolist() == 3 * [0, 1, 2]
     assert rows["value"].between(0, 1).all()
-    few = linear_probe_augmented(
-        vit, train, test.joined(("cls",)), test.joined(("cls",)), **options
-    )
+    cls = test.joined(("cls",))
+    few = linear_probe_augmented(vit, train, cls, cls, training)
     assert few["value"].tolist() == rows["value"].tolist()[:3]  # probes do not disturb each other
 
 
@@ -147,7 +146,7 @@ def test_without_augmentation_the_augmented_probe_is_the_cached_one(vit, digits,
     options = {"epochs": 3, "batch_size": 40, "learning_rates": (0.1,)}
     batches = [([images], None, torch.tensor(train.labels))] * 3
     monkeypatch.setattr("mimrefiner.probes.linear.view_batches", lambda *a, **k: batches)
-    augmented = linear_probe_augmented(vit, train, test, test, **options)
+    augmented = linear_probe_augmented(vit, train, test, test, Training(**options))
     assert (
         augmented["value"].tolist()
         == mr.linear_probe(cached, test, val=test, **options)["value"].tolist()

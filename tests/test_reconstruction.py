@@ -1,16 +1,23 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mimrefiner.models.encoders import masked
-from mimrefiner.probes.reconstruction import DecoderPerBlock, reconstruction, relative_improvement
+from mimrefiner.models import masked
+from mimrefiner.probes.reconstruction import (
+    DecoderConfig,
+    DecoderPerBlock,
+    reconstruction,
+    relative_improvement,
+)
 
-SMALL = {"depth": 1, "dim": 16, "heads": 2}
+SMALL = DecoderConfig(depth=1, dim=16, heads=2)
 
 
 def test_one_decoder_equals_mae_with_that_block_as_its_last(vit):
     """The decoder of the last block is MAE's, but for the encoder's final norm."""
-    model = DecoderPerBlock(vit, **SMALL)
+    model = DecoderPerBlock(vit, SMALL)
     mae = masked.MAE(vit, 1, 16, 2)
     mae.decoder = model.decoders[-1]
     mae.encoder.norm = torch.nn.Identity()
@@ -21,7 +28,7 @@ def test_one_decoder_equals_mae_with_that_block_as_its_last(vit):
 
 
 def test_decoders_do_not_touch_the_encoder_or_each_other(vit):
-    model = DecoderPerBlock(vit, **SMALL)
+    model = DecoderPerBlock(vit, SMALL)
     model(torch.randn(4, 3, 32, 32), masked.random_mask(4, 16, 0.75))[1].backward()
     assert all(x.grad is None for x in vit.parameters())
     touched = [
@@ -33,11 +40,13 @@ def test_decoders_do_not_touch_the_encoder_or_each_other(vit):
 
 def test_training_lowers_the_loss_and_repeats(vit, digits):
     train, test = digits["train"].take(128), digits["test"].take(64)
-    few, _ = reconstruction(vit, train, test, epochs=0.25, batch_size=32, **SMALL)
-    more, model = reconstruction(vit, train, test, epochs=15, batch_size=32, base_lr=2e-2, **SMALL)
+    short = replace(SMALL, epochs=0.25, batch_size=32)
+    long = replace(short, epochs=15, base_lr=2e-2)
+    few, _ = reconstruction(vit, train, test, short)
+    more, model = reconstruction(vit, train, test, long)
     assert (more["value"] < few["value"] - 0.05).all()
     vit.train().pos_embed.requires_grad_(False)
-    again, _ = reconstruction(vit, train, test, epochs=15, batch_size=32, base_lr=2e-2, **SMALL)
+    again, _ = reconstruction(vit, train, test, long)
     assert more.equals(again)
     assert vit.training
     # As it was

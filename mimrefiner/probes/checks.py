@@ -18,13 +18,16 @@ def check_finite(*parts: Features) -> None:
         for pool, block, x in each_block(features):
             if not torch.isfinite(x).all():
                 raise InputError(
-                    f"the {pool} features of block {block} (0-based) hold NaN or infinite values: check the weights"
+                    f"the {pool} features of block {block} (0-based) hold NaN or infinite values: "
+                    "check the weights"
                 )
 
 
 def check_labels(y: Tensor, what: str, *, everywhere: bool = False) -> Tensor:
-    """The sorted class labels in ``y``; InputError without labels or with one class only, or, if
-    they must be ``everywhere``, where some images have none.
+    """The sorted class labels in ``y``, (images,).
+
+    Raises:
+        InputError: no labels, or one class only; with ``everywhere`` also one image without label.
     """
     classes = y[y >= 0].unique()
     if len(classes) == 0:
@@ -36,27 +39,25 @@ def check_labels(y: Tensor, what: str, *, everywhere: bool = False) -> Tensor:
     without = int((y < 0).sum())
     if everywhere and without:
         raise InputError(
-            f"{what} needs labels, and {without} of {len(y)} training images have none: leave these out"
+            f"{what} needs labels, and {without} of {len(y)} training images have none: "
+            "leave these out"
         )
     return classes
 
 
 def check_test_labels(y: Tensor, what: str) -> None:
-    """InputError without test images, or where some have no label: they would count as wrong
-    answers.
-    """
+    """InputError without test images, or where one has no label: it would count as wrong."""
     if len(y) == 0:
         raise InputError(f"{what} needs test images, and there are none")
     if without := int((y < 0).sum()):
         raise InputError(
-            f"{without} of {len(y)} test images have no label, and {what} counts right answers: leave them out"
+            f"{without} of {len(y)} test images have no label, and {what} counts right answers: "
+            "leave them out"
         )
 
 
 def check_alike(train: Features, *others: Features) -> None:
-    """InputError that names a pooling and block that not all of the features have, or not in the
-    same width.
-    """
+    """InputError that names a pooling and block which are not in all features, in one width."""
     first, *rest = (
         {(pool, block, x.shape[1]) for pool, block, x in each_block(part) if pool in train.x}
         for part in (train, *others)
@@ -64,8 +65,8 @@ def check_alike(train: Features, *others: Features) -> None:
     for part in rest:
         for pool, block, width in sorted(first ^ part):
             raise InputError(
-                f"the {pool} features of block {block} (0-based), {width} wide, are not in both training and test features: "
-                "extract both with the same encoder, blocks and pools"
+                f"the {pool} features of block {block} (0-based), {width} wide, are not in both "
+                "training and test features: extract both with the same encoder, blocks and pools"
             )
 
 
@@ -83,8 +84,10 @@ def each_block(features: Features):
 
 
 def tidy(rows: list[dict]) -> pd.DataFrame:
-    """Rows of a probe in one form; ``setting`` says what was selected on validation data, "" where
-    nothing was. Rows may hold ``hits``: which test images are right, (n_test,) bool.
+    """Rows of a probe with the columns COLUMNS.
+
+    ``setting`` says what was selected on validation data, "" where nothing was. Rows may also hold
+    ``hits``, which test images are right, (n_test,) bool.
     """
     hits = ("hits",) if rows and "hits" in rows[0] else ()
     return pd.DataFrame([{"setting": "", **row} for row in rows], columns=[*COLUMNS, *hits])

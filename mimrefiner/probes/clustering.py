@@ -1,8 +1,8 @@
 """k-means clusters and class separation of every block.
 
-As the nearest published code of the authors does it: standardised features, the best of ten k-means
-runs by inertia, accuracy after the best matching of clusters to classes (the paper does not say
-more; silhouette and Davies-Bouldin are of the true classes).
+As in the authors' nearest published code, features are standardised, k-means starts ten times and
+keeps the lowest inertia, and accuracy is measured after the best matching of clusters to classes.
+The paper says no more; silhouette and Davies-Bouldin index are those of the true classes.
 """
 
 import warnings
@@ -18,21 +18,23 @@ from sklearn.exceptions import ConvergenceWarning
 from mimrefiner.errors import InputError
 from mimrefiner.probes.checks import check_count, check_finite, each_block, tidy
 from mimrefiner.probes.features import Features
+from mimrefiner.probes.protocols import KMEANS
 from mimrefiner.progress import progress
 
-MANY_IMAGES = 20_000  # from here on mini batches, and the silhouette of a sample
+MANY_IMAGES = 20_000  # from here on mini batches
+SAMPLE = 5000  # images whose silhouette is measured
 
 
 def cluster(
-    features: Features, *, clusters: int | None = None, runs: int = 10, seed: int = 0
+    features: Features, *, clusters: int | None = None, starts: int = 10, seed: int = 0
 ) -> pd.DataFrame:
-    """Cluster every block and pooling.
+    """Cluster the images after every block, for every pooling.
 
     Args:
         features: of the images to cluster; where they have labels, clusters are compared with them.
         clusters: k; None takes the number of classes.
-        runs: k-means starts, the one with the lowest inertia is kept.
-        seed: of the starts.
+        starts: how often k-means begins anew; the result with the lowest inertia is kept.
+        seed: draws the starts.
 
     Returns:
         Rows with the metrics ACC, NMI, AMI, ARI (0 to 1, higher is better), silhouette (-1 to 1,
@@ -44,42 +46,52 @@ def cluster(
 
     Raises:
         InputError: neither labels nor ``clusters``; more clusters than images; NaN features.
+
+    >>> import torch
+    >>> y = torch.arange(30) % 3
+    >>> x = torch.eye(3)[y] + 0.01 * torch.arange(30)[:, None]
+    >>> rows = cluster(Features({"cls": x[None]}, y, blocks=(11,), depth=12))
+    >>> rows.set_index("metric").loc[["ACC", "NMI"], "value"].round(2).tolist()
+    [1.0, 1.0]
     """
     check_finite(features)
-    check_count("runs", runs)
+    check_count("starts", starts)
     labels = features.y.numpy()
     labelled = has_classes(labels)
     k = number_of_clusters(labels, clusters)
-    algorithm = MiniBatchKMeans if len(labels) >= MANY_IMAGES else KMeans
+    common = {"protocol": KMEANS.name, "seed": seed, "n_train": 0, "n_test": len(labels)}
     rows = []
     for pool, block, x in progress(list(each_block(features)), "k-means"):
         x = x.double().numpy()
         x = (x - x.mean(0)) / (x.std(0) + 1e-6)
-        with warnings.catch_warnings():
-            # Equal images; rows tell
-            warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
-            found = algorithm(k, n_init=runs, max_iter=1000, random_state=seed).fit_predict(x)
+        found = _clusters(x, k, starts, seed)
         values = agreement(labels, found) if labelled else {}
-        of, prefix = (labels, "") if labelled else (found, "cluster_")
-        if 1 < len(np.unique(of)) < len(x):
-            sample = min(len(x), 5000)
-            values[f"{prefix}silhouette"] = metrics.silhouette_score(
-                x, of, sample_size=sample, random_state=seed
-            )
-            values[f"{prefix}davies_bouldin"] = metrics.davies_bouldin_score(x, of)
-        common = {
-            "block": block,
-            "pool": pool,
-            "protocol": "kmeans",
-            "seed": seed,
-            "n_train": 0,
-            "n_test": len(x),
-        }
+        values |= _shape(x, labels, seed) if labelled else _shape(x, found, seed, "cluster_")
         rows += [
-            {**common, "metric": name, "value": float(value), "setting": f"k={k}"}
+            {**common, "block": block, "pool": pool, "metric": name, "value": float(value)}
             for name, value in values.items()
         ]
-    return tidy(rows)
+    return tidy([{**row, "setting": f"k={k}"} for row in rows])
+
+
+def _clusters(x: np.ndarray, k: int, starts: int, seed: int) -> np.ndarray:
+    """The cluster of every row of ``x``, (images,)."""
+    algorithm = MiniBatchKMeans if len(x) >= MANY_IMAGES else KMeans
+    with warnings.catch_warnings():
+        # Equal images; rows tell
+        warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
+        return algorithm(k, n_init=starts, max_iter=1000, random_state=seed).fit_predict(x)
+
+
+def _shape(x: np.ndarray, of: np.ndarray, seed: int, prefix: str = "") -> dict[str, float]:
+    """How well groups ``of`` images, (images,), are separated; {} where that is not defined."""
+    if not 1 < len(np.unique(of)) < len(x):
+        return {}
+    sample = {"sample_size": min(len(x), SAMPLE), "random_state": seed}
+    return {
+        f"{prefix}silhouette": metrics.silhouette_score(x, of, **sample),
+        f"{prefix}davies_bouldin": metrics.davies_bouldin_score(x, of),
+    }
 
 
 def has_classes(labels: np.ndarray) -> bool:
@@ -88,8 +100,10 @@ def has_classes(labels: np.ndarray) -> bool:
 
 
 def number_of_clusters(labels: np.ndarray, clusters: int | None) -> int:
-    """``clusters``, or for None the number of classes; InputError where neither fits ``labels``,
-    (images,).
+    """``clusters``, or for None the number of classes in ``labels``, (images,).
+
+    Raises:
+        InputError: no labels of two or more classes; fewer than two clusters or more than images.
     """
     if clusters is None and not has_classes(labels):
         raise InputError(
@@ -98,13 +112,14 @@ def number_of_clusters(labels: np.ndarray, clusters: int | None) -> int:
     k = len(np.unique(labels)) if clusters is None else clusters
     if not isinstance(k, Integral) or not 1 < k <= len(labels):
         raise InputError(
-            f"clusters must be a whole number between 2 and the number of images {len(labels)}, got {k}"
+            "clusters must be a whole number between 2 and the number of images "
+            f"{len(labels)}, got {k}"
         )
     return k
 
 
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """ACC, NMI, AMI and ARI of a clustering, (images,) each, any integers."""
+    """ACC, NMI, AMI and ARI between classes and clusters, (images,) each, any integers."""
     return {
         "ACC": matched_accuracy(labels, clusters),
         "NMI": metrics.normalized_mutual_info_score(labels, clusters),
@@ -114,8 +129,12 @@ def agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 
 
 def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Share of images whose cluster is matched to their class by the best one-to-one matching
-    (Hungarian method).
+    """Share of images whose cluster is matched to their class.
+
+    The Hungarian method finds the best one-to-one matching.
+
+    >>> matched_accuracy(np.array([0, 0, 1, 1]), np.array([5, 5, 3, 5]))
+    0.75
     """
     table = metrics.cluster.contingency_matrix(labels, clusters)
     rows, columns = linear_sum_assignment(table, maximize=True)

@@ -1,10 +1,10 @@
 """Semantic segmentation with a linear probe on frozen patch tokens: mean intersection over union.
 
-A 1x1 convolution after batch norm without affine parameters, SGD with momentum 0.9: on every block
-(``ade20k_per_block`` of the released code), or on several blocks joined
+The probe is a 1x1 convolution after batch norm without affine parameters, trained by SGD with
+momentum 0.9, on every block (``ade20k_per_block`` of the released code) or on several blocks joined
 (``probe_transfer/ade20k``). All probes are trained together; the encoder is frozen. The paper's
-other numbers on ADE20K come from fine-tuning the whole encoder with UperNet, which is no probe and
-not built in.
+other numbers on ADE20K come from fine-tuning the whole encoder with UperNet, which this package
+leaves out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,26 +19,24 @@ from mimrefiner.config import check_blocks
 from mimrefiner.data.views import epoch_order
 from mimrefiner.device import frozen
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import block_modules, check_pools
+from mimrefiner.models.blocks import check_pools, depth_of, hooked
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.segmentation import IGNORE, DenseConfig, Prepared
 from mimrefiner.progress import progress
-from mimrefiner.training.refine import cosine_lr
+from mimrefiner.training.optim import cosine_lr
 
 
 def ade20k() -> DenseConfig:
-    """ADE20K per block: 150 classes, 20,210 training images, 224 px; about 50 epochs over the
-    frozen encoder.
+    """ADE20K per block: 150 classes, 20,210 training images, 224 px, 50 epochs.
 
     Test images are resized to 224 px, so that the window of 224 px which the released settings
     slide by 170 is the whole image. Enlarging bilinearly is ours, the settings do not say.
     """
-    return DenseConfig(ignore_zero=True)
+    return DenseConfig(150, ignore_zero=True)
 
 
-def ade20k_transfer(depth: int) -> tuple[DenseConfig, tuple[int, ...]]:
-    """ADE20K as the paper's linear-probe transfer: (settings, the blocks to join for an encoder of
-    ``depth`` blocks).
+def ade20k_transfer(depth: int) -> DenseConfig:
+    """ADE20K as the paper's linear-probe transfer, for an encoder of ``depth`` blocks.
 
     Every fourth block counted from the end, four of them, with and without cls token, nine learning
     rates, random squares of images of half to double size, full-size test images under a window of
@@ -46,7 +44,9 @@ def ade20k_transfer(depth: int) -> tuple[DenseConfig, tuple[int, ...]]:
     joined where there are fewer than 13, and logits are enlarged by their nearest neighbours in
     training too.
     """
-    config = DenseConfig(
+    return DenseConfig(
+        150,
+        blocks=tuple(block for block in range(depth - 13, depth, 4) if block >= 0),
         learning_rates=(1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
         ignore_zero=True,
         scale=(0.5, 2.0),
@@ -56,23 +56,21 @@ def ade20k_transfer(depth: int) -> tuple[DenseConfig, tuple[int, ...]]:
         join=True,
         cls=True,
     )
-    return config, tuple(block for block in range(depth - 13, depth, 4) if block >= 0)
 
 
 class DenseProbes(nn.Module):
-    """Linear classifiers on patch tokens of a frozen encoder: per block, or on all blocks joined;
-    with cls tokens or without.
+    """Linear classifiers on patch tokens of a frozen encoder.
 
     Attributes:
         kinds: (blocks, with cls token) of every batch norm; behind each is one layer per learning
             rate, rates innermost.
     """
 
-    def __init__(
-        self, encoder: nn.Module, blocks: Sequence[int], classes: int, config: DenseConfig
-    ):
+    def __init__(self, encoder: nn.Module, config: DenseConfig):
         super().__init__()
-        self.encoder, self.blocks, self.rates = encoder, tuple(blocks), len(config.learning_rates)
+        depth, blocks = depth_of(encoder), config.blocks
+        self.blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
+        self.encoder, self.rates = encoder, len(config.learning_rates)
         groups = [self.blocks] if config.join else [(block,) for block in self.blocks]
         self.kinds = [
             (group, cls) for cls in ((False, True) if config.cls else (False,)) for group in groups
@@ -82,7 +80,7 @@ class DenseProbes(nn.Module):
             dims = [encoder.embed_dim * len(group) * (1 + cls) for group, cls in self.kinds]
             self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
             self.layers = nn.ModuleList(
-                nn.Conv2d(dim, classes, 1) for dim in dims for _ in config.learning_rates
+                nn.Conv2d(dim, config.classes, 1) for dim in dims for _ in config.learning_rates
             )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,9 +88,8 @@ class DenseProbes(nn.Module):
         maps, cls_maps = token_maps(self.encoder, images, self.blocks)
         logits = []
         for i, (norm, (group, cls)) in enumerate(zip(self.norms, self.kinds, strict=True)):
-            parts = [maps[block] for block in group] + (
-                [cls_maps[block] for block in group] if cls else []
-            )
+            parts = [maps[block] for block in group]
+            parts += [cls_maps[block] for block in group if cls]
             x = norm(torch.cat(parts, 1))
             logits += [layer(x) for layer in self.layers[i * self.rates : (i + 1) * self.rates]]
         return torch.stack(logits)
@@ -102,10 +99,8 @@ def dense_probe(
     encoder: nn.Module,
     train: Dataset,
     test: Dataset,
+    config: DenseConfig,
     *,
-    classes: int,
-    config: DenseConfig | None = None,
-    blocks: str | Sequence[int] = "all",
     val: Dataset | None = None,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
@@ -115,12 +110,12 @@ def dense_probe(
     Args:
         encoder: a timm ViT; frozen.
         train, test: data sets of (RGB image, mask), such as
-            :class:`~mimrefiner.probes.segmentation.SegmentationFolder`; the mask value 255 does not
-            count.
-        classes: number of classes.
-        config: see :class:`DenseConfig`; None takes the paper's for every block.
-        blocks: "all" or 0-based.
+            :class:`~mimrefiner.probes.segmentation.SegmentationFolder`; pixels with the mask value
+            255 do not count.
+        config: the classes, the blocks and how the probes are trained.
         val: chooses among several learning rates; needed for that only.
+        device: where encoder and probes run.
+        num_workers: processes that load images.
 
     Returns:
         One row per block (per cls or not), metric "mIoU" over the classes that occur, columns as
@@ -128,68 +123,47 @@ def dense_probe(
         the learning rate and the blocks that were joined.
 
     Raises:
-        InputError: a class in a mask that is not below ``classes``; a block out of range; several
-            learning rates without ``val``; cls tokens of a model that has none.
+        InputError: a class in a mask that is not below ``config.classes``; a block out of range;
+            several learning rates without ``val``; cls tokens of a model that has none.
     """
-    config, device = config or DenseConfig(), torch.device(device)
-    depth = len(block_modules(encoder))
-    blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
     _check(config, encoder, val)
+    device, several = torch.device(device), len(config.learning_rates) > 1
     with frozen(encoder, device):
-        model = DenseProbes(encoder, blocks, classes, config).to(device)
-        _train(
-            model,
-            Prepared(train, encoder, classes, config, random=True),
-            config,
-            device,
-            num_workers,
-        )
+        model = DenseProbes(encoder, config).to(device)
+        _train(model, train, config, device, num_workers)
         model.eval()
-        options = {
-            "classes": classes,
-            "device": device,
-            "config": config,
-            "window": encoder.pretrained_cfg["input_size"][-1],
-        }
-
-        def measured(part: Dataset) -> Tensor:
-            """(kinds, learning rates)."""
-            # Full-size images differ in size
-            batch_size = 1 if config.stride else config.batch_size
-            batches = DataLoader(
-                Prepared(part, encoder, classes, config), batch_size, num_workers=num_workers
-            )
-            return mean_iou(model, batches, **options).unflatten(0, (len(model.kinds), -1))
-
-        best = (
-            measured(val).argmax(1)
-            if len(config.learning_rates) > 1
-            else torch.zeros(len(model.kinds), dtype=torch.long)
-        )
-        values = measured(test).gather(1, best[:, None])[:, 0]
+        best = torch.zeros(len(model.kinds), dtype=torch.long)
+        if several:
+            best = _measured(model, val, config, device, num_workers).argmax(1)
+        values = _measured(model, test, config, device, num_workers).gather(1, best[:, None])[:, 0]
+    common = {"protocol": "dense_linear", "metric": "mIoU", "seed": config.seed}
+    common |= {"n_train": len(train), "n_test": len(test)}
     rows = []
     for (group, cls), value, rate in zip(model.kinds, values.tolist(), best.tolist(), strict=True):
         joined = f" blocks={'+'.join(map(str, group))}" if config.join else ""
-        rows.append(
-            {
-                "block": group[-1],
-                "pool": "tokens+cls" if cls else "tokens",
-                "protocol": "dense_linear",
-                "metric": "mIoU",
-                "seed": config.seed,
-                "value": value,
-                "n_train": len(train),
-                "n_test": len(test),
-                "setting": f"lr={config.learning_rates[rate]:g}{joined}",
-            }
-        )
+        where = {"block": group[-1], "pool": "tokens+cls" if cls else "tokens"}
+        setting = f"lr={config.learning_rates[rate]:g}{joined}"
+        rows.append({**common, **where, "value": value, "setting": setting})
     return tidy(rows)
+
+
+def _measured(
+    model: DenseProbes, part: Dataset, config: DenseConfig, device: torch.device, num_workers: int
+) -> Tensor:
+    """Mean intersection over union, (kinds, learning rates)."""
+    # Full-size images differ in size
+    batch_size = 1 if config.stride else config.batch_size
+    prepared = Prepared(part, model.encoder, config)
+    batches = DataLoader(prepared, batch_size, num_workers=num_workers)
+    found = mean_iou(model, batches, config, window=prepared.size, device=device)
+    return found.unflatten(0, (len(model.kinds), -1))
 
 
 def _check(config: DenseConfig, encoder: nn.Module, val: Dataset | None) -> None:
     if len(config.learning_rates) > 1 and val is None:
         raise InputError(
-            f"choosing among {len(config.learning_rates)} learning rates needs validation images: pass val="
+            f"choosing among {len(config.learning_rates)} learning rates needs validation images: "
+            "pass val="
         )
     if config.cls:
         check_pools(encoder, ("cls",))
@@ -208,12 +182,12 @@ def _train(
     batch_size = min(config.batch_size, len(train))
     per_epoch = len(train) // batch_size
     steps = max(1, round(config.epochs * per_epoch))
+    peaks = [
+        config.learning_rates[i % model.rates] * batch_size / 16 for i in range(len(model.layers))
+    ]
     groups = [
-        {
-            "params": layer.parameters(),
-            "peak": config.learning_rates[i % model.rates] * batch_size / 16,
-        }
-        for i, layer in enumerate(model.layers)
+        {"params": layer.parameters(), "peak": peak}
+        for layer, peak in zip(model.layers, peaks, strict=True)
     ]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     order = []
@@ -221,7 +195,8 @@ def _train(
         epoch, batch = divmod(step, per_epoch)
         rows = epoch_order(len(train), epoch, config.seed)[batch * batch_size :][:batch_size]
         order.append([(epoch, int(i)) for i in rows])
-    loader = DataLoader(train, batch_sampler=order, num_workers=num_workers)
+    prepared = Prepared(train, model.encoder, config, random=True)
+    loader = DataLoader(prepared, batch_sampler=order, num_workers=num_workers)
     generator = torch.Generator().manual_seed(config.seed)
     for step, (images, masks) in enumerate(progress(loader, "dense probe", steps)):
         for group in optimizer.param_groups:
@@ -229,39 +204,44 @@ def _train(
         if config.flip:
             flipped = torch.rand(len(images), generator=generator) < 0.5
             images[flipped], masks[flipped] = images[flipped].flip(-1), masks[flipped].flip(-1)
-        masks = masks.to(device)
         optimizer.zero_grad()
-        logits = model(images.to(device))
-        leaf = logits.detach().requires_grad_()
-        for probe in leaf:  # one after another: logits per pixel of all probes would be gigabytes
-            loss = F.cross_entropy(
-                _enlarge(probe, masks.shape[-1], config.enlarge),
-                masks,
-                ignore_index=IGNORE,
-                reduction="sum",
-            )
-            (loss / (masks != IGNORE).sum().clamp_min(1)).backward()
-        logits.backward(leaf.grad)
+        _backward(model, images.to(device), masks.to(device), config.enlarge)
         optimizer.step()
+
+
+def _backward(model: DenseProbes, images: Tensor, masks: Tensor, enlarge: str) -> None:
+    """Every probe's gradient, one after another: logits per pixel of all would be gigabytes."""
+    logits = model(images)
+    leaf = logits.detach().requires_grad_()
+    for probe in leaf:
+        per_pixel = _enlarge(probe, masks.shape[-1], enlarge)
+        loss = F.cross_entropy(per_pixel, masks, ignore_index=IGNORE, reduction="sum")
+        (loss / (masks != IGNORE).sum().clamp_min(1)).backward()
+    logits.backward(leaf.grad)
 
 
 @torch.no_grad()
 def mean_iou(
-    model: nn.Module, batches: Iterable, *, classes: int, device, config: DenseConfig, window: int
+    model: nn.Module,
+    batches: Iterable,
+    config: DenseConfig,
+    *,
+    window: int,
+    device: torch.device | str,
 ) -> Tensor:
-    """Mean intersection over union of every probe, over the classes that occur in masks or
-    predictions, (probes,).
+    """Mean intersection over union of every probe, (probes,).
 
-    ``model``: images (batch, 3, window, window) -> logits per patch; ``batches``: (images, masks)
-    of any size.
+    Args:
+        model: images (batch, 3, window, window) -> logits per patch, (probes, batch, classes, rows,
+            columns).
+        batches: (images, masks) of any size; classes count that occur in masks or predictions.
     """
-    table = 0
+    table, classes = 0, config.classes
+    stride = config.stride or window
     for images, masks in batches:
         counted = masks != IGNORE
         found = []
-        for logits in slide(
-            model, images.to(device), window, config.stride or window, config.enlarge
-        ):
+        for logits in slide(model, images.to(device), window, stride, config.enlarge):
             pairs = masks[counted] * classes + logits.argmax(1).cpu()[counted]
             found.append(torch.bincount(pairs, minlength=classes * classes))
         table += torch.stack(found)
@@ -311,29 +291,23 @@ def slide(
 def token_maps(
     encoder: nn.Module, images: Tensor, blocks: Sequence[int]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each, and the first
-    token of each spread over such a map (the cls token where there is one).
+    """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each.
+
+    The second dictionary holds each block's first token spread over such a map, the cls token where
+    there is one.
     """
     patch = encoder.patch_embed.patch_size[0]
     rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
     maps: dict[int, Tensor] = {}
     first: dict[int, Tensor] = {}
 
-    def keep(block: int):
-        def hook(module, inputs, tokens):
-            maps[block] = (
-                tokens[:, encoder.num_prefix_tokens :].mT.unflatten(2, (rows, columns)).float()
-            )
-            first[block] = tokens[:, 0, :, None, None].float().expand_as(maps[block])
+    def keep(position: int, module: nn.Module, inputs, tokens: Tensor) -> None:
+        block, patches = blocks[position], tokens[:, encoder.num_prefix_tokens :]
+        maps[block] = patches.mT.unflatten(2, (rows, columns)).float()
+        first[block] = tokens[:, 0, :, None, None].float().expand_as(maps[block])
 
-        return hook
-
-    handles = [encoder.blocks[block].register_forward_hook(keep(block)) for block in blocks]
-    try:
+    with hooked([encoder.blocks[block] for block in blocks], keep):
         encoder.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return maps, first
 
 

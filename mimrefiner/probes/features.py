@@ -256,24 +256,31 @@ def extract_features(
     loading = Loading(batch_size, num_workers, device, autocast)
     shares = [process_share(range(len(dataset)), rank) for rank in range(distributed.world())]
     rows = padded(shares[distributed.rank()], max(map(len, shares)))
-    share: dict[str, Tensor | list[Tensor]] = {}  # per pooling and block (images, dim)
-    labels: list[Tensor] = []
-    for pooled, label in feature_batches(encoder, dataset, rows, selection, loading):
-        # Written in place: small tensors kept from every batch would break up the memory that
-        # forward passes reuse
-        if not share:
-            share = {pool: _room(len(rows), like) for pool, like in pooled.items()}
-        begin = sum(map(len, labels))
-        for pool, parts in pooled.items():
-            for whole, x in zip(share[pool], parts, strict=True):
-                whole[begin : begin + len(label)] = x
-        labels.append(label)
-    y = torch.cat(labels)
+    x, y = _collected(feature_batches(encoder, dataset, rows, selection, loading), len(rows))
     if len(shares) > 1:
         counts = [len(part) for part in shares]
-        share = {pool: _stack([gather_rows(x, counts) for x in share[pool]]) for pool in share}
+        x = {pool: _stack([gather_rows(part, counts) for part in x[pool]]) for pool in x}
         y = gather_rows(y, counts)
-    return Features(share, y, selection.blocks, depth_of(encoder))
+    return Features(x, y, selection.blocks, depth_of(encoder))
+
+
+def _collected(
+    batches: Iterator[tuple[dict[str, list[Tensor]], Tensor]], images: int
+) -> tuple[dict[str, Tensor | list[Tensor]], Tensor]:
+    """Batches of together ``images`` as :class:`Features` holds them: x and y."""
+    x: dict[str, Tensor | list[Tensor]] = {}
+    labels: list[Tensor] = []
+    for pooled, label in batches:
+        # Written in place: small tensors kept from every batch would break up the memory that
+        # forward passes reuse
+        if not x:
+            x = {pool: _room(images, like) for pool, like in pooled.items()}
+        begin = sum(map(len, labels))
+        for pool, parts in pooled.items():
+            for whole, part in zip(x[pool], parts, strict=True):
+                whole[begin : begin + len(label)] = part
+        labels.append(label)
+    return x, torch.cat(labels)
 
 
 def process_share(rows: range, rank: int) -> range:

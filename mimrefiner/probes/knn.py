@@ -1,5 +1,6 @@
-"""Weighted k-nearest-neighbour classification (the paper's protocol: ``src/metrics/knn.py`` of the
-released code).
+"""Weighted k-nearest-neighbour classification.
+
+The protocol is the paper's (``src/metrics/knn.py`` of the released code).
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def knn_predict(
     Args:
         train_x, test_x: (images, dim), or (blocks, images, dim) for many blocks at once.
         train_y: labels, (images,), any integers >= 0.
-        ks, temperatures, standardize: of the vote.
+        ks: how many neighbours vote.
+        temperatures: divide the cosines.
+        standardize: whether features are standardised.
         search_dtype: torch.bfloat16 or torch.float16 find k + 16 candidates faster, which are
             scored again in float32.
         device: where to search; None where the features are. One block at a time passes in pieces
@@ -51,6 +54,14 @@ def knn_predict(
     Raises:
         InputError: no neighbour left to find, a temperature that is not positive, no labels or
             labels of one class only, NaN or infinite features.
+
+    >>> bank, queries = torch.tensor([[0.0, 1], [1, 0], [2, 1]]), torch.tensor([[0.2, 2]])
+    >>> knn_predict(bank, torch.tensor([7, 3, 3]), queries, ks=(1, 3), temperatures=(0.07, 10))
+    tensor([[[7],
+             [7]],
+    <BLANKLINE>
+            [[7],
+             [3]]])
     """
     _check(train_x, train_y, test_x, ks, temperatures)
     if train_x.ndim == 2:
@@ -58,38 +69,53 @@ def knn_predict(
         options |= {"search_dtype": search_dtype, "device": device}
         return knn_predict(train_x[None], train_y, test_x[None], **options)[:, :, 0]
     device = train_x.device if device is None else torch.device(device)
-    classes, votes_for = train_y.to(device).unique(return_inverse=True)
-    out = torch.empty(
-        len(ks), len(temperatures), len(train_x), test_x.shape[1], dtype=train_y.dtype
-    )
-    rows = max(1, SEARCH_BYTES // (4 * len(classes)))
+    classes, y = train_y.to(device).unique(return_inverse=True)
+    shape = len(ks), len(temperatures), len(train_x), test_x.shape[1]
+    out = torch.empty(*shape, dtype=train_y.dtype)
     for block, (bank, queries) in enumerate(zip(train_x, test_x, strict=True)):
-        similarity, neighbour = _search(bank, queries, max(ks), standardize, search_dtype, device)
-        if not similarity.isfinite().all():
-            raise InputError(
-                "training or test features hold NaN or infinite values: check the weights"
-            )
-        # Of the nearest: no weight overflows, however small the temperature
-        similarity -= similarity[:, :1].clone()
-        for start in range(0, len(queries), rows):
-            part = slice(start, start + rows)
-            label = votes_for[neighbour[part]]  # (rows, k)
-            for i, temperature in enumerate(temperatures):
-                weight = (similarity[part] / temperature).exp()
-                votes, counted = weight.new_zeros(len(label), len(classes)), 0
-                for j, k in sorted(enumerate(ks), key=lambda entry: entry[1]):
-                    votes.scatter_add_(1, label[:, counted:k], weight[:, counted:k])
-                    out[j, i, block, part] = classes[votes.argmax(1)].cpu()
-                    counted = k
+        found = _search(bank, queries, max(ks), standardize, search_dtype, device)
+        out[:, :, block] = classes[_votes(*found, y, ks, temperatures)].cpu()
     return out.to(train_y.device)
+
+
+def _votes(
+    similarity: Tensor,
+    neighbour: Tensor,
+    y: Tensor,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> Tensor:
+    """The class with the most votes for every k and temperature, (ks, temperatures, queries).
+
+    Args:
+        similarity, neighbour: cosine and row of the nearest training images, (queries, k), the
+            nearest first.
+        y: class indices of the training images.
+    """
+    if not similarity.isfinite().all():
+        raise InputError("training or test features hold NaN or infinite values: check the weights")
+    # Of the nearest: no weight overflows, however small the temperature
+    similarity -= similarity[:, :1].clone()
+    classes = int(y.max()) + 1
+    best = y.new_empty(len(ks), len(temperatures), len(similarity))
+    step = max(1, SEARCH_BYTES // (4 * classes))
+    for start in range(0, len(similarity), step):
+        part = slice(start, start + step)
+        label = y[neighbour[part]]  # (rows, k)
+        for i, temperature in enumerate(temperatures):
+            weight = (similarity[part] / temperature).exp()
+            votes, counted = weight.new_zeros(len(label), classes), 0
+            for j, k in sorted(enumerate(ks), key=lambda entry: entry[1]):
+                votes.scatter_add_(1, label[:, counted:k], weight[:, counted:k])
+                best[j, i, part] = votes.argmax(1)
+                counted = k
+    return best
 
 
 def _search(
     bank: Tensor, queries: Tensor, k: int, standardize: bool, search_dtype, device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and rows of the ``k`` nearest training images of every query, (queries, k), best
-    first.
-    """
+    """Cosines and rows of every query's ``k`` nearest training images, (queries, k), best first."""
     pieces = torch.arange(len(bank)).split(max(1, BANK_BYTES // (4 * bank.shape[1])))
     pieces = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in pieces]
     moments = _mean_and_std(bank, pieces, device) if standardize else None
@@ -113,8 +139,9 @@ def _search(
 
 
 def _nearest(queries: Tensor, bank: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` nearest rows of one piece of the bank; ``coarse``: the piece in the precision of
-    the search.
+    """The ``k`` nearest rows of one piece of the bank.
+
+    ``coarse`` is the piece in the precision of the search.
     """
     if coarse.dtype == bank.dtype:
         return (queries @ bank.T).topk(min(k, len(bank)), dim=1)
@@ -130,8 +157,9 @@ def _nearest(queries: Tensor, bank: Tensor, coarse: Tensor, k: int) -> tuple[Ten
 
 
 def _mean_and_std(bank: Tensor, pieces: list[slice], device) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation + 1e-6 of every feature, merged over the pieces (Chan et
-    al. 1979).
+    """Mean and unbiased standard deviation + 1e-6 of every feature.
+
+    They are merged over the pieces (Chan et al. 1979).
     """
     images = 0
     mean = squares = torch.zeros((), dtype=torch.double, device=device)
@@ -165,40 +193,56 @@ def knn_hits(
     standardize: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Which test images the k-NN vote gets right after every block: for every pooling, (blocks,
-    test images) bool.
+    """Which test images the k-NN vote gets right after every block.
+
+    Args:
+        train, test: whose images vote, and whose are classified.
+        k, temperature, standardize, device: see :func:`knn_predict`.
+
+    Returns:
+        For every pooling, (blocks, test images) bool.
 
     Raises:
         InputError: as :func:`knn_predict`; test images without labels, features of different blocks
             or poolings.
+
+    >>> import mimrefiner as mr
+    >>> images = mr.load_dataset("digits", split="test").take(60)
+    >>> pixels = mr.pixel_features(images, 8)
+    >>> hits = mr.knn_hits(pixels.subset(range(50)), pixels.subset(range(50, 60)), k=3)
+    >>> hits["pixels"].shape
+    torch.Size([1, 10])
     """
     check_alike(train, test)
     check_finite(train, test)
     check_labels(train.y, "k-NN", everywhere=True)
     check_test_labels(test.y, "k-NN")
-    settings = {
-        "ks": (k,),
-        "temperatures": (temperature,),
-        "standardize": standardize,
-        "device": device,
-    }
+    settings = {"ks": (k,), "temperatures": (temperature,)}
+    settings |= {"standardize": standardize, "device": device}
+
+    def right(bank: Tensor, queries: Tensor) -> Tensor:
+        return knn_predict(bank, train.y, queries, **settings)[0, 0] == test.y
+
     return {
-        pool: torch.stack(
-            [
-                knn_predict(bank, train.y, queries, **settings)[0, 0] == test.y
-                for bank, queries in zip(train.x[pool], test.x[pool], strict=True)
-            ]
-        )
+        pool: torch.stack([right(*x) for x in zip(train.x[pool], test.x[pool], strict=True)])
         for pool in train.x
     }
 
 
 def knn_hits_within(train: Features, test: Features, groups: Tensor) -> dict[str, Tensor]:
-    """:func:`knn_hits` where the group of every test image is known: only training images of that
-    group vote, so that what counts is the fine structure of classes that look alike.
+    """:func:`knn_hits` where only training images from the test image's own group vote.
+
+    It measures how well classes that look alike are told apart.
 
     Args:
+        train, test: whose images vote, and whose are classified.
         groups: the group of every class, (classes,); a group must hold two or more classes.
+
+    >>> y = torch.arange(48) % 4
+    >>> features = Features({"cls": torch.eye(4)[y][None]}, y, blocks=(11,), depth=12)
+    >>> groups = torch.tensor([0, 0, 1, 1])  # classes 0 and 1 look alike, and so do 2 and 3
+    >>> knn_hits_within(features, features.subset(range(5)), groups)
+    {'cls': tensor([[True, True, True, True, True]])}
     """
     hits = {pool: torch.zeros(len(x), len(test.y), dtype=torch.bool) for pool, x in test.x.items()}
     for group in groups.unique():
@@ -240,8 +284,16 @@ def knn_accuracy(
     temperature: float = 0.07,
     standardize: bool = True,
 ) -> float:
-    """Share of test images whose weighted k-NN vote is right, 0 to 1; arguments as in
-    :func:`knn_predict`, one block.
+    """Share of test images whose weighted k-NN vote is right, 0 to 1.
+
+    Args:
+        train_x, test_x: (images, dim), of one block.
+        train_y, test_y: labels, (images,).
+        k, temperature, standardize: see :func:`knn_predict`.
+
+    >>> x, y = torch.tensor([[0.0, 1], [0.1, 1], [1, 0], [1, 0.1]]), torch.tensor([0, 0, 1, 1])
+    >>> knn_accuracy(x, y, x, torch.tensor([0, 0, 1, 0]), k=1)
+    0.75
     """
     if not isinstance(test_y, Tensor) or test_y.shape != test_x.shape[:1]:
         raise InputError(
@@ -265,7 +317,8 @@ def _check(
     if not all(isinstance(x, Tensor) for x in (train_x, train_y, test_x)):
         found = ", ".join(map(_form, (train_x, train_y, test_x)))
         raise InputError(
-            f"expected features and labels as tensors, got {found}: torch.from_numpy makes one of an array"
+            f"expected features and labels as tensors, got {found}: "
+            "torch.from_numpy makes one of an array"
         )
     if (
         train_x.ndim not in (2, 3)
@@ -273,7 +326,8 @@ def _check(
         or train_x.shape[-1] != test_x.shape[-1]
     ):
         raise InputError(
-            f"expected two times ([blocks,] images, dim), got {tuple(train_x.shape)} and {tuple(test_x.shape)}"
+            "expected two times ([blocks,] images, dim), "
+            f"got {tuple(train_x.shape)} and {tuple(test_x.shape)}"
         )
     images = train_x.shape[-2]
     if train_y.shape != (images,):
@@ -284,7 +338,8 @@ def _check(
     for k in ks:
         if not isinstance(k, Integral) or not 1 <= k <= images:
             raise InputError(
-                f"k must be a whole number between 1 and the number of training images {images}, got {k}"
+                "k must be a whole number between 1 and the number of training images "
+                f"{images}, got {k}"
             )
     for temperature in temperatures:
         if not temperature > 0:

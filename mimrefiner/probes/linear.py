@@ -1,11 +1,12 @@
-"""Linear probes of all blocks, poolings and learning rates at once (the grid of DINOv2, arXiv
-2304.07193, that the paper uses).
+"""Linear probes on all blocks, poolings and learning rates at once.
 
-All probes share the batches. Probes of one width are one batched matrix product, so that a grid of
-hundreds costs little more than one probe.
+The grid is DINOv2's (arXiv 2304.07193), which the paper uses. All probes share the batches. Probes
+of one width are one batched matrix product, so that a grid of hundreds costs little more than one
+probe.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mimrefiner.config import Crop, Views
+from mimrefiner.data.augment import plain_views
 from mimrefiner.data.datasets import stratified_split
-from mimrefiner.data.views import view_batches
+from mimrefiner.data.views import Order, view_batches
+from mimrefiner.device import frozen
 from mimrefiner.errors import InputError
 from mimrefiner.models.blocks import check_pools, pooled_blocks
 from mimrefiner.models.encoders import normalisation
@@ -29,25 +31,52 @@ from mimrefiner.probes.checks import (
     tidy,
 )
 from mimrefiner.probes.features import Features, parse_pool
+from mimrefiner.probes.protocols import LINEAR
 from mimrefiner.progress import progress
-from mimrefiner.training.refine import cosine_lr
+from mimrefiner.training.optim import cosine_lr
 
 # Times batch_size / 256
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
-class JointProbes:
-    """One linear classifier per (feature, learning rate), trained together by SGD with momentum 0.9
-    and no weight decay.
+@dataclass(frozen=True)
+class Training:
+    """How the probes are trained; see :func:`linear_probe`.
 
-    Batch norm without affine parameters comes first (running statistics at test time); weights
-    start at N(0, 0.01), biases at 0.
+    Attributes:
+        learning_rates: peak rates of the grid, times batch_size / 256; a tenth of the steps warms
+            up, then the rate falls by half a cosine.
+        epochs, batch_size: a batch is at most the training set.
+        seed: draws initial weights and order.
+        device: where the probes are.
+    """
+
+    learning_rates: Sequence[float] = LEARNING_RATES
+    epochs: int = 50
+    batch_size: int = 1024
+    seed: int = 0
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self):
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size, 2)  # batch norm
+        rates = self.learning_rates
+        if not len(rates) or not all(rate > 0 for rate in rates):
+            raise InputError(f"learning rates must be > 0, got {list(rates)}")
+
+
+class JointProbes:
+    """One linear classifier per (feature, learning rate), trained together.
+
+    SGD has momentum 0.9 and no weight decay. Batch norm without affine parameters comes first
+    (running statistics at test time); weights start at N(0, 0.01), biases at 0.
 
     Args:
-        features: number of feature kinds, all ``dim`` wide.
-        dim, classes: width and number of classes.
+        features: how many kinds of features there are.
+        dim: their width.
+        classes: how many classes there are.
         learning_rates: the peak rates, already scaled by the batch size.
-        seed: of the initial weights.
+        seed: draws the initial weights.
     """
 
     def __init__(
@@ -83,7 +112,7 @@ class JointProbes:
         return torch.bmm(x, self.weight.flatten(2)).unflatten(-1, self.weight.shape[2:]) + self.bias
 
     def step(self, x: Tensor, y: Tensor, schedule: float) -> None:
-        """One step of every probe; ``schedule``: the share of the peak rate."""
+        """One step of every probe at ``schedule`` times its peak rate."""
         self.norm.train()
         logits = self.logits(x)  # the sum over probes lets every probe see its own gradient only
         target = y[None, :, None].expand(logits.shape[:-1])
@@ -126,13 +155,11 @@ def linear_probe(
         train, test: see :func:`mimrefiner.extract_features`; test labels of classes that are not in
             train count as wrong.
         val: for the choice; None holds out a tenth of ``train``, the same share of every class.
-        learning_rates: peak rates of the grid, times batch_size / 256; warm-up over a tenth of the
-            steps, then cosine.
-        epochs, batch_size: of the training; a batch is at most the training set.
+        learning_rates, epochs, batch_size, device: see :class:`Training`.
         choose: also a row per block, with the pooling "chosen", for the pooling and learning rate
             that ``val`` prefers.
-        seed: of initial weights, order and hold-out.
-        hits: also a column of which test images are right, (n_test,) bool in every row.
+        seed: draws initial weights, order and what is held out.
+        hits: also a column that says which test images are right, (n_test,) bool in every row.
 
     Returns:
         One row per block and pooling, columns as :data:`mimrefiner.probes.checks.COLUMNS`.
@@ -140,29 +167,21 @@ def linear_probe(
     Raises:
         InputError: labels missing or of one class only; NaN features; features of different blocks
             or poolings.
+
+    >>> y = torch.arange(60) % 3
+    >>> features = Features({"cls": torch.eye(3)[y][None]}, y, blocks=(11,), depth=12)
+    >>> rows = linear_probe(features, features, epochs=5, learning_rates=(0.5,))
+    >>> rows[["block", "pool", "value", "setting"]].to_dict("records")
+    [{'block': 11, 'pool': 'cls', 'value': 1.0, 'setting': 'lr=0.5'}]
     """
+    training = Training(learning_rates, epochs, batch_size, seed, device)
     check_alike(train, test, *(() if val is None else (val,)))
-    check_finite(train, test)
-    classes = check_labels(train.y, "a linear probe", everywhere=True)
-    _check_training(test, epochs, batch_size)
+    classes = _check(train, test, train.y)
     if val is None:
         val, train = hold_out(train, seed)
-    if len(train.y) < 2:
-        raise InputError(
-            f"a linear probe needs at least 2 training images beside those held out, got {len(train.y)}"
-        )
-    batch_size = min(batch_size, len(train.y))
-    steps = epochs * (len(train.y) // batch_size)
-    grid = _Grid(train, classes, learning_rates, batch_size, seed, device)
-    y, order = torch.searchsorted(classes, train.y), np.random.default_rng(seed)
-    for step in progress(range(steps), "linear probes"):
-        if step % (len(y) // batch_size) == 0:
-            permutation = torch.from_numpy(order.permutation(len(y)))
-        part = permutation[step % (len(y) // batch_size) * batch_size :][:batch_size]
-        grid.step(train, part, y[part], schedule(step, steps))
-    return grid.rows(
-        val, test, choose, {"seed": seed, "n_train": len(y), "n_test": len(test.y)}, hits
-    )
+    grid = _Grid(train, classes, training, len(train.y))
+    grid.fit(train)
+    return grid.rows(val, test, choose, hits)
 
 
 def linear_probe_augmented(
@@ -170,174 +189,156 @@ def linear_probe_augmented(
     dataset: Dataset,
     val: Features,
     test: Features,
+    training: Training | None = None,
     *,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = 50,
-    batch_size: int = 1024,
     choose: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> pd.DataFrame:
-    """As :func:`linear_probe`, with the paper's augmentation (random resized crop of 8 to 100 % of
-    the area, flip) on the fly.
+    """As :func:`linear_probe`, with the paper's augmentation on the fly.
 
-    Every batch passes the frozen encoder once, for all blocks and poolings of ``val`` (joined ones
-    too). Arguments and rows as there; ``dataset``: map-style, (image, label), with its ``labels``,
-    the training images.
+    Every training image is a random resized crop of 8 to 100 % of its area, mirrored in half of the
+    cases. Every batch passes the frozen encoder once, for all blocks and poolings of ``val``.
+
+    Args:
+        encoder: a timm ViT.
+        dataset: the training images, map-style, (image, label), with the attribute ``labels``.
+        val, test, choose: as there.
+        training: None takes the defaults.
+        num_workers: processes that load and crop images.
     """
-    check_alike(val, test)
-    check_finite(val, test)
-    _check_training(test, epochs, batch_size)
+    training = training or Training()
     labels = getattr(dataset, "labels", None)
     if labels is None:
         raise InputError("a linear probe needs labels, and this data set has no attribute labels")
-    classes = check_labels(torch.as_tensor(labels), "a linear probe", everywhere=True)
-    plain = check_pools(encoder, sorted({part for pool in val.x for part in parse_pool(pool)[0]}))
-    size = encoder.pretrained_cfg["input_size"][-1]
-    crop = Crop(size, (0.08, 1.0), flip_p=0.5, jitter_p=0.0, grey_p=0.0)
-    batch_size = min(batch_size, len(dataset))
-    steps = epochs * (len(dataset) // batch_size)
+    check_alike(val, test)
+    classes = _check(val, test, torch.as_tensor(labels))
+    pools = check_pools(encoder, sorted({part for pool in val.x for part in parse_pool(pool)[0]}))
+    grid = _Grid(val, classes, training, len(dataset))
     mean, std = normalisation(encoder)
     batches = view_batches(
         dataset,
-        Views((crop,), crop, 0),
-        batch_size=batch_size,
-        steps=steps,
-        seed=seed,
+        plain_views(encoder.pretrained_cfg["input_size"][-1], (0.08, 1.0)),
+        Order(grid.batch_size, grid.steps, training.seed),
         mean=mean,
         std=std,
-        device=device,
+        device=training.device,
         num_workers=num_workers,
     )
-    grid = _Grid(val, classes, learning_rates, batch_size, seed, device)
-    every = torch.arange(batch_size)
-    home, was_training = next(encoder.parameters()).device, encoder.training
-    encoder.eval().to(device)
-    try:
-        for step, (views, _, label) in enumerate(
-            progress(batches, "linear probes, augmented", steps)
-        ):
+    every = torch.arange(grid.batch_size)
+    with frozen(encoder, training.device):
+        for views, _, label in progress(batches, "linear probes, augmented", grid.steps):
             with torch.no_grad():
-                pooled = pooled_blocks(encoder, views[0], val.blocks, plain)
+                pooled = pooled_blocks(encoder, views[0], val.blocks, pools)
             batch = Features(pooled, label, val.blocks, val.depth).joined(list(val.x))
-            grid.step(batch, every, torch.searchsorted(classes, label.cpu()), schedule(step, steps))
-    finally:
-        encoder.train(was_training).to(home)
-    return grid.rows(
-        val, test, choose, {"seed": seed, "n_train": len(dataset), "n_test": len(test.y)}
-    )
+            grid.step(batch, every, torch.searchsorted(classes, label.cpu()))
+    return grid.rows(val, test, choose)
 
 
 class _Grid:
-    """Joint probes on every block and pooling of ``like``, one :class:`JointProbes` per width, and
-    the choice among them.
+    """Joint probes on every block and pooling, one :class:`JointProbes` per width.
+
+    Args:
+        like: has their blocks, poolings and widths.
+        classes: the sorted labels.
+        training: how they are trained.
+        images: how many training images there are.
     """
 
-    def __init__(
-        self,
-        like: Features,
-        classes: Tensor,
-        learning_rates: Sequence[float],
-        batch_size: int,
-        seed: int,
-        device,
-    ):
-        if not len(learning_rates) or not all(rate > 0 for rate in learning_rates):
-            raise InputError(f"learning rates must be > 0, got {list(learning_rates)}")
-        self.classes, self.learning_rates, self.device = (
-            classes,
-            learning_rates,
-            torch.device(device),
-        )
-        self.keys: dict[
-            int, list[tuple[str, int]]
-        ] = {}  # width -> (pooling, position of the block)
+    def __init__(self, like: Features, classes: Tensor, training: Training, images: int):
+        if images < 2:
+            raise InputError(
+                "a linear probe needs at least 2 training images beside those held out, "
+                f"got {images}"
+            )
+        self.classes, self.training, self.images = classes, training, images
+        self.batch_size = min(training.batch_size, images)
+        self.steps, self.done = training.epochs * (images // self.batch_size), 0
+        # width -> (pooling, position of the block)
+        self.keys: dict[int, list[tuple[str, int]]] = {}
         for pool, blocks in like.x.items():
             for position, x in enumerate(blocks):
                 self.keys.setdefault(x.shape[1], []).append((pool, position))
-        rates = torch.tensor(learning_rates) * batch_size / 256
+        rates = torch.tensor(training.learning_rates) * self.batch_size / 256
+        settings = {"seed": training.seed, "device": torch.device(training.device)}
         self.probes = {
-            width: JointProbes(len(keys), width, len(classes), rates, seed=seed, device=self.device)
+            width: JointProbes(len(keys), width, len(classes), rates, **settings)
             for width, keys in self.keys.items()
         }
 
     def _batch(self, features: Features, keys: list[tuple[str, int]], rows: Tensor) -> Tensor:
         """(kinds, rows, width)."""
-        return (
-            torch.stack([features.x[pool][position][rows] for pool, position in keys])
-            .float()
-            .to(self.device)
-        )
+        x = torch.stack([features.x[pool][position][rows] for pool, position in keys])
+        return x.float().to(self.training.device)
 
-    def step(self, features: Features, rows: Tensor, y: Tensor, share: float) -> None:
-        """One step of every probe on ``rows`` of ``features``; ``y``: class indices."""
+    def step(self, features: Features, rows: Tensor, y: Tensor) -> None:
+        """One step of every probe on ``rows`` of ``features``; ``y`` are class indices."""
+        share = schedule(self.done, self.steps)
         for width, keys in self.keys.items():
-            self.probes[width].step(self._batch(features, keys, rows), y.to(self.device), share)
+            x = self._batch(features, keys, rows)
+            self.probes[width].step(x, y.to(self.training.device), share)
+        self.done += 1
+
+    def fit(self, train: Features) -> None:
+        """All epochs on features, in an order that is drawn anew for every epoch."""
+        y = torch.searchsorted(self.classes, train.y)
+        order = np.random.default_rng(self.training.seed)
+        per_epoch = len(y) // self.batch_size
+        for step in progress(range(self.steps), "linear probes"):
+            if step % per_epoch == 0:
+                permutation = torch.from_numpy(order.permutation(len(y)))
+            part = permutation[step % per_epoch * self.batch_size :][: self.batch_size]
+            self.step(train, part, y[part])
 
     def right(self, features: Features, keys: list[tuple[str, int]], probes: JointProbes) -> Tensor:
-        """(kinds, rates, images) bool."""
-        y = torch.where(
-            torch.isin(features.y, self.classes), torch.searchsorted(self.classes, features.y), -1
-        )
-        parts = torch.arange(len(y)).split(4096)
-        return torch.cat(
-            [
-                probes.right(self._batch(features, keys, rows), y[rows].to(self.device)).cpu()
-                for rows in parts
-            ],
-            -1,
-        )
+        """Which images every probe gets right, (kinds, rates, images) bool."""
+        known = torch.isin(features.y, self.classes)
+        y = torch.where(known, torch.searchsorted(self.classes, features.y), -1)
+        found = [
+            probes.right(self._batch(features, keys, rows), y[rows].to(self.training.device)).cpu()
+            for rows in torch.arange(len(y)).split(4096)
+        ]
+        return torch.cat(found, -1)
 
-    def rows(
-        self, val: Features, test: Features, choose: bool, common: dict, hits: bool = False
-    ) -> pd.DataFrame:
-        """The rate that does best on ``val`` for every block and pooling, and what it does on
-        ``test``.
-        """
+    def rows(self, val: Features, test: Features, choose: bool, hits: bool = False) -> pd.DataFrame:
+        """What the rate that does best on ``val`` does on ``test``, per block and pooling."""
         found, on_val = {}, {}
         for width, keys in self.keys.items():
-            shares, right = (
-                self.right(val, keys, self.probes[width]).float().mean(-1),
-                self.right(test, keys, self.probes[width]),
-            )
+            shares = self.right(val, keys, self.probes[width]).float().mean(-1)
+            right = self.right(test, keys, self.probes[width])
             for i, key in enumerate(keys):
                 best = shares[i].argmax().item()
                 on_val[key] = shares[i, best].item()
                 found[key] = {
                     "value": right[i, best].float().mean().item(),
-                    "setting": f"lr={self.learning_rates[best]:g}",
+                    "setting": f"lr={self.training.learning_rates[best]:g}",
+                    "hits": right[i, best],
                 }
-                found[key] |= {"hits": right[i, best]} if hits else {}
-        common = {"protocol": "linear", "metric": "accuracy", **common}
+        common = {"protocol": LINEAR.name, "metric": "accuracy", "seed": self.training.seed}
+        common |= {"n_train": self.images, "n_test": len(test.y)}
+        places = list(enumerate(val.blocks))
         rows = [
             {**common, "block": block, "pool": pool, **found[pool, position]}
             for pool in val.x
-            for position, block in enumerate(val.blocks)
+            for position, block in places
         ]
-        for position, block in enumerate(val.blocks) if choose else ():
+        for position, block in places if choose else ():
             pool = max(val.x, key=lambda pool: on_val[pool, position])
-            chosen = found[pool, position]
-            rows.append(
-                {
-                    **common,
-                    "block": block,
-                    "pool": "chosen",
-                    **chosen,
-                    "setting": f"{pool} {chosen['setting']}",
-                }
-            )
-        return tidy(rows)
+            row = {**common, "block": block, "pool": "chosen", **found[pool, position]}
+            rows.append({**row, "setting": f"{pool} {row['setting']}"})
+        table = tidy(rows)
+        return table if hits else table.drop(columns="hits")
 
 
-def _check_training(test: Features, epochs: int, batch_size: int) -> None:
+def _check(train: Features, test: Features, labels: Tensor) -> Tensor:
+    """The classes in ``labels``, those of the training images; InputError for what is no use."""
+    check_finite(train, test)
+    classes = check_labels(labels, "a linear probe", everywhere=True)
     check_test_labels(test.y, "a linear probe")
-    check_count("epochs", epochs)
-    check_count("batch_size", batch_size, 2)  # batch norm
+    return classes
 
 
 def hold_out(features: Features, seed: int, share: float = 0.1) -> tuple[Features, Features]:
-    """(held out, rest): a share of the images, the same of every class."""
+    """(held out, rest): a share of the images, the same of every class, drawn by ``seed``."""
     n = max(1, round(share * len(features.y)))
     held, rest = stratified_split(features.y.numpy(), len(features.y), n, seed)
     return features.subset(held), features.subset(rest)

@@ -1,15 +1,13 @@
-"""What is measured at the end of every epoch of stages 2 and 3: k-NN accuracies, collapse,
-throughput, memory.
-"""
+"""What is measured at the end of every epoch of stages 2 and 3: k-NN accuracies and collapse."""
 
-import sys
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset
 
@@ -21,22 +19,26 @@ from mimrefiner.probes.features import extract_features
 from mimrefiner.probes.knn import knn_accuracy
 from mimrefiner.training import engine
 
+logger = logging.getLogger(__name__)
+
 COLLAPSED = 0.2  # of the spread of N(0, 1) vectors
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """k-NN of the last block (before the final LayerNorm) and of every head's first projector
-    layer, the authors' proxy for downstream quality, and the spread of the queue.
+    """k-NN accuracies and the spread of the queue, measured whenever it is called.
+
+    The accuracies are those of the last block (before the final LayerNorm) and of every head's
+    first projector layer, the authors' proxy for downstream quality.
 
     Attributes:
         reference, held_out: data sets with ``labels``; the images of ``held_out`` are classified by
             those of ``reference``.
-        folder: ``epochs.csv`` is rewritten there after every epoch; None for no file.
+        folder: ``epochs.csv`` is rewritten there after every epoch; None writes no file.
         tensorboard: also write TensorBoard events to ``folder`` (needs the ``tensorboard``
             package).
-        k: neighbours.
-        num_workers: loader processes.
+        k: how many neighbours vote.
+        num_workers: processes that load images.
 
     Raises:
         InputError: images without labels; TensorBoard events without the package or a folder to
@@ -55,25 +57,29 @@ class Monitor:
             labels = getattr(data, "labels", ())  # others are seen when they are read
             if labels is None or min(labels, default=0) < 0:
                 raise InputError(
-                    "watching by k-NN (--watch) needs a label for every image, and the data set has images without"
+                    "watching by k-NN (--watch) needs a label for every image, "
+                    "and the data set has images without"
                 )
         if self.tensorboard and (self.folder is None or find_spec("tensorboard") is None):
             raise InputError(
-                "TensorBoard events need a folder and the package: pip install 'mimrefiner[tensorboard]'"
+                "TensorBoard events need a folder and the package: "
+                "pip install 'mimrefiner[tensorboard]'"
             )
 
     def __call__(self, refiner: MIMRefiner, epochs: list[dict]) -> None:
-        """Add this epoch's values to the last row of ``epochs``, warn of collapse, write the files
-        (process 0).
+        """Add this epoch's values to the last row of ``epochs``.
+
+        The first process warns of collapse and writes the files.
         """
         row = epochs[-1]
         for block, spread in zip(refiner.blocks, queue_spread(refiner).tolist(), strict=True):
             row[f"spread_head{block}"] = spread
             if spread < COLLAPSED and distributed.rank() == 0:  # the queue is the same everywhere
-                print(
-                    f"stage {row['stage']}, epoch {row['epoch']:g}: the head on block {block} collapses (its projections spread "
-                    f"{spread:.2f}, 1 for random directions): lower the learning rate or raise the temperature",
-                    file=sys.stderr,
+                logger.warning(
+                    "stage %s, epoch %g: the head on block %s collapses (its projections spread "
+                    "%.2f, 1 for random directions): lower the learning rate or raise the "
+                    "temperature",
+                    *(row["stage"], row["epoch"], block, spread),
                 )
         row |= self._accuracies(refiner)  # by all processes together
         if distributed.rank() == 0:
@@ -90,38 +96,24 @@ class Monitor:
     @torch.no_grad()
     def _accuracies(self, refiner: MIMRefiner) -> dict[str, float]:
         encoder, pool = refiner.encoder, refiner.config.pool
-        training, device = encoder.training, next(encoder.parameters()).device
+        device = next(encoder.parameters()).device
         blocks = sorted({*refiner.blocks, refiner.depth - 1})
-        where = {"device": device, "autocast": torch.bfloat16 if device.type == "cuda" else None}
+        how = {"device": device, "autocast": torch.bfloat16 if device.type == "cuda" else None}
         parts = [
             extract_features(
-                encoder.eval(),
-                data,
-                blocks=blocks,
-                pools=(pool,),
-                num_workers=self.num_workers,
-                **where,
+                encoder, data, blocks=blocks, pools=(pool,), num_workers=self.num_workers, **how
             )
             for data in (self.reference, self.held_out)
         ]
-        encoder.train(training)
-        x, labels = (
-            [[f.to(device) for f in part.x[pool]] for part in parts],
-            [part.y.to(device) for part in parts],
-        )
-        result = {"knn_last_block": self._knn([f[-1] for f in x], labels)}
+        x = [[block.to(device) for block in part.x[pool]] for part in parts]
+        labels = [part.y.to(device) for part in parts]
+        result = {"knn_last_block": self._knn([blocks[-1] for blocks in x], labels)}
         for head, block in enumerate(refiner.blocks):
-            inputs = [f[blocks.index(block)] for f in x]
-            # This head reads behind the final norm (of the pooled token; exact for cls)
+            inputs = [part[blocks.index(block)] for part in x]
             if block == refiner.depth - 1:
-                norm = engine.whole(dict(encoder.norm.named_parameters()))
-                inputs = [
-                    functional_call(encoder.norm, {n: w.to(device) for n, w in norm.items()}, f)
-                    for f in inputs
-                ]
-            result[f"knn_head{block}"] = self._knn(
-                [f @ refiner.heads.projector[0].weight[head] for f in inputs], labels
-            )
+                inputs = _normed(encoder.norm, inputs)
+            weight = refiner.heads.projector[0].weight[head]
+            result[f"knn_head{block}"] = self._knn([part @ weight for part in inputs], labels)
         return result
 
     def _knn(self, x: list[Tensor], labels: list[Tensor]) -> float:
@@ -136,9 +128,17 @@ class Monitor:
                     writer.add_scalar(f"stage{row['stage']}/{name}", value, row["epoch"])
 
 
+def _normed(norm: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """Pooled tokens behind the final norm, as the last block's head reads them (exact for cls)."""
+    weights = engine.whole(dict(norm.named_parameters()))
+    weights = {name: x.to(inputs[0].device) for name, x in weights.items()}
+    return [functional_call(norm, weights, x) for x in inputs]
+
+
 def queue_spread(refiner: MIMRefiner) -> Tensor:
-    """How much the directions in every head's queue differ, (heads,): 1 for random directions, 0
-    when all are the same.
+    """How much the directions in every head's queue differ, (heads,).
+
+    It is 1 for random directions and 0 where all are the same.
     """
     unit = refiner.queue.unit
     return unit.var(1, correction=0).sum(-1).sqrt()

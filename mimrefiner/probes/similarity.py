@@ -1,5 +1,6 @@
-"""How alike representations are, and what shape they have: CKA between blocks, effective rank, mean
-attention distance.
+"""How alike representations are, and what shape they have.
+
+CKA between blocks, the effective rank of features, the mean distance of attention.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,10 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
+from mimrefiner.models.blocks import hooked
 from mimrefiner.probes.checks import check_finite, each_block, tidy
 from mimrefiner.probes.features import Features
+from mimrefiner.probes.protocols import SPECTRUM
 
 
 def cka(
@@ -22,8 +25,7 @@ def cka(
     pool_b: str | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """Linear CKA between every block of ``a`` and every block of ``b``: (blocks of a, blocks of b),
-    1 for equal up to rotation.
+    """Linear CKA between every block of ``a`` and every block of ``b``, 1 for equal up to rotation.
 
     The unbiased estimator of HSIC (Song et al. 2012) is averaged over batches before the ratio is
     taken (Nguyen et al. 2021, arXiv 2010.15327), so that the value does not depend on the batch
@@ -34,6 +36,9 @@ def cka(
         a, b: features of the same images in the same order.
         pool_a, pool_b: which pooling of each; None takes ``pool_a``.
         batch_size: images per batch, at least 4; an incomplete last batch is left out.
+
+    Returns:
+        (blocks of a, blocks of b).
 
     Raises:
         InputError: different images, a pooling that is not there, fewer than four images, NaN
@@ -47,17 +52,15 @@ def cka(
             )
     if len(a.y) != len(b.y) or not torch.equal(a.y, b.y):
         raise InputError(
-            f"CKA compares features of the same images, got {len(a.y)} and {len(b.y)} with other labels or order"
+            "CKA compares features of the same images, "
+            f"got {len(a.y)} and {len(b.y)} with other labels or order"
         )
     batch_size = min(batch_size, len(a.y))
     if batch_size < 4:
         raise InputError(f"CKA needs at least 4 images in a batch, got {batch_size}")
     check_finite(a, b)
     cross = torch.zeros(len(a.blocks), len(b.blocks), dtype=torch.double)
-    own_a, own_b = (
-        torch.zeros(len(a.blocks), dtype=torch.double),
-        torch.zeros(len(b.blocks), dtype=torch.double),
-    )
+    own_a, own_b = (torch.zeros(len(x.blocks), dtype=torch.double) for x in (a, b))
     for start in range(0, len(a.y) - batch_size + 1, batch_size):
         part = slice(start, start + batch_size)
         grams_a, grams_b = (
@@ -70,11 +73,16 @@ def cka(
 
 
 def effective_rank(features: Features) -> pd.DataFrame:
-    """exp of the entropy of the normalised singular values of the centred features (Roy and
-    Vetterli 2007), per block.
+    """How many directions the features of every block fill (Roy and Vetterli 2007).
 
-    Between 1 (one direction) and the width (all directions alike). Rows as
+    It lies between 1 (one direction) and the width (all directions alike): the exponential of the
+    normalised singular values' entropy, after features are centred. Rows have the columns
     :data:`mimrefiner.probes.checks.COLUMNS`.
+
+    >>> x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    >>> rows = effective_rank(Features({"cls": x[None]}, torch.arange(4), blocks=(0,), depth=1))
+    >>> rows["value"].round(3).tolist()
+    [2.0]
     """
     check_finite(features)
     rows = []
@@ -86,7 +94,7 @@ def effective_rank(features: Features) -> pd.DataFrame:
             {
                 "block": block,
                 "pool": pool,
-                "protocol": "spectrum",
+                "protocol": SPECTRUM.name,
                 "metric": "effective_rank",
                 "seed": 0,
                 "value": rank,
@@ -99,11 +107,10 @@ def effective_rank(features: Features) -> pd.DataFrame:
 
 @torch.no_grad()
 def attention_distance(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Mean distance in pixels between a patch and what it attends to, per block and head: (blocks,
-    heads).
+    """Mean distance in pixels between a patch and what it attends to, (blocks, heads).
 
-    Weighted by attention among patches (Dosovitskiy et al. 2021, figure 7); prefix tokens are left
-    out.
+    Distances are weighted by attention among patches (Dosovitskiy et al. 2021, figure 7); prefix
+    tokens are left out.
 
     Args:
         encoder: a timm VisionTransformer.
@@ -122,8 +129,14 @@ def attention_distance(encoder: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
-    """Attention between patches, normalised over them: one (batch, heads, patches, patches) per
-    block.
+    """Attention between patches, normalised over them.
+
+    Args:
+        encoder: a timm VisionTransformer.
+        images: normalised images, (batch, 3, size, size).
+
+    Returns:
+        One (batch, heads, patches, patches) per block.
 
     Raises:
         InputError: attention of another kind.
@@ -134,22 +147,17 @@ def attention_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
         )
     maps: list[Tensor] = []
 
-    def record(attention: nn.Module, inputs: Sequence[Tensor], _output) -> None:
+    def record(_block: int, attention: nn.Module, inputs: Sequence[Tensor], _output) -> None:
         tokens = inputs[0]
         batch, n, _ = tokens.shape
-        qkv = (
-            attention.qkv(tokens).view(batch, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        )
-        query, key = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
+        qkv = attention.qkv(tokens).view(batch, n, 3, attention.num_heads, -1)
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, tokens, dim)
+        query, key = attention.q_norm(query), attention.k_norm(key)
         patches = slice(encoder.num_prefix_tokens, None)
         maps.append((query[:, :, patches] @ key[:, :, patches].mT * attention.scale).softmax(-1))
 
-    handles = [block.attn.register_forward_hook(record) for block in encoder.blocks]
-    try:
+    with hooked([block.attn for block in encoder.blocks], record):
         encoder.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return maps
 
 
@@ -160,8 +168,9 @@ def _grams(xs: list[Tensor]) -> Tensor:
 
 
 def _hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741  the literature's names
-    """Unbiased HSIC (equation 5 of Song et al. 2012) of Gram matrices without diagonal, over the
-    last two dimensions.
+    """Unbiased HSIC over the last two dimensions (equation 5 of Song et al. 2012).
+
+    The Gram matrices have an empty diagonal.
     """
     n = k.shape[-1]
     rows_k, rows_l = k.sum(-1), l.sum(-1)

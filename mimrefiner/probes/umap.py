@@ -10,11 +10,10 @@ from torch import Tensor
 def umap_map(
     x: Tensor, *, seed: int = 0, neighbours: int = 15, min_dist: float = 0.1
 ) -> np.ndarray:
-    """Standardised features (images, dim) as points in the plane, (images, 2); one thread, so that
-    a seed repeats.
+    """Standardised features (images, dim) as points in the plane, (images, 2).
 
-    ``neighbours`` and ``min_dist`` are UMAP's; neighbours are cut to the number of images there
-    are.
+    It takes one thread, so that a seed repeats. ``neighbours`` and ``min_dist`` are UMAP's; of few
+    images, all are neighbours.
     """
     import umap  # late: importing it compiles for seconds
 
@@ -32,14 +31,21 @@ def umap_map(
 
 
 def own_class_share(xy: np.ndarray, labels, *, k: int = 10) -> float:
-    """Share of the ``k`` nearest points on a map (images, 2) that are of the point's own class."""
+    """Share of the ``k`` nearest points on a map (images, 2) that have the point's own class.
+
+    >>> own_class_share(np.array([[0.0, 0], [1, 0], [9, 0], [10, 0]]), [0, 0, 1, 0], k=1)
+    0.5
+    """
     labels = np.asarray(labels)
     return float((labels[_nearest(xy, k)] == labels[:, None]).mean())
 
 
 def shared_neighbours(a: np.ndarray, b: np.ndarray, *, k: int = 10) -> float:
-    """Share of a point's ``k`` nearest points on one map (images, 2) that are so on the other one
-    too.
+    """Share of a point's ``k`` nearest points on one map (images, 2) that are near on the other.
+
+    >>> points = np.array([[0.0, 0], [1, 0], [9, 0], [10, 0]])
+    >>> shared_neighbours(points, 2 * points, k=1)
+    1.0
     """
     pairs = zip(_nearest(a, k), _nearest(b, k), strict=True)
     return float(np.mean([len(np.intersect1d(x, y)) / len(x) for x, y in pairs]))

@@ -139,7 +139,8 @@ QUERIES = (250, 500, 1000)
 def knn_memory() -> str:
     """Memory above the features of one block, each bank in a process of its own."""
     lines = [
-        "**k-NN of one block, dim 768, float16 features, 1,000 classes, k = 10: memory above the features**",
+        "**k-NN of one block, dim 768, float16 features, 1,000 classes, k = 10: "
+        "memory above the features**",
         "",
     ]
     lines += [
@@ -267,7 +268,7 @@ def growth() -> str:
             f, f, epochs=5, learning_rates=(0.001, 0.01, 0.1)
         ),
         "low-shot, 5 images per class, 3 splits": lambda f: mr.low_shot(f, f, shots=(5,)),
-        "k-means, 2 runs": lambda f: mr.cluster(f, runs=2),
+        "k-means, 2 starts": lambda f: mr.cluster(f, starts=2),
     }
     tables = []
     for title, run in probes.items():
