@@ -13,7 +13,7 @@ from PIL import Image
 import mimrefiner as mr
 from mimrefiner.batch import runner
 from mimrefiner.models.catalogue import BY_NAME
-from mimrefiner.probes import knn
+from mimrefiner.probes import protocols
 from mimrefiner.study import claims, paper, presets, store
 
 PRESET = "paper-mae-l16"
@@ -187,7 +187,7 @@ def test_measurements_are_those_of_the_last_block_of_released_weights():
 
 
 def test_only_the_largest_bank_of_a_model_counts():
-    small = row(protocol=knn.KNN_PROTOCOL, n_train=100_000, value=0.4)
+    small = row(protocol=protocols.KNN.name, n_train=100_000, value=0.4)
     measured, reasons = paper.measurements(pd.DataFrame([small, row()]))
     assert list(measured["value"]) == [50]
     assert not reasons

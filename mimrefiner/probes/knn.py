@@ -17,7 +17,6 @@ from mimrefiner.probes.features import Features
 SEARCH_BYTES = 2**28  # at most this much similarity matrix, or votes, at a time
 BANK_BYTES = 2**30  # at most this much of the bank, in float32, at a time
 SPARE = 16  # neighbours found beyond k in low precision, among which float32 decides
-KNN_PROTOCOL = "knn_k10_t0.07_standardized"
 
 
 def knn_predict(

@@ -5,7 +5,7 @@ import pandas as pd
 
 from mimrefiner.files import ASSETS
 from mimrefiner.models.catalogue import BY_NAME
-from mimrefiner.probes.knn import KNN_PROTOCOL
+from mimrefiner.probes import protocols
 from mimrefiner.study.presets import IMAGENET, PAPER_MODELS, load_preset
 
 PAPER_VALUES = ASSETS / "paper_values.csv"
@@ -103,7 +103,7 @@ BEGIN_AT_RANDOM = ("linear", "kmeans")
 # (protocol, metric) of our rows -> dataset, protocol, metric of paper_values.csv, and why the two
 # are not comparable ("": they are)
 PROTOCOLS = {
-    (KNN_PROTOCOL, "accuracy"): KNN,
+    (protocols.KNN.name, "accuracy"): KNN,
     ("knn", "accuracy"): KNN,
     **{
         (f"logistic_{n}shot", "accuracy"): (f"IN1K {n}-shot", "low-shot", "top1", DRAWN)
