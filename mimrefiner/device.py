@@ -21,6 +21,13 @@ def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=helps)
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Send ``x`` from the CPU to ``device``; a GPU reads page-locked memory, so nothing waits."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 @contextmanager
 def frozen(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
     """Within this block ``encoder`` is on ``device``, in eval mode and needs no gradient.

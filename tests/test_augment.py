@@ -11,7 +11,7 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from mimrefiner.config import Crop
-from mimrefiner.data import augment, views
+from mimrefiner.data import augment, pixels, views
 from mimrefiner.data.views import CROP_TRIES, DRAWS
 
 
@@ -48,10 +48,10 @@ def images():
 @pytest.mark.parametrize(
     ("op", "reference"),
     [
-        (views._brightness, lambda x, s: TF.adjust_brightness(x, 1 + s)),
-        (views._contrast, lambda x, s: TF.adjust_contrast(x, 1 + s)),
-        (views._saturation, lambda x, s: TF.adjust_saturation(x, 1 + s)),
-        (views._hue, TF.adjust_hue),
+        (pixels.brightness, lambda x, s: TF.adjust_brightness(x, 1 + s)),
+        (pixels.contrast, lambda x, s: TF.adjust_contrast(x, 1 + s)),
+        (pixels.saturation, lambda x, s: TF.adjust_saturation(x, 1 + s)),
+        (pixels.hue, TF.adjust_hue),
     ],
 )
 def test_jitter_equals_torchvision_image_by_image(op, reference, images):
@@ -63,7 +63,7 @@ def test_jitter_equals_torchvision_image_by_image(op, reference, images):
 
 def test_hue_equals_the_standard_library():
     x = torch.rand(1, 3, 1, 20)
-    ours = views._hue(x, torch.full((1, 1, 1, 1), 0.1))
+    ours = pixels.hue(x, torch.full((1, 1, 1, 1), 0.1))
     for i in range(20):
         h, s, v = colorsys.rgb_to_hsv(*x[0, :, 0, i].tolist())
         assert ours[0, :, 0, i].tolist() == pytest.approx(
@@ -73,7 +73,7 @@ def test_hue_equals_the_standard_library():
 
 def test_blur_equals_torchvision(images):
     sigma = torch.tensor([0.3, 0.5, 0.8, 1.0, 1.5, 2.0])
-    ours = views.gaussian_blur(images, sigma, radius=3)
+    ours = pixels.blur(images, sigma, radius=3)
     padded = torch.nn.functional.pad(images, (3,) * 4, mode="replicate")
     for image, s, x in zip(padded, sigma.tolist(), ours, strict=True):
         assert torch.allclose(x, TF.gaussian_blur(image, 7, s)[:, 3:-3, 3:-3], atol=1e-5)
@@ -200,7 +200,7 @@ def test_the_four_changes_of_colour_come_in_every_order(monkeypatch):
     orders = collections.Counter()
     seen = []
     monkeypatch.setattr(
-        views, "_JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)]
+        views, "JITTER", [lambda x, _, op=op: seen.append(op) or x for op in range(4)]
     )
     crop, u = Crop(2, (1.0, 1.0), jitter_p=1.0, grey_p=0.0), draws(1200)
     for i in range(1200):

@@ -1,20 +1,15 @@
-"""Every published layout, with random weights, gives the numbers of an independent computation or
-of the official code.
-"""
+"""Every published layout, with random weights, gives the numbers of an independent computation."""
 
 import argparse
 import functools
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
-import mimrefiner as mr  # before timm
-
-# isort: split
-import timm
-
+import mimrefiner as mr
 from mimrefiner.models.layouts import LAYOUTS, ReleasedViT, ViTShape, find_layout
 
 DIM, DEPTH, HEADS, PATCH, SIDE = 48, 2, 3, 8, 4
@@ -125,19 +120,36 @@ DECODER = (
 )
 FILES = {  # name -> (what the plain ViT has, how the file holds it, name of the layout)
     "mae": ({}, lambda t: {"model": t}, "MAE or dBOT without decoder"),
-    "mae_decoder": ({}, lambda t: {"model": t | extra(*DECODER, "decoder_pred.weight")}, "MAE or dBOT"),
-    "dbot_decoder": ({}, lambda t: {"model": t | extra(*DECODER, "decoder_predp.weight"), "epoch": 3}, "MAE or dBOT"),
+    "mae_decoder": (
+        {},
+        lambda t: {"model": t | extra(*DECODER, "decoder_pred.weight")},
+        "MAE or dBOT",
+    ),
+    "dbot_decoder": (
+        {},
+        lambda t: {"model": t | extra(*DECODER, "decoder_predp.weight"), "epoch": 3},
+        "MAE or dBOT",
+    ),
     "crossmae": (
-        {"norm": False}, lambda t: {"model": t | extra(*DECODER, "wfm.linear.weight", "dec_norms.0.weight")}, "CrossMAE",
+        {"norm": False},
+        lambda t: {"model": t | extra(*DECODER, "wfm.linear.weight", "dec_norms.0.weight")},
+        "CrossMAE",
     ),
     "ijepa": (
-        {"cls": False}, lambda t: {"target_encoder": prefixed("module.", t), "encoder": extra("module.x"), "epoch": 1}, "I-JEPA",
+        {"cls": False},
+        lambda t: {
+            "target_encoder": prefixed("module.", t),
+            "encoder": extra("module.x"),
+            "epoch": 1,
+        },
+        "I-JEPA",
     ),
     "ibot": (
         {},
         lambda t: {
             "student": prefixed("module.backbone.", extra("masked_embed")),
-            "teacher": prefixed("backbone.", t) | extra("head.mlp.0.weight", "head.last_layer.weight_g"),
+            "teacher": prefixed("backbone.", t)
+            | extra("head.mlp.0.weight", "head.last_layer.weight_g"),
         },
         "iBOT or DINO teacher",
     ),
@@ -152,7 +164,7 @@ FILES = {  # name -> (what the plain ViT has, how the file holds it, name of the
     "dino": ({}, lambda t: t, "plain ViT (DINO, MAWS, MAE-CT)"),
     "maws": ({}, lambda t: t, "plain ViT (DINO, MAWS, MAE-CT)"),
     "maect": ({"cls_position": False}, lambda t: {"state_dict": t}, "MAE-CT"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -387,7 +399,7 @@ def fairseq_file(g):
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_fairseq_layout_gives_the_official_numbers(prefix, golden, tmp_path):
     g = golden("hub_postnorm_vit")
-    # Runs no code: tests/test_checkpoint.py
+    # Runs no code: tests/test_weights.py
     settings = {"args": argparse.Namespace(lr=0.1), "cfg": None}
     torch.save({**settings, "model": prefixed(prefix, fairseq_file(g))}, tmp_path / "file.pt")
     check_golden(mr.load_encoder(tmp_path / "file.pt", num_heads=3), g)

@@ -129,14 +129,12 @@ def test_temperature_must_be_positive(temperature, message):
 
 
 def test_shapes_that_do_not_fit_are_named():
+    shapes = r"\(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"
     with pytest.raises(
-        mr.InputError,
-        match=r"expected z, nn_z and p as \(batch, dim\), got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)",
+        mr.InputError, match=rf"expected z, nn_z and p as \(batch, dim\), got {shapes}"
     ):
         mr.nna_loss(*torch.randn(3, 2, 4, 3).unbind())
-    with pytest.raises(
-        mr.InputError, match=r"of one shape .* got \(2, 4, 3\), \(2, 4, 3\), \(2, 4, 3\)"
-    ):
+    with pytest.raises(mr.InputError, match=f"of one shape .* got {shapes}"):
         mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 3).unbind())
     with pytest.raises(mr.InputError, match="pairs of different views, got 1 global of 1 in all"):
         mr.multi_view_nna_loss(*torch.randn(3, 2, 4, 1, 3).unbind())

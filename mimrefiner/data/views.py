@@ -8,18 +8,18 @@ a resumed run sees the views that an uninterrupted one sees.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mimrefiner.config import Crop, Views
+from mimrefiner.data import pixels as ops
 from mimrefiner.data.loaders import loaded
-from mimrefiner.data.resampling import crop_batch
+from mimrefiner.device import to_device
 from mimrefiner.errors import InputError
 
 Keys = list[tuple[int, int]]  # one batch: (epoch, image) of every row
@@ -29,6 +29,7 @@ Crops = tuple[list[Tensor], Tensor, Tensor, Tensor]
 CROP_TRIES = 10
 # Crop, offset, flip, jitter?, jitter order and factors, blur, grey, solarise
 DRAWS = 2 * CROP_TRIES + 2 + 1 + 1 + 8 + 2 + 1 + 1
+JITTER = (ops.brightness, ops.contrast, ops.saturation, ops.hue)
 HALF_GREY = 0.5 / 255
 
 
@@ -145,9 +146,8 @@ def loaded_crops(
 ) -> Iterator[Crops]:
     """Crops that loader processes cut image by image."""
     cuts = _Cuts(dataset, views, seed)
-    for pixels, draws, which in loaded(
-        cuts, batches, cuts.collate, num_workers, pin=device.type == "cuda"
-    ):
+    pin = device.type == "cuda"
+    for pixels, draws, which in loaded(cuts, batches, cuts.collate, num_workers, pin=pin):
         pixels = (x.to(device, non_blocking=True).permute(0, 1, 4, 2, 3) for x in pixels)
         index, label = which.to(device, non_blocking=True)
         yield [x.float().div_(255) for x in pixels], draws, index, label
@@ -180,16 +180,14 @@ class _Cuts(Dataset):
         return pixels, draws, (index, int(label))
 
     def collate(self, rows):
-        """A batch of rows: uint8 pixels of every group, (views, batch, size, size, 3); draws,
-        (batch, views, draws); index and label, (2, batch).
+        """One batch of many rows.
+
+        Pixels of every group, (views, batch, size, size, 3) uint8; draws, (batch, views, DRAWS);
+        index and label together, (2, batch).
         """
         pixels, draws, which = zip(*rows, strict=True)
-        pixels = [
-            torch.from_numpy(
-                np.stack([np.stack(view) for view in list(zip(*pixels, strict=True))[group]])
-            )
-            for group in self.groups
-        ]
+        views = list(zip(*pixels, strict=True))
+        pixels = [torch.from_numpy(np.stack([np.stack(v) for v in views[g]])) for g in self.groups]
         return pixels, torch.from_numpy(np.stack(draws)), torch.tensor(which).T
 
 
@@ -221,16 +219,9 @@ def resident_crops(
         index, label = to_device(torch.stack([index, labels[index]]), device)
         images = pixels[index].float()
         crops = [
-            crop_batch(images, views.crops[group.start].size, where[group]) for group in groups
+            ops.crop_batch(images, views.crops[group.start].size, where[group]) for group in groups
         ]
         yield crops, torch.from_numpy(draws), index, label
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` from the CPU on ``device``; a GPU gets it through page-locked memory and waits not."""
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 def to_pil(image) -> Image.Image:
@@ -386,86 +377,18 @@ def photometric_calls(
     calls = [
         (function, jitter[..., part] & (order[..., turn] == part), shifts[..., part])
         for turn in range(4)
-        for part, function in enumerate(_JITTER)
+        for part, function in enumerate(JITTER)
     ]
-    calls.append((_greyscale, u[..., 9] < of_views(c.grey_p for c in crops), u[..., 9]))
+    calls.append((ops.greyscale, u[..., 9] < of_views(c.grey_p for c in crops), u[..., 9]))
     low = of_views(c.blur_sigma[0] for c in crops)
     sigma = low + of_views(c.blur_sigma[1] - c.blur_sigma[0] for c in crops) * u[..., 11]
     blurred = u[..., 10] < of_views(c.blur_p for c in crops)
     radii = of_views(max(1, math.ceil(3 * c.blur_sigma[1])) for c in crops)
     for radius in radii.unique().tolist():
-        calls.append((partial(_blur, radius=radius), blurred & (radii == radius), sigma))
-    calls.append((_solarize, u[..., 12] < of_views(c.solarize_p for c in crops), u[..., 12]))
+        calls.append((partial(ops.blur, radius=radius), blurred & (radii == radius), sigma))
+    calls.append((ops.solarize, u[..., 12] < of_views(c.solarize_p for c in crops), u[..., 12]))
     return [
         (function, chosen.flatten().nonzero()[:, 0], numbers[chosen])
         for function, chosen, numbers in calls
         if chosen.any()
     ]
-
-
-@cache
-def _grey_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """ITU-R 601, as PIL and torchvision have it."""
-    return torch.tensor([0.2989, 0.587, 0.114], dtype=dtype, device=device)
-
-
-def _grey(x: Tensor) -> Tensor:
-    return torch.einsum("bchw,c->bhw", x, _grey_weights(x.device, x.dtype))[:, None]
-
-
-def _brightness(x: Tensor, shift: Tensor) -> Tensor:
-    return (x * (1 + shift)).clamp(0, 1)
-
-
-def _contrast(x: Tensor, shift: Tensor) -> Tensor:
-    mean = _grey(x).mean((2, 3), keepdim=True)
-    return (mean + (x - mean) * (1 + shift)).clamp(0, 1)
-
-
-def _saturation(x: Tensor, shift: Tensor) -> Tensor:
-    grey = _grey(x)
-    return (grey + (x - grey) * (1 + shift)).clamp(0, 1)
-
-
-def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by ``shift`` of a full circle.
-
-    HSV becomes RGB channel by channel: f(n) = v - v s max(0, min(k, 4 - k, 1)).
-    """
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    safe = torch.where(chroma > 0, chroma, 1)
-    r, g, b = x.unbind(1)
-    green_or_blue = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
-    hue = torch.where(value == r, ((g - b) / safe) % 6, green_or_blue) + 6 * shift[:, 0]
-    n = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype)[:, None, None]
-    k = (n + hue[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def _greyscale(x: Tensor, _) -> Tensor:
-    return _grey(x).expand(-1, 3, -1, -1)
-
-
-def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    return gaussian_blur(x, sigma.flatten(), radius)
-
-
-def _solarize(x: Tensor, _) -> Tensor:
-    return torch.where(x >= 128 / 255, 1 - x, x)
-
-
-_JITTER = (_brightness, _contrast, _saturation, _hue)
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each image of (batch, 3, height, width) with its own ``sigma`` (batch,), in pixels."""
-    batch, channels, height, width = x.shape
-    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    # (batch * channels, taps)
-    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(channels, 0)
-    x = F.pad(x, (radius,) * 4, mode="replicate").flatten(0, 1)[None]
-    x = F.conv2d(x, kernel[:, None, None, :], groups=batch * channels)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=batch * channels)
-    return x.view(batch, channels, height, width)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimrefiner.device import to_device
 from mimrefiner.errors import InputError
 
 LOOKUP_BYTES = 2**28  # at most this much similarity matrix at a time
@@ -166,6 +167,4 @@ def _picks(shape, top_k: int, generator, part: tuple[int, int], z: Tensor) -> Te
     of_all = (heads, batch * part[1], views, 1)
     picks = torch.randint(top_k, of_all, generator=generator, device=home)
     picks = picks[:, part[0] * batch : (part[0] + 1) * batch]
-    if z.device.type == "cuda" and home.type == "cpu":
-        picks = picks.pin_memory()  # else the copy would wait for the GPU
-    return picks.to(z.device, non_blocking=True)
+    return to_device(picks, z.device) if home.type == "cpu" else picks.to(z.device)

@@ -1,8 +1,8 @@
 """How fast training is, as ratios measured side by side in one run, and what bounds it.
 
-    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled [--device
-    cuda] [--small] [--vit l16] torchrun --nproc-per-node 2 tests/benchmarks/training.py processes
-    [--device cuda] [--small]
+    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled
+        [--device cuda] [--small] [--vit l16]
+    torchrun --nproc-per-node 2 tests/benchmarks/training.py processes [--device cuda] [--small]
 
 Each comparison alternates between the ways and prints medians. ``--small`` is for machines with
 little memory or time; the sizes in use are printed. ``refine`` compares with lightly's parts where
@@ -133,7 +133,10 @@ def loss(device: str, small: bool, repeats: int) -> None:
         "one head and pair at a time": looped,
         "batched, lookup alone": lambda: queue.lookup(z, index),
     }
-    title = f"(a) loss and queue, {heads} heads, batch {batch}, {views} views, dim {dim}, queue {size}, {device}"
+    title = (
+        f"(a) loss and queue, {heads} heads, batch {batch}, {views} views, dim {dim}, "
+        f"queue {size}, {device}"
+    )
     table(title, compare(ways, device, repeats, warm_ups=int(repeats > 1)))
 
 
@@ -207,8 +210,9 @@ def step(device: str, small: bool, repeats: int) -> None:
         refiner.encoder.requires_grad_(stage == 3)
         encoder = refiner.encoder
         title = (
-            f"(b) stage-{stage} step, ViT dim {encoder.embed_dim}, depth {len(encoder.blocks)}, {views[0].shape[-1]} px, "
-            f"{len(refiner.blocks)} heads, batch {len(index)}, 12 views, queue {refiner.queue.size}, {device}"
+            f"(b) stage-{stage} step, ViT dim {encoder.embed_dim}, depth {len(encoder.blocks)}, "
+            f"{views[0].shape[-1]} px, {len(refiner.blocks)} heads, batch {len(index)}, 12 views, "
+            f"queue {refiner.queue.size}, {device}"
         )
         table(
             title,
@@ -301,17 +305,20 @@ def refine(
             {name: lambda way=way: way(views) for name, way in ways.items()}, device, repeats
         )
     table(
-        f"(c) stage-3 step, ViT-{vit}, 8 heads, batch {batch}, 12 views of 224 and 96 px, queue {size}, bfloat16, {device}",
+        f"(c) stage-3 step, ViT-{vit}, 8 heads, batch {batch}, 12 views of 224 and 96 px, "
+        f"queue {size}, bfloat16, {device}",
         seconds,
     )
     peak = matmul_peak(device)
     work = batch * cost.step_flops(shape, config, train_encoder=True)
     print(
-        f"\n{work / 1e12:.2f} TFLOP a step by formula; a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n"
+        f"\n{work / 1e12:.2f} TFLOP a step by formula; "
+        f"a bfloat16 matrix product reaches {peak / 1e12:.2f} TFLOP/s\n"
     )
     photos = [(Image.effect_noise((256, 256), 80).convert("RGB"), 0) for _ in range(batch)]
     print(
-        "| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n|---|---|---|---|---|"
+        "| way | images/s | FLOP utilisation | peak MiB | share waiting for data |\n"
+        "|---|---|---|---|---|"
     )
     for name, value in seconds.items():
         with plain_attention(refiner, torch.device(device)):
@@ -319,12 +326,14 @@ def refine(
                 ways[name], photos, config.views, device, steps=1 if small else 5
             )
         print(
-            f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held[name]:,.0f} | {waited:.0%} |"
+            f"| {name} | {batch / value:.2f} | {work / value / peak:.0%} | {held[name]:,.0f} "
+            f"| {waited:.0%} |"
         )
     if LIGHTLY not in ways:
         print(f"| {LIGHTLY} | not measured: the package lightly is not installed | | | |")
     print(
-        "\nwaiting for data: images of 256 px in memory, the same loader for all ways, no loader process"
+        "\nwaiting for data: images of 256 px in memory, the same loader for all ways, "
+        "no loader process"
     )
 
 
@@ -574,7 +583,8 @@ def augment(device: str, small: bool, repeats: int) -> None:
     }
     seconds = compare(ways, device, repeats)
     table(
-        f"(d) {len(views.crops)} views of {batch} images of 64 px in memory, photometric part on {device}",
+        f"(d) {len(views.crops)} views of {batch} images of 64 px in memory, "
+        f"photometric part on {device}",
         seconds,
     )
     print(
@@ -601,7 +611,8 @@ def memory(device: str, small: bool, repeats: int) -> None:
     held = resident() - before
     formula = 2 * queue.z.nbytes / 2**20
     print(
-        f"\n(e) queue {tuple(queue.z.shape)}: resident {held:.0f} MiB; two copies (stored and normalised) {formula:.0f} MiB\n"
+        f"\n(e) queue {tuple(queue.z.shape)}: resident {held:.0f} MiB; "
+        f"two copies (stored and normalised) {formula:.0f} MiB\n"
     )
     refiner, views, _ = refiner_and_views(device, small)
     print("| options | MiB held for the backward pass | formula |\n|---|---|---|")
@@ -632,7 +643,8 @@ def memory(device: str, small: bool, repeats: int) -> None:
         kept = sum(cost.kept_bytes(shape, x.shape[-1], recompute=recompute) for x in views)
         formula = len(views[0]) * kept * (1 - frozen / refiner.depth) / 2**20
         print(
-            f"| frozen blocks {frozen}, recompute {recompute} | {sum(storages.values()) / 2**20:.0f} | {formula:.0f} |"
+            f"| frozen blocks {frozen}, recompute {recompute} "
+            f"| {sum(storages.values()) / 2**20:.0f} | {formula:.0f} |"
         )
         del features
 
