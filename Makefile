@@ -24,7 +24,7 @@ test: $(VENV)/installed  ## unit tests, golden tests and every notebook at prese
 
 figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made if missing) into figures/
 	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --workers 2 --out $(RUN)
-	cp $(RUN)/figures/* $(RUN)/claims.md figures/
+	cp $(RUN)/figures/* $(RUN)/claims.csv $(RUN)/claims.md figures/
 	mkdir -p figures/tables && cp $(RUN)/tables/* figures/tables/
 	@echo "figures/ now shows $(RUN)"
 
