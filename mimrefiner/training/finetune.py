@@ -131,7 +131,9 @@ def _labelled_stage(
     with sigterm_stops(), plain_attention(model, classes.device):
         for step, ((images,), _, label) in run.steps("fine-tune", dataset, views, config.seed):
             with autocast(classes.device, model.encoder):
-                loss = through(partial(model.loss, images, torch.searchsorted(classes, label)))
+                loss = through(
+                    partial(model.loss, images, torch.searchsorted(classes, label.contiguous()))
+                )
             optimizer.zero_grad()
             loss.backward()
             run.descend()
