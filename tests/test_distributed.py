@@ -184,7 +184,7 @@ def test_processes_equal_one_with_the_whole_batch(
     assert any(name.startswith("grad of encoder.blocks.2") for name in whole) == (2 in blocks)
     assert outputs[0].keys() == whole.keys()
     for name, x in whole.items():
-        if x.abs().max() < 1e-5:
+        if x.abs().max() < 3e-5:
             continue  # zero but for rounding: means and gradients behind a batch norm
         assert close(outputs[0][name], x), name
         assert all(torch.equal(outputs[0][name], other[name]) for other in outputs[1:]), name
