@@ -191,7 +191,7 @@ def test_two_processes_under(launcher, tmp_path):
     run += ["--shard"]  # which one process alone refuses
     done = subprocess.run([*run, "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("history.csv are in") == 1  # the first process alone says so
+    assert done.stderr.count("history.csv are in") == 1  # the first process alone says so
     assert "Warning" not in done.stderr and "All distributed processes" not in done.stderr
     files = ["ema_encoder.safetensors", "encoder.safetensors", "history.csv", "settings.json"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == files

@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import nbformat
 import pandas as pd
@@ -16,6 +17,7 @@ from mimrefiner.study.presets import load_preset
 
 NOTEBOOKS = runner.find_notebooks([])
 NAMES = [path.stem for path in NOTEBOOKS]
+OURS = ("mimrefiner", "experiments")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,6 +116,30 @@ def test_form(notebook):
     (exercises,) = (cell.source for cell in cells if "## Exercises" in cell.source)
     assert re.findall(r"^(\d)\. ", exercises.split("## Exercises")[1], re.M) == ["1", "2", "3"]
     assert any("solution" in cell.metadata.get("tags", []) for cell in code)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_every_name_that_a_notebook_takes_from_the_house_exists(notebook, monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOKS[0].parent.parent)  # experiments/
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    nodes, house, missing = list(ast.walk(ast.parse(code))), {}, []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            house |= {a.asname: import_module(a.name) for a in node.names if a.asname == "mr"}
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
+            for alias in node.names:
+                try:
+                    house[alias.name] = import_module(f"{node.module}.{alias.name}")
+                except ModuleNotFoundError:
+                    if not hasattr(import_module(node.module), alias.name):
+                        missing.append(f"{node.module}.{alias.name}")
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    for node in attributes:
+        owner = house.get(ast.unparse(node.value))
+        if owner is not None and not hasattr(owner, node.attr):
+            missing.append(ast.unparse(node))
+    assert missing == []
 
 
 ON_OTHER_DATA = {"00_quickstart": {"pretrained", "refined"}}  # where no packaged model fits
