@@ -1,9 +1,9 @@
 """The ablations of refinement: every variant is the preset's recipe with a few settings changed.
 
-The groups follow Table 1 and Table 8 of the paper (as far as the released configurations tell),
-with one that is not in it: the pairing of views that the method's description implies against that
-of the released code. Rows of many seeds are measured once (``python -m experiments.ablations
---help``), kept in ``assets/ablations_PRESET.csv`` and drawn by notebook 05.
+The groups follow Table 1 and Table 8 of the paper (as far as the released configurations tell). One
+more compares the pairing of views that the method's description implies with that of the released
+code. Rows of many seeds are measured once (``python -m experiments.ablations --help``), kept beside
+this file in ``ablations_PRESET.csv`` and drawn by notebook 05.
 """
 
 import argparse
@@ -16,20 +16,24 @@ import numpy as np
 from mimrefiner.config import LOSS_SCHEDULES, Views
 from mimrefiner.data.datasets import short_name
 from mimrefiner.files import write_csv
+from mimrefiner.notices import show_notices
 from mimrefiner.probes.features import extract_features
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.study import presets, store
 from mimrefiner.study.claims import Record
 from mimrefiner.study.presets import Preset, load_preset
 
-BASE = "recipe"  # the variant without a change, common to all groups
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """``change``: fields of RefineConfig; ``core``: measured with several seeds, the others with
-    one (exploratory).
+    """A variant of the recipe.
+
+    Attributes:
+        group, variant: what it varies, and how.
+        change: the fields of RefineConfig that differ from the recipe's.
+        core: whether it is measured with several seeds, else with one (exploratory).
     """
 
     group: str
@@ -39,13 +43,12 @@ class Ablation:
 
     @property
     def name(self) -> str:
+        """What rows call it."""
         return f"{self.group}: {self.variant}"
 
 
 def ablations(preset: Preset) -> list[Ablation]:
-    """All variants for the preset's encoder, views and seed, which draws the random blocks; the
-    recipe itself comes first.
-    """
+    """All variants of a preset, the recipe itself first; the preset's seed draws random blocks."""
     depth, views = preset.encoder.depth, preset.refine.views
     heads = preset.refine.resolve_blocks(depth)
     last = depth - 1
@@ -53,11 +56,9 @@ def ablations(preset: Preset) -> list[Ablation]:
     spaced, wider = (tuple(range(last, max(-1, heads[0] - less), -2))[::-1] for less in (1, 2))
     rng = np.random.default_rng(preset.refine.seed)
     anywhere = (*(int(b) for b in np.sort(rng.choice(last, len(heads) - 1, replace=False))), last)
+    top = f"top-{preset.refine.refine_top_k}"
     variants = [
-        Ablation(
-            "recipe",
-            f"{len(heads)} heads, {preset.refine.pairing} pairing, top-{preset.refine.refine_top_k}",
-        ),
+        Ablation("recipe", f"{len(heads)} heads, {preset.refine.pairing} pairing, {top}"),
         Ablation("pairing of views", other, {"pairing": other}),
         Ablation("number of heads", "1 (last block)", {"blocks": (last,)}),
         Ablation("neighbours", "top-1 in stage 3", {"refine_top_k": 1}),
@@ -87,11 +88,18 @@ def ablations(preset: Preset) -> list[Ablation]:
     return [a for a in variants if not a.change or asdict(changed(preset, a).refine) != recipe]
 
 
-def measure(preset: Preset, seeds: Sequence[int], run: Record, *, exploratory: bool) -> None:
-    """Refine once per variant and seed (trained models come from the store) and add k-NN rows of
-    every block to ``run``.
+def measure_variants(
+    preset: Preset, seeds: Sequence[int], record: Record, *, exploratory: bool
+) -> None:
+    """Refine once per variant and seed and add k-NN rows of every block to ``record``.
 
-    ``exploratory``: with the first seed the exploratory variants too.
+    Trained models come from the store.
+
+    Args:
+        preset: the recipe.
+        seeds: of pre-training and refinement.
+        record: collects the rows.
+        exploratory: whether the exploratory variants are measured too, with the first seed.
     """
     train, test = presets.load_split(preset, "train"), presets.load_split(preset, "test")
     for seed in seeds:
@@ -103,7 +111,7 @@ def measure(preset: Preset, seeds: Sequence[int], run: Record, *, exploratory: b
         for name, encoder in models.items():
             hits = knn_hits(extract_features(encoder, train), extract_features(encoder, test))
             for pool, right in hits.items():
-                run.add_blocks({name: (encoder, right)}, pool, seed, len(train), len(test))
+                record.add_blocks({name: (encoder, right)}, pool, seed, len(train), len(test))
 
 
 def changed(preset: Preset, ablation: Ablation) -> Preset:
@@ -121,6 +129,7 @@ def _crops_only(views: Views) -> Views:
 
 
 def main() -> None:
+    show_notices()
     parser = argparse.ArgumentParser(
         "python -m experiments.ablations", description=__doc__.splitlines()[0]
     )
@@ -138,9 +147,10 @@ def main() -> None:
     args = parser.parse_args()
     preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
     preset = replace(preset, dataset=args.data or preset.dataset)
-    run = Record("05_ablations", replace(preset, dataset=short_name(preset.dataset)), seeds, HERE)
-    measure(preset, seeds, run, exploratory=not args.core)
-    write_csv(run.table(), HERE / f"ablations_{args.preset}.csv")
+    named = replace(preset, dataset=short_name(preset.dataset))
+    record = Record("05_ablations", named, seeds, HERE)
+    measure_variants(preset, seeds, record, exploratory=not args.core)
+    write_csv(record.table(), HERE / f"ablations_{args.preset}.csv")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Evidence on natural images: which models are trained, what is measured of them, and what that
-says about the paper's claims.
+"""Evidence on natural images: what is trained and measured, and what that says about the claims.
 
-One command trains (going on where it was cut off), measures and writes
-``assets/evidence_PRESET.csv`` and, for the claims, ``evidence_PRESET_claims.csv``, which notebook
-04 and the page of results show::
+One command trains (going on where it was cut off), measures and writes ``evidence_PRESET.csv`` and,
+for the claims, ``evidence_PRESET_claims.csv`` beside this file; notebook 04 and the page of results
+show them. It takes hours on two CPU cores. ``--choose`` compares learning rates on validation
+images, and ``--preset natural-gpu`` has a GPU's epochs and more models::
 
-    python -m experiments.natural --data parquet:TINY_IMAGENET --choose               # the learning rate, on validation images
-    python -m experiments.natural --data parquet:TINY_IMAGENET                        # hours on 2 CPU cores
-    python -m experiments.natural --data parquet:TINY_IMAGENET --preset natural-gpu   # the same with a GPU's epochs and more models
+    python -m experiments.natural --data parquet:TINY_IMAGENET --choose
+    python -m experiments.natural --data parquet:TINY_IMAGENET
+    python -m experiments.natural --data parquet:TINY_IMAGENET --preset natural-gpu
 """
 
 import argparse
@@ -20,17 +20,27 @@ import pandas as pd
 import torch
 
 from experiments import measure
-from experiments.measure import KINDS, TRANSFER, WITHIN, Measured, Model, kept
+from experiments.measure import TRANSFER, Measured, Model, kept
 from mimrefiner import device
 from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data.datasets import data_hash, load_dataset, short_name
 from mimrefiner.files import write_csv
 from mimrefiner.models.encoders import build_vit
 from mimrefiner.models.weights import sha256_of
+from mimrefiner.notices import show_notices
 from mimrefiner.probes.features import extract_features
 from mimrefiner.probes.knn import knn_hits
+from mimrefiner.probes.protocols import (
+    KMEANS,
+    KNN,
+    LINEAR,
+    SHOTS,
+    WITHIN_KINDS,
+    Protocol,
+    low_shot,
+)
 from mimrefiner.study import presets, store
-from mimrefiner.study.claims import Record
+from mimrefiner.study.claims import About, Record
 from mimrefiner.study.intervals import image_difference, seed_difference
 from mimrefiner.study.presets import Preset, load_preset
 from mimrefiner.study.tables import count, mean_sd
@@ -40,7 +50,8 @@ from mimrefiner.training.refine import RefineResult
 
 HERE = Path(__file__).parent
 LABELS_BASE_LR = 2e-3  # of the control with labels; set beforehand, as the rates of pre-training
-FACTORS = (0.5, 1.0, 2.0)  # of stage 3's learning rate, among which --choose chooses
+FACTORS = (0.5, 1.0, 2.0)  # --choose tries the learning rate of stage 3 times these
+Found = dict[tuple[str, int], Measured]  # (model, seed) -> what was measured of it
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,9 @@ class Recipe:
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
-    """What is trained; the first is the main one, which gets the controls. A GPU affords decoder
-    depths and a deeper model too.
+    """What is trained; the first is the main one, which gets the controls.
+
+    A GPU affords decoders of several depths and a deeper model too.
     """
     main = replace(load_preset(preset_name), dataset=data)
     if preset_name == "natural":
@@ -76,10 +88,9 @@ def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
 
 
 def choice(preset: Preset) -> pd.DataFrame:
-    """How the recipe is chosen: validation images' k-NN by the refined last block, for several
-    learning rates of stage 3.
+    """What k-NN of validation images says of several learning rates of stage 3, the best first.
 
-    cls token, one seed, one row per candidate, the best first; no test image is looked at.
+    It reads the refined last block's cls token, for one seed; no test image is looked at.
     """
     bank, val = (
         load_dataset(preset.dataset, split=part).take(n)
@@ -107,7 +118,7 @@ def choice(preset: Preset) -> pd.DataFrame:
 
 
 def models(recipes: Sequence[Recipe]) -> Iterator[Model]:
-    """Every model, trained now unless the store has it."""
+    """Every model, one after the other; what the store lacks is trained now."""
     main = recipes[0]
     yield Model("raw pixels", 0, main.preset, None)
     for recipe in recipes:
@@ -129,7 +140,7 @@ def models(recipes: Sequence[Recipe]) -> Iterator[Model]:
 
 @dataclass(frozen=True)
 class Training:
-    """One training behind the models, with its settings and what came out."""
+    """One training behind the models, its settings and its result."""
 
     model: str
     training: str
@@ -138,43 +149,37 @@ class Training:
     settings: PretrainConfig | RefineConfig
     result: PretrainResult | RefineResult | FinetuneResult
 
+    @property
+    def key(self) -> dict[str, str | int]:
+        """The columns that tell trainings apart."""
+        return {"model": self.model, "training": self.training, "seed": self.seed}
+
 
 def trainings(recipes: Sequence[Recipe]) -> list[Training]:
-    """All of them, the controls last; trained now unless the store has them."""
+    """All trainings, the controls last; what the store lacks is trained now."""
     found = []
     for recipe in recipes:
-        preset, refine = recipe.preset, recipe.preset.refine
-        first = store.pretrained(preset)
-        found.append(
-            Training(recipe.name, "pre-training", 0, preset.pretrain.epochs, preset.pretrain, first)
-        )
+        name, preset, refine = recipe.name, recipe.preset, recipe.preset.refine
+        first, epochs = store.pretrained(preset), refine.heads_epochs + refine.refine_epochs
+        pretrain = preset.pretrain
+        found.append(Training(name, "pre-training", 0, pretrain.epochs, pretrain, first))
         for seed in recipe.seeds:
             config, result = replace(refine, seed=seed), store.refined(_refined_with(preset, seed))
-            found.append(
-                Training(
-                    recipe.name,
-                    "refinement",
-                    seed,
-                    refine.heads_epochs + refine.refine_epochs,
-                    config,
-                    result,
-                )
-            )
-    main = recipes[0]
-    again, labels = (
-        store.pretrained_longer(main.preset),
-        store.finetuned(main.preset, LABELS_BASE_LR),
-    )
-    config = store.longer(main.preset.pretrain, again.flops / found[0].result.flops)
-    found.append(Training(main.name, "longer pre-training", 0, config.epochs, config, again))
-    config = replace(main.preset.refine, refine_base_lr=LABELS_BASE_LR)
-    found.append(Training(main.name, "fine-tuning with labels", 0, labels.epochs, config, labels))
+            found.append(Training(name, "refinement", seed, epochs, config, result))
+    name, preset = recipes[0].name, recipes[0].preset
+    again = store.pretrained_longer(preset)
+    config = store.longer(preset.pretrain, again.flops / found[0].result.flops)
+    found.append(Training(name, "longer pre-training", 0, config.epochs, config, again))
+    labels = store.finetuned(preset, LABELS_BASE_LR)
+    config = replace(preset.refine, refine_base_lr=LABELS_BASE_LR)
+    found.append(Training(name, "fine-tuning with labels", 0, labels.epochs, config, labels))
     return found
 
 
 def training_facts(trainings: Sequence[Training]) -> pd.DataFrame:
-    """What each training was: epochs of the training images, computation and wall time (of a
-    machine that did other work too).
+    """Epochs, computation and wall time of every training, and the hash of its weights.
+
+    The wall time is that of a machine that did other work too.
     """
     rows = []
     for t in trainings:
@@ -184,18 +189,13 @@ def training_facts(trainings: Sequence[Training]) -> pd.DataFrame:
             "minutes": round(t.result.seconds / 60),
             "weights_sha256": sha256_of(getattr(t.result, "ema_encoder", t.result.encoder)),
         }
-        rows.append({"model": t.model, "training": t.training, "seed": t.seed, **numbers})
+        rows.append({**t.key, **numbers})
     return pd.DataFrame(rows)
 
 
 def histories(trainings: Sequence[Training]) -> pd.DataFrame:
     """How every training went, one row per logged step (and head)."""
-    history = pd.concat(
-        [
-            t.result.history.assign(model=t.model, training=t.training, seed=t.seed)
-            for t in trainings
-        ]
-    )
+    history = pd.concat([t.result.history.assign(**t.key) for t in trainings])
     numbers = history.select_dtypes("float").columns
     # Five digits, also of a learning rate of 1e-6
     history[numbers] = history[numbers].map(lambda x: float(f"{x:.5g}"))
@@ -204,7 +204,7 @@ def histories(trainings: Sequence[Training]) -> pd.DataFrame:
 
 
 def settings(trainings: Sequence[Training], recipes: Sequence[Recipe]) -> pd.DataFrame:
-    """With which settings each was trained, on what, one row each."""
+    """The settings and the data of every training, one row each."""
     common = {}
     for recipe in recipes:
         encoder = {
@@ -217,193 +217,183 @@ def settings(trainings: Sequence[Training], recipes: Sequence[Recipe]) -> pd.Dat
         common[recipe.name] = encoder | data
     return pd.DataFrame(
         [
-            {
-                "model": t.model,
-                "training": t.training,
-                "seed": t.seed,
-                "setting": name,
-                "value": json.dumps(value),
-            }
+            {**t.key, "setting": name, "value": json.dumps(value)}
             for t in trainings
             for name, value in (asdict(t.settings) | common[t.model]).items()
         ]
     )
 
 
-def claims(
-    found: dict[tuple[str, int], Measured],
-    recipes: Sequence[Recipe],
-    run: Record,
-    transfer: Sequence[str] = TRANSFER,
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a model, and one of its blocks.
+
+    Attributes:
+        name: what claims call it.
+        model: the model's name; {recipe} in it stands for the recipe's.
+        best: whether the block is the one chosen on validation images, else it is the last one.
+        pool: the pooling, where it is not that of the claim.
+    """
+
+    name: str
+    model: str
+    best: bool = False
+    pool: str = ""
+
+    def measured(self, found: Found, recipe: Recipe) -> list[Measured]:
+        """What was measured of the model, one per seed; [] where there is no such model."""
+        model = self.model.format(recipe=recipe.name)
+        return [found[model, s] for s in dict.fromkeys((0, *recipe.seeds)) if (model, s) in found]
+
+    def right(self, measured: Measured, claim: "Claim", data: str) -> torch.Tensor | None:
+        """Which test images are right, (images,); None where that was not measured."""
+        pool = self.pool or claim.pool
+        blocks = measured.hits.get((data, pool, claim.protocol.label))
+        if blocks is None:
+            return None
+        return blocks[measured.best[data, pool] if self.best else -1].float()
+
+
+LAST = Side("the last block before", "{recipe}")
+BEST = Side("the best block before", "{recipe}", best=True)
+REFINED = Side("the refined last block", "{recipe} refined")
+LONGER = Side("longer pre-training", "{recipe} trained longer")
+RANDOM = Side("random weights", "random weights", best=True)
+RANDOM_LAST = Side("random weights", "random weights")
+PIXELS = Side("raw pixels", "raw pixels", pool="pixels")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the table of claims: who is compared with whom, by which protocol."""
+
+    text: str
+    ours: Side
+    theirs: Side
+    pool: str
+    protocol: Protocol = KNN
+
+
+MORE_PRETRAINING = "refinement beats as much computation spent on masked pre-training"
+
+
+def _table_of_claims() -> list[Claim]:
+    rows = []
+    for pool in ("cls", "mean"):
+        rows += [
+            Claim("the best block for k-NN beats the last one", BEST, LAST, pool),
+            Claim("the best pre-trained block beats raw pixels", BEST, PIXELS, pool),
+            Claim(
+                "the best pre-trained block beats the best of random weights", BEST, RANDOM, pool
+            ),
+            Claim("refinement lifts the last block", REFINED, LAST, pool),
+            Claim("the refined last block beats the best block before", REFINED, BEST, pool),
+            Claim("the refined last block beats raw pixels", REFINED, PIXELS, pool),
+            Claim("the refined last block beats the best of random weights", REFINED, RANDOM, pool),
+            Claim(MORE_PRETRAINING, REFINED, LONGER, pool),
+        ]
+        apart = "tells classes of one kind apart better"
+        rows += [
+            Claim(text, REFINED, theirs, pool, WITHIN_KINDS)
+            for text, theirs in (
+                (f"refinement {apart}", LAST),
+                (f"refinement {apart} than as much masked pre-training", LONGER),
+                (f"the refined model {apart} than random weights", RANDOM_LAST),
+            )
+        ]
+    probes = [(LINEAR, "linear probe accuracy", pool) for pool in ("cls", "mean")]
+    few = [low_shot(shot) for shot in SHOTS]
+    probes += [(protocol, f"{protocol.label} accuracy", "cls") for protocol in few]
+    probes += [(KMEANS, "cluster accuracy", "cls")]
+    more = "refinement raises more than as much masked pre-training"
+    return rows + [
+        Claim(f"{text}: {what} of the last block", REFINED, theirs, pool, protocol)
+        for protocol, what, pool in probes
+        for text, theirs in (("refinement raises", LAST), (more, LONGER))
+    ]
+
+
+CLAIMS = _table_of_claims()
+
+
+def judge_claims(
+    found: Found, recipes: Sequence[Recipe], record: Record, transfer: Sequence[str] = TRANSFER
 ) -> None:
-    """Add to ``run`` what the measurements say about the paper's claims."""
-    for data in (short_name(recipes[0].preset.dataset), *(short_name(name) for name in transfer)):
+    """Add to ``record`` what the measurements say about the paper's claims.
+
+    Args:
+        found: (model, seed) -> what was measured of it.
+        recipes: what was trained; the first one has the controls.
+        record: collects the claims.
+        transfer: the data sets that no model was trained on.
+    """
+    for data in (short_name(recipes[0].preset.dataset), *map(short_name, transfer)):
         for recipe in recipes:
-            for pool in ("cls", "mean"):
-                _claims_of_blocks(found, recipe, data, pool, run)
-                if data in KINDS:
-                    _claims_of_fine_classes(found, recipe, data, pool, run)
-            _claims_of_probes(found, recipe, data, run)
-    depths = {
+            for claim in CLAIMS:
+                _judge(claim, found, recipe, data, record)
+    _claim_of_decoders(found, recipes, record)
+
+
+def _judge(claim: Claim, found: Found, recipe: Recipe, data: str, record: Record) -> None:
+    """Add one claim; nothing where one of its sides was not measured."""
+    ours, theirs = (side.measured(found, recipe) for side in (claim.ours, claim.theirs))
+    if not ours or not theirs:
+        return
+    if claim.protocol == KMEANS:
+        values, other = [m.clusters(data) for m in ours], theirs[0].clusters(data)
+        if other is None or values[0] is None:
+            return
+        n_test = ours[0].hits[data, claim.pool, KNN.label].shape[1]
+        difference = seed_difference(values, [other] * len(values), images=n_test)
+    else:
+        right = [claim.ours.right(m, claim, data) for m in ours]
+        against = claim.theirs.right(theirs[0], claim, data)
+        if against is None or right[0] is None:
+            return
+        values, other = [x.mean().item() for x in right], against.mean().item()
+        n_test, difference = len(against), image_difference(right, [against] * len(right))
+    text = "" if claim.protocol == KNN else f"{100 * other:.1f} against {mean_sd(values)} %: "
+    if BEST in (claim.ours, claim.theirs):
+        (before,) = LAST.measured(found, recipe)
+        best, depth = before.best[data, claim.pool], len(before.hits[data, claim.pool, KNN.label])
+        inside = best < depth - 1
+        if claim.theirs == BEST and not inside:  # else the comparison with the last block again
+            return
+        if claim.theirs == LAST:
+            text = f"block {best + 1} of {depth}, chosen on validation: "
+            if not inside:
+                text = f"the block chosen on validation is the last one, {depth}: "
+    about = About(recipe.name, data, claim.pool, claim.protocol.label, claim.theirs.name)
+    record.judge(claim.text, difference, n_test=n_test, text=text, about=about)
+
+
+def _claim_of_decoders(found: Found, recipes: Sequence[Recipe], record: Record) -> None:
+    """Whether the last blocks fall further behind the best one where the decoder is light."""
+    main = recipes[0].preset
+    alike = {  # depth of the decoder -> the model that differs from the main one in nothing else
         recipe.preset.pretrain.decoder_depth: found[recipe.name, 0]
         for recipe in recipes
-        if "decoder" in recipe.name
+        if recipe.preset.encoder == main.encoder
+        and asdict(recipe.preset.pretrain) | {"decoder_depth": main.pretrain.decoder_depth}
+        == asdict(main.pretrain)
     }
-    if depths:
-        _claim_of_decoders(
-            {recipes[0].preset.pretrain.decoder_depth: found[recipes[0].name, 0], **depths},
-            run,
-            recipes[0],
-        )
-
-
-def _claims_of_blocks(
-    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Record
-) -> None:
-    """What k-NN says of the blocks of a recipe's models, with one pooling."""
-    name, key, before = recipe.name, f"{data} {pool}", found[recipe.name, 0]
-    refined = [found[f"{name} refined", seed].hits[key][-1] for seed in recipe.seeds]
-    longer, random = found.get((f"{name} trained longer", 0)), found["random weights", 0]
-    pixels = found["raw pixels", 0].hits[f"{data} pixels"][0]
-    depth, n = before.hits[key].shape
-    last, best = before.hits[key][-1], before.hits[key][before.best[key]]
-
-    def compare(claim: str, ours: list, theirs: torch.Tensor, text: str = "") -> None:
-        run.judge(
-            f"{claim} ({name}, {key.replace(' ', ', ')})",
-            image_difference(ours, [theirs] * len(ours)),
-            n_test=n,
-            text=text,
-        )
-
-    inside = before.best[key] < depth - 1
-    where = f"block {before.best[key] + 1} of {depth}, chosen on validation: "
-    if not inside:
-        where = f"the block chosen on validation is the last one, {depth}: "
-    compare("the best block for k-NN beats the last one", [best], last, where)
-    compare("the best pre-trained block beats raw pixels", [best], pixels)
-    compare(
-        "the best pre-trained block beats the best of random weights",
-        [best],
-        random.hits[key][random.best[key]],
-    )
-    if refined:
-        compare("refinement lifts the last block", refined, last)
-        if inside:  # else the same again
-            compare("the refined last block beats the best block before", refined, best)
-        compare("the refined last block beats raw pixels", refined, pixels)
-        compare(
-            "the refined last block beats the best of random weights",
-            refined,
-            random.hits[key][random.best[key]],
-        )
-    if refined and longer:
-        claim = "refinement beats as much computation spent on masked pre-training"
-        compare(claim, refined, longer.hits[key][-1])
-
-
-def _claims_of_fine_classes(
-    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, pool: str, run: Record
-) -> None:
-    """Whether refinement tells classes of one kind apart, by k-NN of the last block among images of
-    that kind.
-    """
-    name, key = recipe.name, f"{data} {pool} {WITHIN}"
-    refined = [found[f"{name} refined", seed].hits[key][-1] for seed in recipe.seeds]
-    others = {
-        "refinement tells classes of one kind apart better": found[name, 0],
-        "refinement tells classes of one kind apart better than as much masked pre-training": found.get(
-            (f"{name} trained longer", 0)
-        ),
-        "the refined model tells classes of one kind apart better than random weights": found[
-            "random weights", 0
-        ],
-    }
-    for claim, other in others.items():
-        if refined and other:
-            theirs = other.hits[key][-1]
-            text = f"{100 * theirs.float().mean():.1f} against {mean_sd([x.float().mean().item() for x in refined])} %: "
-            difference = image_difference(refined, [theirs] * len(refined))
-            run.judge(
-                f"{claim} ({name}, {data}, {pool})", difference, n_test=len(theirs), text=text
-            )
-
-
-def _claims_of_probes(
-    found: dict[tuple[str, int], Measured], recipe: Recipe, data: str, run: Record
-) -> None:
-    """What linear probes, few-shot and clusters say of the last block: before, after, and of the
-    control.
-    """
-    refined = [found[f"{recipe.name} refined", seed] for seed in recipe.seeds]
-    others = {
-        "refinement raises": found[recipe.name, 0],
-        "refinement raises more than as much masked pre-training": found.get(
-            (f"{recipe.name} trained longer", 0)
-        ),
-    }
-    others = {claim: other for claim, other in others.items() if refined and other}
-    probes = [("linear", "linear accuracy", pool) for pool in ("cls", "mean")]
-    probes += [(f"logistic_{n}shot", f"{n}-shot accuracy", "cls") for n in (1, 2, 5)]
-    for protocol, what, pool in probes:
-        ours = [_last_block(m, f"{data} {pool} {protocol}") for m in refined]
-        for claim, other in others.items():
-            theirs = _last_block(other, f"{data} {pool} {protocol}")
-            text = (
-                f"{100 * theirs.mean():.1f} against {mean_sd([x.mean().item() for x in ours])} %: "
-            )
-            run.judge(
-                f"{claim}: {what} of the last block ({recipe.name}, {data}, {pool})",
-                image_difference(ours, [theirs] * len(ours)),
-                n_test=len(theirs),
-                text=text,
-            )
-    values = [_cluster_accuracy(m, data) for m in refined]
-    for claim, other in others.items():
-        theirs = _cluster_accuracy(other, data)
-        text = f"{100 * theirs:.1f} against {mean_sd(values)} %: "
-        n = found[recipe.name, 0].hits[f"{data} cls"].shape[1]
-        difference = seed_difference(values, [theirs] * len(values), images=n)
-        run.judge(
-            f"{claim}: cluster accuracy of the last block ({recipe.name}, {data}, cls)",
-            difference,
-            n_test=n,
-            text=text,
-        )
-
-
-def _last_block(measured: Measured, probe: str) -> torch.Tensor:
-    """Which test images are right, (images,); ``probe``: the key of the hits, or its beginning."""
-    (key,) = (key for key in measured.hits if key == probe or key.startswith(f"{probe}_"))
-    return measured.hits[key][-1].float()
-
-
-def _cluster_accuracy(measured: Measured, data: str) -> float:
-    """Of k-means on the last block's cls token."""
-    rows = pd.DataFrame(measured.rows).query(
-        "dataset == @data and metric == 'ACC' and pool == 'cls'"
-    )
-    return float(rows.loc[rows["block"] == rows["block"].max(), "value"].item())
-
-
-def _claim_of_decoders(by_depth: dict[int, Measured], run: Record, main: Recipe) -> None:
-    """Whether the last blocks fall further behind the best one where the decoder is light."""
-    for pool in ("cls", "mean"):
-        key = f"{short_name(main.preset.dataset)} {pool}"
-        drops = {
-            depth: m.hits[key][m.best[key]].float() - m.hits[key][-1].float()
-            for depth, m in sorted(by_depth.items())
-        }
+    data = short_name(main.dataset)
+    for pool in ("cls", "mean") if len(alike) > 1 else ():
+        drops = {}
+        for depth, measured in sorted(alike.items()):
+            blocks = measured.hits[data, pool, KNN.label].float()
+            drops[depth] = blocks[measured.best[data, pool]] - blocks[-1]
         text = ", ".join(
             f"{100 * drop.mean().item():.1f} ({count(depth, 'block')})"
             for depth, drop in drops.items()
         )
         lightest, heaviest = drops[min(drops)], drops[max(drops)]
-        run.judge(
-            f"a lighter decoder makes the last blocks fall further ({key.replace(' ', ', ')})",
+        record.judge(
+            "a lighter decoder makes the last blocks fall further",
             image_difference([lightest], [heaviest]),
             n_test=len(lightest),
             text=f"best block minus last: {text}; ",
+            about=About("", data, pool, KNN.label, "the heaviest decoder"),
         )
 
 
@@ -411,7 +401,7 @@ def _refined_with(preset: Preset, seed: int) -> Preset:
     return replace(preset, refine=replace(preset.refine, seed=seed))
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m experiments.natural", description=__doc__.splitlines()[0]
     )
@@ -438,7 +428,12 @@ def main() -> None:
         default=Path("runs/evidence"),
         help="what has been measured is kept here",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    show_notices()
     if args.choose:
         main_preset = replace(load_preset(args.preset), dataset=args.data)
         write_csv(choice(main_preset), HERE / f"evidence_{args.preset}_choice.csv")
@@ -449,20 +444,17 @@ def main() -> None:
         (model.name, model.seed): kept(args.out, model, args.data, transfer)
         for model in models(chosen)
     }
-    run = Record("evidence", chosen[0].preset, (0,), args.out)
-    claims(found, chosen, run, transfer)
-    write_csv(
-        pd.DataFrame([row for m in found.values() for row in m.rows]),
-        HERE / f"evidence_{args.preset}.csv",
-    )
-    write_csv(pd.DataFrame(run.claims), HERE / f"evidence_{args.preset}_claims.csv")
+    record = Record("evidence", chosen[0].preset, (0,), args.out)
+    judge_claims(found, chosen, record, transfer)
     done = trainings(chosen)
     for part, table in (
-        ("training", training_facts(done)),
-        ("history", histories(done)),
-        ("settings", settings(done, chosen)),
+        ("", pd.DataFrame([row for m in found.values() for row in m.rows])),
+        ("_claims", record.claims_table()),
+        ("_training", training_facts(done)),
+        ("_history", histories(done)),
+        ("_settings", settings(done, chosen)),
     ):
-        write_csv(table, HERE / f"evidence_{args.preset}_{part}.csv")
+        write_csv(table, HERE / f"evidence_{args.preset}{part}.csv")
 
 
 if __name__ == "__main__":

@@ -319,11 +319,11 @@ def add_plan(commands) -> None:
 
 
 def do_plan(args) -> None:
-    from mimrefiner.study.plan import report
+    from mimrefiner.study.plan import plan_text
     from mimrefiner.training.memory import Memory
 
     memory = Memory(args.micro_batch, args.recompute, args.shard)
-    print(report(args.model, args.data, args.preset, args.gpus, args.tflops, memory))
+    print(plan_text(args.model, args.data, args.preset, args.gpus, args.tflops, memory))
 
 
 def add_export(commands) -> None:

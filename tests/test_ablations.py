@@ -32,7 +32,7 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
     few = [a for a in ablations.ablations(preset) if a.group in groups]
     monkeypatch.setattr(ablations, "ablations", lambda preset: few[:3])
     run = claims.Record("05_ablations", preset, (0, 1), tmp_path)
-    ablations.measure(preset, (0, 1), run, exploratory=True)
+    ablations.measure_variants(preset, (0, 1), run, exploratory=True)
     rows = run.table()
     models = rows.groupby("model")["seed"].unique().map(list).to_dict()
     core = {

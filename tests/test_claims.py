@@ -63,12 +63,12 @@ def test_a_claim_about_no_images(run):
 
 def test_a_claim_says_what_it_is_about(run):
     run.claim("it works", seen=True, measured="x", n_test=4)
-    about = claims.About("MAE", "fruit64", "cls", KNN.name, "raw pixels")
+    about = claims.About("MAE", "fruit64", "cls", KNN.label, "raw pixels")
     run.claim("it works", seen=True, measured="x", n_test=4, about=about)
-    fields = ["model", "dataset", "pool", "protocol", "against"]
+    fields = ["model", "dataset", "pool", "probe", "against"]
     assert run.claims_table()[fields].values.tolist() == [
         ["", "digits", "", "", ""],
-        ["MAE", "fruit64", "cls", KNN.name, "raw pixels"],
+        ["MAE", "fruit64", "cls", "k-NN", "raw pixels"],
     ]
 
 

@@ -2,6 +2,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from mimrefiner.probes.protocols import LINEAR, SPECTRUM
 from mimrefiner.study import figures, paper
 
 
@@ -162,3 +163,37 @@ def test_a_running_mean_is_drawn_over_the_values_and_does_not_cross_stages():
         [20.5, 61 / 3, 62 / 3, 20.5, 30.5, 91 / 3, 92 / 3, 30.5]
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["block 1"]
+
+
+def report_stats():
+    lines = [
+        (model, "linear", "accuracy", pool, block, 0.1 * block, 0.01)
+        for model, pools in (("model", ("cls", "chosen")), ("random weights", ("cls",)))
+        for pool in pools
+        for block in range(3)
+    ]
+    lines += [("raw pixels", "linear", "accuracy", "pixels", 0, 0.5, 0.01)]
+    lines += [("model", "spectrum", "effective_rank", "cls", block, 7.0, None) for block in (0, 1)]
+    lines += [("raw pixels", "spectrum", "effective_rank", "pixels", 0, 90.4, None)]
+    columns = ["model", "protocol", "metric", "pool", "block", "value", "spread"]
+    return pd.DataFrame(lines, columns=columns).assign(n_test=60)
+
+
+def test_the_report_titles_panels_by_protocol_and_rings_scores_only():
+    shown = figures.plot_report(report_stats(), [LINEAR, SPECTRUM], title="t")
+    linear, rank = shown.axes
+    assert linear.get_title() == "linear probe"
+    assert rank.get_title() == "effective rank (raw pixels: 90)"
+    assert (linear.get_ylabel(), rank.get_ylabel()) == ("accuracy (%)", "effective rank")
+    lines = {line.get_label(): line for line in linear.lines}
+    assert lines["cls"].get_ydata().tolist() == pytest.approx([0, 10, 20])
+    assert set(lines["raw pixels"].get_ydata()) == {50}
+    rings = [line for line in linear.lines if line.get_markersize() == 8]
+    assert [ring.get_xdata().tolist() for ring in rings] == [[3]]
+    assert not [line for line in rank.lines if line.get_markersize() == 8]
+    assert [text.get_text() for text in shown.legends[0].get_texts()] == [
+        "cls",
+        "pooling chosen on validation",
+        "cls, random weights",
+        "raw pixels",
+    ]

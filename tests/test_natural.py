@@ -8,12 +8,15 @@ import torch
 import mimrefiner as mr
 from experiments import measure, natural
 from mimrefiner.data import datasets
-from mimrefiner.study import claims, published
+from mimrefiner.probes.protocols import KNN, LINEAR, WITHIN_KINDS, low_shot
+from mimrefiner.study import published
+from mimrefiner.study.claims import Record
 
 
 def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(natural, "HERE", tmp_path)
+    monkeypatch.setattr(published, "experiments_folder", lambda: tmp_path)
     monkeypatch.setattr(
         natural, "load_preset", lambda name: replace(mr.load_preset("smoke"), name=name)
     )
@@ -45,17 +48,18 @@ def test_one_command_trains_measures_and_claims(tmp_path, monkeypatch):
     )
     assert refined["weights_sha256"].nunique() == 2
     assert set(rows["dataset"]) == {"digits", "fruit64"}
-    lifts = claims[claims["claim"] == "refinement lifts the last block (MAE, digits, mean)"]
+    of_mae = claims[claims["model"] == "MAE"].set_index(["claim", "dataset", "pool"])
+    lifts = of_mae.loc[[("refinement lifts the last block", "digits", "mean")]]
     assert lifts["n_seeds"].item() == 2 and lifts["n_test"].item() == 140
-    within = rows[rows["protocol"] == measure.WITHIN_PROTOCOL]
+    within = rows[rows["protocol"] == WITHIN_KINDS.name]
     assert set(within["dataset"]) == {"fruit64"} and set(within["pool"]) == {
         "cls",
         "mean",
         "pixels",
     }
-    assert "refinement tells classes of one kind apart better (MAE, fruit64, cls)" in set(
-        claims["claim"]
-    )
+    told_apart = ("refinement tells classes of one kind apart better", "fruit64", "cls")
+    assert told_apart in of_mae.index and (told_apart[0], "digits", "cls") not in of_mae.index
+    assert of_mae.loc[told_apart, "probe"] == WITHIN_KINDS.label
     trained, history, settings = (
         pd.read_csv(tmp_path / f"evidence_natural_{part}.csv")
         for part in ("training", "history", "settings")
@@ -117,20 +121,12 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
         return torch.stack([torch.arange(images) < share * images for share in shares])
 
     def measured(cls, linear, best):
-        hits = {
-            f"{data} {pool}": right(*cls)
-            for data in ("photos", "fruit64")
-            for pool in ("cls", "mean")
-        }
-        probes = [f"{pool} linear_10epochs" for pool in ("cls", "mean")] + [
-            f"cls logistic_{n}shot" for n in (1, 2, 5)
-        ]
-        hits |= {
-            f"{data} {probe}": right(0.1, linear)
-            for data in ("photos", "fruit64")
-            for probe in probes
-        }
-        hits |= {f"fruit64 {pool} within kinds": right(*cls) for pool in ("cls", "mean")}
+        hits = {}
+        for data in ("photos", "fruit64"):
+            hits |= {(data, pool, KNN.label): right(*cls) for pool in ("cls", "mean")}
+            probes = [("cls", LINEAR), ("mean", LINEAR), *(("cls", low_shot(n)) for n in (1, 2, 5))]
+            hits |= {(data, pool, probe.label): right(0.1, linear) for pool, probe in probes}
+        hits |= {("fruit64", pool, WITHIN_KINDS.label): right(*cls) for pool in ("cls", "mean")}
         rows = [
             {
                 "dataset": data,
@@ -142,49 +138,54 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
             }
             for data in ("photos", "fruit64")
         ]
-        return measure.Measured(rows, hits, dict.fromkeys(hits, best))
+        return measure.Measured(rows, hits, {key[:2]: best for key in hits})
 
-    pixels = measure.Measured(
-        [], {f"{data} pixels": right(0.3) for data in ("photos", "fruit64")}, {}
-    )
+    pixels = {(data, "pixels", KNN.label): right(0.3) for data in ("photos", "fruit64")}
     found = {
-        ("raw pixels", 0): pixels,
+        ("raw pixels", 0): measure.Measured([], pixels, {}),
         ("random weights", 0): measured((0.2, 0.1), 0.2, 0),
         ("MAE", 0): measured((0.6, 0.4), 0.5, 0),
         ("MAE refined", 0): measured((0.6, 0.7), 0.7, 1),
         ("MAE refined", 1): measured((0.6, 0.7), 0.7, 1),
         ("MAE trained longer", 0): measured((0.8, 0.9), 0.9, 1),
     }
-    run = claims.Record("evidence", preset, (0,), tmp_path)
-    natural.claims(found, [recipe], run)
-    verdicts = {c["claim"]: c["verdict"] for c in run.claims}
+    record = Record("evidence", preset, (0,), tmp_path)
+    natural.judge_claims(found, [recipe], record)
+    assert len(record.claims) == 2 * (2 * 8 + 12) + 2 * 3  # blocks and probes; kinds of fruit
+    made = {(c["claim"], c["model"], c["dataset"], c["pool"]): c for c in record.claims}
+    verdicts = {key: claim["verdict"] for key, claim in made.items()}
     for pool in ("cls", "mean"):
-        assert (
-            verdicts[f"the best block for k-NN beats the last one (MAE, photos, {pool})"] == "seen"
-        )
-        assert (
-            verdicts[f"the refined last block beats the best block before (MAE, photos, {pool})"]
-            == "seen"
-        )
-        longer = f"refinement beats as much computation spent on masked pre-training (MAE, photos, {pool})"
-        assert verdicts[longer] == "opposite"
-        kinds = "refinement tells classes of one kind apart better"
-        assert verdicts[f"{kinds} (MAE, fruit64, {pool})"] == "seen"
-        assert (
-            verdicts[f"{kinds} than as much masked pre-training (MAE, fruit64, {pool})"]
-            == "opposite"
-        )
+        at = ("MAE", "photos", pool)
+        assert verdicts["the best block for k-NN beats the last one", *at] == "seen"
+        best = made["the refined last block beats the best block before", *at]
+        assert (best["verdict"], best["against"]) == ("seen", "the best block before")
+        longer = "refinement beats as much computation spent on masked pre-training"
+        assert verdicts[longer, *at] == "opposite"
+        kinds, at = "refinement tells classes of one kind apart better", ("MAE", "fruit64", pool)
+        assert verdicts[kinds, *at] == "seen"
+        assert verdicts[f"{kinds} than as much masked pre-training", *at] == "opposite"
+        assert (kinds, "MAE", "photos", pool) not in verdicts
     for what in (
-        "linear accuracy",
+        "linear probe accuracy",
         "1-shot accuracy",
         "2-shot accuracy",
         "5-shot accuracy",
         "cluster accuracy",
     ):
-        assert verdicts[f"refinement raises: {what} of the last block (MAE, photos, cls)"] == "seen"
-        more = f"refinement raises more than as much masked pre-training: {what} of the last block (MAE, photos, cls)"
-        assert verdicts[more] == "opposite"
-    assert "refinement raises: linear accuracy of the last block (MAE, photos, mean)" in verdicts
+        at = ("MAE", "photos", "cls")
+        assert verdicts[f"refinement raises: {what} of the last block", *at] == "seen"
+        more = f"refinement raises more than as much masked pre-training: {what} of the last block"
+        assert verdicts[more, *at] == "opposite"
+    of_mean = (
+        "refinement raises: linear probe accuracy of the last block",
+        "MAE",
+        "photos",
+        "mean",
+    )
+    assert of_mean in verdicts
+    first = made["the best block for k-NN beats the last one", "MAE", "photos", "cls"]
+    assert first["measured"].startswith("block 1 of 2, chosen on validation: +20.0 points")
+    assert made[of_mean]["measured"].startswith("50.0 against 70.0 ± 0.0 %: +20.0 points")
 
     depths = [
         natural.Recipe(
@@ -195,16 +196,24 @@ def test_claims_compare_with_controls_and_name_the_block(tmp_path):
     ]
     for depth, last in zip(depths, (0.5, 0.6), strict=True):
         found[depth.name, 0] = found[f"{depth.name} refined", 0] = measured((0.6, last), 0.5, 0)
-    natural.claims(found, [recipe, *depths], run)
-    sweep = next(
-        c
-        for c in run.claims
-        if c["claim"] == "a lighter decoder makes the last blocks fall further (photos, cls)"
-    )
-    assert sweep["verdict"] == "seen"
+    natural.judge_claims(found, [recipe, *depths], record)
+    lighter = "a lighter decoder makes the last blocks fall further"
+    sweep = next(c for c in record.claims if (c["claim"], c["pool"]) == (lighter, "cls"))
+    assert (sweep["verdict"], sweep["dataset"]) == ("seen", "photos")
     assert sweep["measured"].startswith(
         "best block minus last: 20.0 (1 block), 10.0 (2 blocks), 0.0 (8 blocks); +20.0 points"
     )
+
+
+def test_a_best_block_that_is_the_last_one_is_said_and_not_compared_twice(tmp_path):
+    recipe = natural.Recipe("MAE", replace(mr.load_preset("smoke"), dataset="parquet:photos"))
+    blocks = torch.stack([torch.arange(100) < 10, torch.arange(100) < 50])
+    of_model = measure.Measured([], {("photos", "cls", KNN.label): blocks}, {("photos", "cls"): 1})
+    record = Record("evidence", recipe.preset, (0,), tmp_path)
+    natural.judge_claims({("MAE", 0): of_model, ("MAE refined", 0): of_model}, [recipe], record, ())
+    first, lifts = record.claims
+    assert first["measured"].startswith("the block chosen on validation is the last one, 2: +0.0")
+    assert lifts["claim"] == "refinement lifts the last block"
 
 
 def test_a_gpu_affords_decoder_depths_and_a_deeper_model():

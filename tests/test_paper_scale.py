@@ -149,7 +149,7 @@ def row(**changes):
         "n_train": paper.IMAGENET_TRAIN,
         "block": 23,
         "pool": "cls",
-        "protocol": "knn",
+        "protocol": protocols.KNN.name,
         "metric": "accuracy",
         "value": 0.5,
         "seed": 0,
@@ -180,7 +180,7 @@ def test_measurements_are_those_of_the_last_block_of_released_weights():
     assert (measured["value"] == 50).all()
     assert reasons == {
         "MAE|L/16|IN1K|linear probe|top1": "features of centre crops; the paper augments",
-        "MAE|L/16|IN1K 1-shot|low-shot|top1": "labelled images drawn here, not the published splits",
+        "MAE|L/16|IN1K 1-shot|low-shot|top1": paper.DRAWN,
     }
     table = paper.compare(measured, reasons)
     assert table["measured"].notna().sum() >= 4  # every id is one of the paper's

@@ -1,11 +1,12 @@
-"""The presets, and every column of the paper's recipe table written out again (``stage2`` and
-``stage3`` of its ``src/yamls``).
-"""
+"""The presets, and every column of the paper's recipe written out again (its ``src/yamls``)."""
+
+from dataclasses import replace
 
 import pytest
 
 import mimrefiner as mr
 from mimrefiner.__main__ import main
+from mimrefiner.study import plan
 from mimrefiner.study.presets import PAPER_MODELS, PRESETS
 
 COLUMNS = {
@@ -87,7 +88,7 @@ def test_the_views_are_those_of_the_released_code(model):
 
 @pytest.mark.parametrize("model", COLUMNS)
 def test_rates_in_use(model):
-    """Peak rates after scaling by batch / 256: 8e-4 and 1.6e-3 for L, 4e-4 and 8e-4 for H and 2B."""
+    """Peak rates, scaled by batch / 256: 8e-4 and 1.6e-3 for L, 4e-4 and 8e-4 for H and 2B."""
     c = mr.load_preset(f"paper-{model}").refine
     rates = (8e-4, 1.6e-3) if model.endswith("l16") else (4e-4, 8e-4)
     assert [
@@ -107,3 +108,14 @@ def test_published_weights_are_asked_for(image_folder, tmp_path, capsys):
     ]
     assert main(arguments) == 2
     assert "give them by --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [("mae_l16", "mae-l16"), ("d2v2_h14", "d2v2-h14"), ("mae_2b14", "mae-2b14")],
+)
+def test_a_plan_takes_the_recipe_of_the_preset(model, preset):
+    theirs = mr.load_preset(f"paper-{preset}").refine
+    ours = plan.paper_recipe(plan.shape_of(model))
+    assert ours.resolve_blocks(SIZES[preset.split("-")[1]][1]) == theirs.blocks
+    assert replace(ours, blocks=theirs.blocks) == theirs

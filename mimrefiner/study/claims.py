@@ -45,7 +45,7 @@ CLAIM_COLUMNS = (
     "model",
     "dataset",
     "pool",
-    "protocol",
+    "probe",
     "against",
     "measured",
     "verdict",
@@ -76,14 +76,14 @@ class About:
         model: the model or recipe that the claim speaks of.
         dataset: the data set that was measured on; the record's own where it is empty.
         pool: the pooling of the features.
-        protocol: the name of the protocol that measured (:mod:`mimrefiner.probes.protocols`).
+        probe: what measured: the label of a protocol (:mod:`mimrefiner.probes.protocols`).
         against: what the model is compared with.
     """
 
     model: str = ""
     dataset: str = ""
     pool: str = ""
-    protocol: str = ""
+    probe: str = ""
     against: str = ""
 
 

@@ -1,6 +1,4 @@
-"""Differences between two models with their intervals, and the one rule by which a claim is called
-seen or opposite.
-"""
+"""Differences between two models with their intervals, and the rule that calls a claim seen."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +12,12 @@ from scipy import stats
 class Difference:
     """A difference of accuracies (or other shares) with its 95 % interval, and what it decides.
 
-    ``by_seed``: one per seed; ``over``: what the interval covers; ``seen`` and ``opposite``: see
-    :func:`image_difference` and
-    :func:`seed_difference`.
+    Attributes:
+        mean: the difference, averaged over seeds.
+        low, high: its interval.
+        by_seed: the difference of every seed.
+        over: what the interval covers.
+        seen, opposite: see :func:`image_difference` and :func:`seed_difference`.
     """
 
     mean: float
@@ -28,25 +29,27 @@ class Difference:
     opposite: bool
 
     def __str__(self) -> str:
-        """In percentage points."""
-        several = (
-            ", ".join(f"{100 * x:+.1f}" for x in self.by_seed) + " by seed, "
-            if len(self.by_seed) > 1
-            else ""
-        )
-        interval = f"95 % interval over {self.over} {100 * self.low:+.1f} to {100 * self.high:+.1f}"
-        return f"{100 * self.mean:+.1f} points ({several}{interval if np.isfinite(self.low) else 'one seed: no interval'})"
+        """The difference in percentage points."""
+        mean, low, high = (f"{100 * x:+.1f}" for x in (self.mean, self.low, self.high))
+        if not np.isfinite(self.low):
+            return f"{mean} points (one seed: no interval)"
+        single = ", ".join(f"{100 * x:+.1f}" for x in self.by_seed)
+        several = f"{single} by seed, " if len(self.by_seed) > 1 else ""
+        return f"{mean} points ({several}95 % interval over {self.over} {low} to {high})"
 
 
 def image_difference(ours: Sequence, theirs: Sequence) -> Difference:
-    """Difference of two accuracies from which test images were classified right, with the interval
-    over the choice of images.
+    """The difference of two accuracies, with the interval over the choice of test images.
 
-    Seen: the interval of every single seed lies above zero; opposite: that of every seed lies
-    below.
+    It is seen where the interval of every single seed lies above zero, and the opposite is seen
+    where that of every seed lies below.
 
     Args:
-        ours, theirs: one entry per seed, (images,) bool; both of a seed on the same images.
+        ours, theirs: which images were classified right, (images,) bool, one entry per seed; both
+            sides of a seed are measured on the same images.
+
+    >>> str(image_difference([np.ones(100)], [np.zeros(100)]))
+    '+100.0 points (95 % interval over images +100.0 to +100.0)'
     """
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True)]
     single = [paired_bootstrap(a, b) for a, b in pairs]
@@ -56,17 +59,19 @@ def image_difference(ours: Sequence, theirs: Sequence) -> Difference:
 
 
 def seed_difference(ours, theirs, *, images: int | None = None) -> Difference:
-    """Difference of values of which there is one per seed, with the interval over seeds (Student's
-    t).
+    """The difference of two values, with the interval over seeds (Student's t).
 
-    Seen: the interval lies above zero; opposite: below. One seed has no interval and leaves both
-    open.
+    It is seen where the interval lies above zero, and the opposite is seen where it lies below. One
+    seed has no interval and leaves both open.
 
     Args:
         ours, theirs: (seeds,) each.
-        images: number of test images where the values are accuracies: their binomial errors are
+        images: the number of test images where the values are accuracies. Their binomial errors are
             added in quadrature, as if the two were measured on different images, which makes the
             interval wider than it need be.
+
+    >>> str(seed_difference([0.7], [0.5]))
+    '+20.0 points (one seed: no interval)'
     """
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     change, n = ours - theirs, len(ours)
@@ -78,41 +83,32 @@ def seed_difference(ours, theirs, *, images: int | None = None) -> Difference:
     over = "seeds"
     if images is not None:
         errors = [standard_error(float(np.clip(x.mean(), 0, 1)), images) for x in (ours, theirs)]
-        half, over = (
-            math.hypot(half, *(stats.norm.ppf(0.975) * error for error in errors)),
-            "seeds and images",
-        )
-    mean = float(change.mean())
-    return Difference(
-        mean,
-        mean - half,
-        mean + half,
-        tuple(change.tolist()),
-        over,
-        bool(mean > half),
-        bool(mean < -half),
-    )
+        half = math.hypot(half, *(stats.norm.ppf(0.975) * error for error in errors))
+        over = "seeds and images"
+    mean, by_seed = float(change.mean()), tuple(change.tolist())
+    seen, opposite = bool(mean > half), bool(mean < -half)
+    return Difference(mean, mean - half, mean + half, by_seed, over, seen, opposite)
 
 
 def paired_bootstrap(
     right_a: np.ndarray, right_b: np.ndarray, *, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same images with its 95 % interval: (a - b, low, high).
+    """The difference of two accuracies with its 95 % interval: (a - b, low, high).
+
+    Images are drawn with replacement, and both models see the same draw. The interval covers the
+    choice of test images; that of seeds stays outside.
 
     Args:
-        right_a, right_b: which images each model got right, (images,) or (seeds, images), bool;
-            images are drawn with replacement and both models see the same draw. The interval covers
-            the choice of test images, not of seeds.
+        right_a, right_b: which images each model got right, (images,) or (seeds, images), bool.
+        draws: how often images are drawn.
+        seed: draws them.
     """
     difference = np.atleast_2d(np.asarray(right_a, float) - np.asarray(right_b, float)).mean(0)
     rng = np.random.default_rng(seed)
     # A multinomial over the few values equals drawing images
     values, counts = np.unique(difference, return_counts=True)
-    drawn = (
-        rng.multinomial(len(difference), counts / len(difference), size=draws)
-        @ values
-        / len(difference)
-    )
+    n = len(difference)
+    drawn = rng.multinomial(n, counts / n, size=draws) @ values / n
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(difference.mean()), float(low), float(high)
 

@@ -1,14 +1,80 @@
 """Which of our rows measure a published number, and what it would take to measure the others."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
 from mimrefiner.files import ASSETS
 from mimrefiner.models.catalogue import BY_NAME
-from mimrefiner.probes import protocols
-from mimrefiner.study.presets import IMAGENET, PAPER_MODELS, load_preset
+from mimrefiner.probes.protocols import KMEANS, KNN, LINEAR, SHOTS, low_shot
+from mimrefiner.study.presets import (
+    IMAGENET,
+    IMAGENET_TRAIN,
+    PAPER_MODELS,
+    PAPER_SIZES,
+    load_preset,
+)
 
 PAPER_VALUES = ASSETS / "paper_values.csv"
+FAMILIES = {  # as the paper names a model -> as the table of models begins its name
+    "MAE": "mae",
+    "MAE (original)": "mae",
+    "MAE-Refined": "mae_refined",
+    "D2V2": "d2v2",
+    "D2V2-Refined": "d2v2_refined",
+    "dBOT": "dbot",
+    "dBOT-Refined": "dbot_refined",
+    "CrossMAE": "crossmae",
+    "iBOT": "ibot",
+    "Mugs": "mugs",
+    "MAE-CT": "maect",
+    "MAE-CT_aug": "maectaug",
+    "DINO": "dino",
+    "MIM-Refiner (D2V2-Refined)": "d2v2_refined",
+}
+# As notebooks name models -> as the paper does
+STAGES = {"before": "", "refined": "-Refined", "refined (EMA)": "-Refined"}
+PAPER_NAMES = {"mae": "MAE", "d2v2": "D2V2", "dbot": "dBOT", "crossmae": "CrossMAE"}
+
+
+class Published(NamedTuple):
+    """How the paper names what a protocol and metric of ours measure.
+
+    ``reason`` says why the two are not comparable; "" where they are.
+    """
+
+    dataset: str
+    protocol: str
+    metric: str
+    reason: str
+
+
+TUNED = "logistic regression on frozen features; the paper fine-tunes"
+DRAWN = "labelled images drawn here, not the published splits"
+CROPS = "features of centre crops; the paper augments"
+UNSTATED = "the paper states neither split nor algorithm"
+CLUSTERS = "clustering (split and algorithm not stated in image)"
+PROTOCOLS = {  # name of our protocol, metric -> what the paper calls it
+    (KNN.name, "accuracy"): Published("IN1K", "k-NN", "top1", ""),
+    **{
+        (low_shot(n).name, "accuracy"): Published(f"IN1K {n}-shot", "low-shot", "top1", DRAWN)
+        for n in SHOTS
+    },
+    (low_shot(0.01).name, "accuracy"): Published("IN1K 1%", "fine-tune", "top1", TUNED),
+    (low_shot(0.1).name, "accuracy"): Published("IN1K 10%", "fine-tune", "top1", TUNED),
+    (LINEAR.name, "accuracy"): Published("IN1K", "linear probe", "top1", CROPS),
+    **{
+        (KMEANS.name, metric): Published("IN1K", CLUSTERS, metric, UNSTATED)
+        for metric in ("ACC", "NMI", "AMI", "ARI")
+    },
+    (KMEANS.name, "silhouette"): Published(
+        "IN1K", "class separation", "silhouette(x100)", UNSTATED
+    ),
+}
+# They differ from seed to seed on the same weights and images
+BEGIN_AT_RANDOM = (LINEAR.name, KMEANS.name)
+NOT_BUILT_IN = ("fine-tune", "fine-tuned", "UperNet", "attentive", "header: fine-tuning")
 
 
 def paper_values() -> pd.DataFrame:
@@ -17,14 +83,13 @@ def paper_values() -> pd.DataFrame:
 
 
 def compare(measured: pd.DataFrame, pairs: dict[str, str] | None = None) -> pd.DataFrame:
-    """Every published number beside what was measured; a missing measurement stays empty, nothing
-    is copied across.
+    """Every published number beside what was measured; a missing measurement stays empty.
 
     Args:
-        measured: result rows with a column ``paper_id`` that says which paper row they measure
-            ("model|backbone|dataset|protocol|metric") and one row per seed; rows without one are
-            passed over.
-        pairs: reasons why a measurement is not comparable, by paper_id.
+        measured: result rows, one per seed, whose column ``paper_id`` says which row of the paper
+            they measure ("model|backbone|dataset|protocol|metric"); rows without one are passed
+            over.
+        pairs: why a measurement is not comparable, by paper_id.
 
     Returns:
         The paper's rows with measured mean, sd, n_seeds, difference, comparable ("yes", "no" or
@@ -53,81 +118,8 @@ def compare(measured: pd.DataFrame, pairs: dict[str, str] | None = None) -> pd.D
     return table
 
 
-IMAGENET_TRAIN = 1_281_167
-
-
-FAMILIES = {
-    "MAE": "mae",
-    "MAE (original)": "mae",
-    "MAE-Refined": "mae_refined",
-    "D2V2": "d2v2",
-    "D2V2-Refined": "d2v2_refined",
-    "dBOT": "dbot",
-    "dBOT-Refined": "dbot_refined",
-    "CrossMAE": "crossmae",
-    "iBOT": "ibot",
-    "Mugs": "mugs",
-    "MAE-CT": "maect",
-    "MAE-CT_aug": "maectaug",
-    "DINO": "dino",
-    "MIM-Refiner (D2V2-Refined)": "d2v2_refined",
-}
-
-
-# As notebooks name models -> as the paper does
-STAGES = {"before": "", "refined": "-Refined", "refined (EMA)": "-Refined"}
-
-
-PAPER_NAMES = {"mae": "MAE", "d2v2": "D2V2", "dbot": "dBOT", "crossmae": "CrossMAE"}
-
-
-KNN = ("IN1K", "k-NN", "top1", "")
-
-
-TUNED = "logistic regression on frozen features; the paper fine-tunes"
-
-
-DRAWN = "labelled images drawn here, not the published splits"
-
-
-UNSTATED = "the paper states neither split nor algorithm"
-
-
-CLUSTERS = "clustering (split and algorithm not stated in image)"
-
-
-# Protocols that differ from seed to seed on the same weights and images
-BEGIN_AT_RANDOM = ("linear", "kmeans")
-
-
-# (protocol, metric) of our rows -> dataset, protocol, metric of paper_values.csv, and why the two
-# are not comparable ("": they are)
-PROTOCOLS = {
-    (protocols.KNN.name, "accuracy"): KNN,
-    ("knn", "accuracy"): KNN,
-    **{
-        (f"logistic_{n}shot", "accuracy"): (f"IN1K {n}-shot", "low-shot", "top1", DRAWN)
-        for n in (1, 2, 5)
-    },
-    ("logistic_0.01", "accuracy"): ("IN1K 1%", "fine-tune", "top1", TUNED),
-    ("logistic_0.1", "accuracy"): ("IN1K 10%", "fine-tune", "top1", TUNED),
-    ("linear", "accuracy"): (
-        "IN1K",
-        "linear probe",
-        "top1",
-        "features of centre crops; the paper augments",
-    ),
-    **{
-        ("kmeans", metric): ("IN1K", CLUSTERS, metric, UNSTATED)
-        for metric in ("ACC", "NMI", "AMI", "ARI")
-    },
-    ("kmeans", "silhouette"): ("IN1K", "class separation", "silhouette(x100)", UNSTATED),
-}
-
-
 def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """What of the result rows measures a published number, for
-    :func:`mimrefiner.study.paper.compare`.
+    """What of the result rows measures a published number, for :func:`compare`.
 
     These are rows of the last block of released weights on ImageNet-1K, made with a ``paper-*``
     preset; of several banks of training images the largest one counts. Released weights are one
@@ -143,28 +135,12 @@ def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     """
     found, reasons = [], {}
     for row in rows.to_dict("records"):
-        key = (row["protocol"], row["metric"])
-        if row["dataset"] != IMAGENET or row["model"] not in STAGES or key not in PROTOCOLS:
-            continue
-        preset = load_preset(row["preset"])
-        family, size = row["preset"].removeprefix("paper-").split("-")
-        if row["block"] != preset.encoder.depth - 1 or row["pool"] != preset.refine.pool:
-            continue
-        dataset, protocol, metric, reason = PROTOCOLS[key]
-        patch = preset.encoder.patch_size
-        paper_id = "|".join(
-            (
-                PAPER_NAMES[family] + STAGES[row["model"]],
-                f"{size[:-2].upper()}/{patch}",
-                dataset,
-                protocol,
-                metric,
-            )
-        )
-        if reason:
-            reasons[paper_id] = reason
-        repeat = row["seed"] if row["protocol"] in BEGIN_AT_RANDOM else 0
-        found.append({**row, "seed": repeat, "value": 100 * row["value"], "paper_id": paper_id})
+        paper_id, reason = _published(row)
+        if paper_id:
+            if reason:
+                reasons[paper_id] = reason
+            seed = row["seed"] if row["protocol"] in BEGIN_AT_RANDOM else 0
+            found.append({**row, "seed": seed, "value": 100 * row["value"], "paper_id": paper_id})
     found = pd.DataFrame(found, columns=[*rows.columns, "paper_id"])
     found = found[found["n_train"] == found.groupby("paper_id")["n_train"].transform("max")]
     for paper_id, n in found.groupby("paper_id")["n_train"].max().items():
@@ -177,10 +153,22 @@ def measurements(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     return found.drop(columns="value").drop_duplicates(once).merge(mean, on=once), reasons
 
 
+def _published(row: dict) -> tuple[str, str]:
+    """The paper_id that a result row measures and why it is not comparable; "" for none."""
+    key, nothing = (row["protocol"], row["metric"]), ("", "")
+    if row["dataset"] != IMAGENET or row["model"] not in STAGES or key not in PROTOCOLS:
+        return nothing
+    preset = load_preset(row["preset"])
+    if row["block"] != preset.encoder.depth - 1 or row["pool"] != preset.refine.pool:
+        return nothing
+    family, size = PAPER_MODELS[row["preset"].removeprefix("paper-")]
+    model, backbone = PAPER_NAMES[family] + STAGES[row["model"]], PAPER_SIZES[size].name
+    dataset, protocol, metric, reason = PROTOCOLS[key]
+    return "|".join((model, backbone, dataset, protocol, metric)), reason
+
+
 def comparison(rows: pd.DataFrame) -> pd.DataFrame:
-    """:func:`mimrefiner.study.paper.compare` of the result rows; a number that was not measured
-    says what that would need.
-    """
+    """:func:`compare` of the result rows; a number that was not measured says what that needs."""
     table = compare(*measurements(rows))
     missing = table["measured"].isna()
     table.loc[missing, "comparable"] = "not measured"
@@ -189,35 +177,28 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def needs(number: dict) -> str:
-    """What it takes to measure a published number with this package; ``number``: a row of
-    ``paper_values.csv``.
-    """
+    """What it takes to measure a published number, a row of ``paper_values.csv``, with us."""
     model, dataset, protocol = number["model"], number["dataset"], number["protocol"]
-    name = f"{FAMILIES.get(model, model)}_{str(number['backbone']).split()[0].lower().replace('/', '')}"
+    backbone = str(number["backbone"]).split()[0].lower().replace("/", "")
+    name = f"{FAMILIES.get(model, model)}_{backbone}"
+    probe = f"mimrefiner probe {name} imagefolder:PATH"
     if "(group)" in model:
         return "the best of a group of models, which are measured one by one"
     if number["metric"] == "params(M)":
         return f"no measurement: mimrefiner plan {name} imagenet counts them"
-    if any(
-        word in protocol
-        for word in ("fine-tune", "fine-tuned", "UperNet", "attentive", "header: fine-tuning")
-    ):
-        return "not possible: this package neither fine-tunes nor trains attentive probes"
+    if any(word in protocol for word in NOT_BUILT_IN):
+        return (
+            "not possible: the paper's fine-tuning, UperNet and attentive probes are not built in"
+        )
     if name not in BY_NAME:
         return "not possible: no weights of it in the table of models"
     if dataset == "ADE20K":
         return f"possible with {name} and ADE20K: mimrefiner.probes.dense"
     if dataset.split()[0] != "IN1K":
-        return f"possible with {name} and this data set: mimrefiner probe {name} imagefolder:PATH --probes linear"
-    preset = next(
-        (
-            f"paper-{p}"
-            for p in PAPER_MODELS
-            if name in (p.replace("-", "_"), p.replace("-", "_refined_"))
-        ),
-        None,
-    )
+        return f"possible with {name} and this data set: {probe} --probes linear"
     notebook = "07" if "clustering" in protocol or protocol == "class separation" else "06"
-    if preset:
-        return f"possible with released weights and ImageNet-1K: mimrefiner run {notebook} --preset {preset}"
-    return f"possible with {name} and ImageNet-1K: mimrefiner probe {name} imagefolder:PATH"
+    for preset, (family, size) in PAPER_MODELS.items():
+        if name in (f"{family}_{size}", f"{family}_refined_{size}"):
+            run = f"mimrefiner run {notebook} --preset paper-{preset}"
+            return f"possible with released weights and ImageNet-1K: {run}"
+    return f"possible with {name} and ImageNet-1K: {probe}"

@@ -1,19 +1,33 @@
 """The plan of a refinement as text: memory and GPU-hours, foreseen from formulas."""
 
 import math
+from dataclasses import dataclass, replace
 
 from mimrefiner.config import RefineConfig
-from mimrefiner.data.augment import paper_views
 from mimrefiner.data.datasets import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.models.layouts import ViTShape
-from mimrefiner.study.presets import load_preset
-from mimrefiner.training.cost import USE, gpu_hours, make_plan, pretrain_bytes, pretrain_total
+from mimrefiner.study.presets import (
+    IMAGENET_TRAIN,
+    PAPER_SIZES,
+    load_preset,
+    paper_crops,
+    paper_refinement,
+)
+from mimrefiner.training.cost import (
+    USE,
+    Plan,
+    gpu_hours,
+    make_plan,
+    pretrain_bytes,
+    pretrain_total,
+)
 from mimrefiner.training.memory import PLENTY, Memory
 
+GIB = 2**30
 TRAINING_IMAGES = {
-    "imagenet": 1_281_167,
+    "imagenet": IMAGENET_TRAIN,
     "cifar10": 45_000,
     "cifar100": 45_000,
     "fashion_mnist": 54_000,
@@ -33,30 +47,20 @@ def shape_of(model: str) -> ViTShape:
 
 
 def paper_recipe(s: ViTShape) -> RefineConfig:
-    """The paper's recipe by size: L/16, H/14 or 2B/14 (the released settings); other sizes take
-    L/16's.
-    """
-    local = 98 if s.patch_size == 14 else 96
-    views, epochs = paper_views(224, local), 20 if s.post_norm else 30
-    if s.dim == 1280:
-        return RefineConfig(
-            views, tuple(range(20, 32)), temperature=0.3, batch_size=512, refine_epochs=epochs
-        )
-    if s.dim == 2560:
-        return RefineConfig(
-            views,
-            tuple(range(16, 24)),
-            temperature=0.35,
-            batch_size=512,
-            refine_epochs=20,
-            frozen_blocks=6,
-        )
-    return RefineConfig(views, refine_epochs=epochs)
+    """The paper's recipe for a ViT of shape ``s``; sizes that it does not have take L/16's."""
+    family = "d2v2" if s.post_norm else "mae"
+    for size in ("h14", "2b14"):
+        if PAPER_SIZES[size].encoder.dim == s.dim:
+            return replace(paper_refinement(size, family), views=paper_crops(s.patch_size))
+    return replace(paper_refinement("l16", family), views=paper_crops(s.patch_size), blocks=None)
 
 
 def count_images(data: str, split: str = "train") -> int:
-    """Training images of a data set by name or path, or a number; ``split``: which of those at a
-    path are trained on.
+    """The number of training images.
+
+    Args:
+        data: a number, or a data set by name or path.
+        split: which images of a data set by path are trained on.
     """
     if data.isdigit() and int(data) > 0:
         return int(data)
@@ -65,7 +69,17 @@ def count_images(data: str, split: str = "train") -> int:
     )
 
 
-def report(
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of training costs: operations in all, bytes on each GPU, epochs."""
+
+    name: str
+    flops: float
+    bytes: float
+    epochs: float
+
+
+def plan_text(
     model: str,
     data: str,
     preset: str = "paper",
@@ -73,56 +87,69 @@ def report(
     tflops: float = 312,
     memory: Memory = PLENTY,
 ) -> str:
-    """The plan of ``model`` on ``data`` as text."""
+    """The plan of refining ``model`` on ``data`` as text.
+
+    Args:
+        model: a plain ViT of the table of models.
+        data: see :func:`count_images`.
+        preset: its recipe; "paper" takes the paper's by the model's size.
+        gpus: how many share the batch.
+        tflops: the peak of one GPU in bfloat16, TFLOP/s.
+        memory: what trades time for memory.
+
+    >>> print(plan_text("mae_l16", "imagenet").splitlines()[0])
+    encoder      303.3 M parameters, 123.1 GFLOPs per 224 px image
+    """
     s = shape_of(model)
     config = paper_recipe(s) if preset == "paper" else load_preset(preset).refine
     for crop in config.views.crops:
         if crop.size % s.patch_size:
             raise InputError(
-                f"preset {preset} has crops of {crop.size} px, which patch size {s.patch_size} does not divide"
+                f"preset {preset} has crops of {crop.size} px, which patch size {s.patch_size} "
+                "does not divide"
             )
     if not 0 < tflops < math.inf:
         raise InputError(f"expected tflops > 0, got {tflops}")
-    # As training takes them
-    images = count_images(data, "trainval" if preset.startswith("paper") else "train")
+    published = preset.startswith("paper")  # published weights need no pre-training
+    images = count_images(data, "trainval" if published else "train")  # as training takes them
     p = make_plan(s, config, images, gpus=gpus, memory=memory)
-    gib = 2**30
-    heads, refinement = (gpu_hours(flops, tflops) for flops in (p.heads_total, p.refine_total))
-    hours, epochs = (
-        f"heads {_short(heads)}, refinement {_short(refinement)}",
-        f"{config.heads_epochs:g} + {config.refine_epochs:g} epochs",
-    )
-    first_memory = ""
-    if not preset.startswith("paper"):  # published weights need no pre-training
-        stage1 = load_preset(preset).pretrain
-        first_memory = f"pre-training {pretrain_bytes(s, stage1, gpus=gpus, shard=memory.shard) / gib:,.1f} GiB, "
-        first = gpu_hours(pretrain_total(s, stage1, images), tflops)
-        hours, epochs = f"pre-training {_short(first)}, {hours}", f"{stage1.epochs:g} + {epochs}"
-    rows = [
-        (
-            "encoder",
-            f"{p.parameters / 1e6:,.1f} M parameters, {p.forward_flops / 1e9:,.1f} GFLOPs per {s.image_size} px image",
-        ),
-        (
-            "heads",
-            f"{p.head_parameters / 1e6:,.1f} M parameters on blocks {list(config.resolve_blocks(s.depth))} (0-based)",
-        ),
-        (
-            "FLOPs/image",
-            f"heads {_short(p.heads_flops / 1e12)} T, refinement {_short(p.refine_flops / 1e12)} T",
-        ),
-        (
-            "memory/GPU",
-            f"probing {p.probe_bytes / gib:,.1f} GiB (batch 64), {first_memory}heads {p.heads_bytes / gib:,.1f} GiB, "
-            f"refinement {p.refine_bytes / gib:,.1f} GiB (batch {config.batch_size} on {gpus} GPU{'s' * (gpus > 1)}, "
-            "bfloat16)",
-        ),
-        (
-            "GPU-hours",
-            f"{hours}: {images:,} images, {epochs}, assuming {100 * USE:g} % of {tflops:g} TFLOP/s",
-        ),
+    stages = [
+        Stage("heads", p.heads_total, p.heads_bytes, config.heads_epochs),
+        Stage("refinement", p.refine_total, p.refine_bytes, config.refine_epochs),
     ]
+    if not published:
+        first = load_preset(preset).pretrain
+        needed = pretrain_bytes(s, first, gpus=gpus, shard=memory.shard)
+        total = pretrain_total(s, first, images)
+        stages.insert(0, Stage("pre-training", total, needed, first.epochs))
+    batch = f"batch {config.batch_size} on {gpus} GPU{'s' * (gpus > 1)}, bfloat16"
+    blocks = list(config.resolve_blocks(s.depth))
+    rows = _model_rows(p, s.image_size, blocks) + _cost_rows(p, stages, batch, images, tflops)
     return "\n".join(f"{name:12s} {text}" for name, text in rows)
+
+
+def _model_rows(p: Plan, image_size: int, blocks: list[int]) -> list[tuple[str, str]]:
+    size, work = f"{p.parameters / 1e6:,.1f} M parameters", f"{p.forward_flops / 1e9:,.1f} GFLOPs"
+    heads = f"{p.head_parameters / 1e6:,.1f} M parameters on blocks {blocks} (0-based)"
+    each = [_short(flops / 1e12) for flops in (p.heads_flops, p.refine_flops)]
+    return [
+        ("encoder", f"{size}, {work} per {image_size} px image"),
+        ("heads", heads),
+        ("FLOPs/image", f"heads {each[0]} T, refinement {each[1]} T"),
+    ]
+
+
+def _cost_rows(
+    p: Plan, stages: list[Stage], batch: str, images: int, tflops: float
+) -> list[tuple[str, str]]:
+    needs = ", ".join(f"{stage.name} {stage.bytes / GIB:,.1f} GiB" for stage in stages)
+    hours = [f"{stage.name} {_short(gpu_hours(stage.flops, tflops))}" for stage in stages]
+    epochs = " + ".join(f"{stage.epochs:g}" for stage in stages)
+    assumed = f"assuming {100 * USE:g} % of {tflops:g} TFLOP/s"
+    return [
+        ("memory/GPU", f"probing {p.probe_bytes / GIB:,.1f} GiB (batch 64), {needs} ({batch})"),
+        ("GPU-hours", f"{', '.join(hours)}: {images:,} images, {epochs} epochs, {assumed}"),
+    ]
 
 
 def _short(x: float) -> str:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mimrefiner.config import PretrainConfig, RefineConfig, ViTConfig
+from mimrefiner.config import PretrainConfig, RefineConfig, Views, ViTConfig
 from mimrefiner.data.augment import digit_views, paper_views, small_views
 from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.errors import InputError, one_of
 
 IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it
-FOLDERS = {  # name in presets -> variable that says where it lies, what it is, what the folder holds
+IMAGENET_TRAIN = 1_281_167  # its training images
+# Name in presets -> variable that says where it lies, what it is, what the folder holds
+FOLDERS = {
     IMAGENET: ("MIMREFINER_IMAGENET", "ImageNet-1K", "train/CLASS/IMAGE and val/CLASS/IMAGE"),
     "parquet:tiny-imagenet": (
         "MIMREFINER_TINY_IMAGENET",
@@ -21,9 +23,8 @@ FOLDERS = {  # name in presets -> variable that says where it lies, what it is, 
         "its files train-*.parquet and val-*.parquet",
     ),
 }
-CURVE_IMAGES = (
-    100_000  # training images behind curves over all blocks, so that their features fit in memory
-)
+# Training images behind curves over all blocks, so that their features fit in memory
+CURVE_IMAGES = 100_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Preset:
     refine: RefineConfig
 
     def with_seed(self, seed: int) -> "Preset":
+        """The preset whose trainings draw from ``seed``."""
         if seed < 0:
             raise InputError(f"seed must be >= 0, got {seed}")
         return replace(
@@ -47,8 +49,9 @@ class Preset:
 
 
 def smoke() -> Preset:
-    """Seconds on 2 cores: 4 blocks, a few steps. Shows that everything runs; its numbers mean
-    nothing.
+    """Seconds on 2 cores: 4 blocks, a few steps, to show that everything runs.
+
+    Its numbers mean nothing.
     """
     encoder = ViTConfig(dim=32, depth=4, num_heads=2)
     pretrain = PretrainConfig(epochs=4, batch_size=64, flip=False)
@@ -70,12 +73,11 @@ def smoke() -> Preset:
 
 
 def tiny() -> Preset:
-    """About 6 minutes of training on 2 cores: 12 blocks of width 64 on scikit-learn's digits,
-    SimMIM-style.
+    """About 6 minutes of training on 2 cores: 12 blocks of width 64 on scikit-learn's digits.
 
-    A toy: raw pixels classify digits better than these features. Expected: k-NN of the cls token
-    peaks before the last block,
-    and refinement lifts the last block by several points.
+    A toy, pre-trained like SimMIM: raw pixels classify digits better than these features. Expected:
+    k-NN of the cls token peaks before the last block, and refinement lifts the last block by
+    several points.
     """
     encoder = ViTConfig()
     pretrain = PretrainConfig(epochs=250, flip=False)
@@ -98,11 +100,10 @@ def tiny() -> Preset:
 
 
 def fashion() -> Preset:
-    """``tiny``'s model and recipe, about as many steps, on 8,000 images of Fashion-MNIST: the
-    second data set of the ablations.
+    """``tiny``'s model and recipe on 8,000 images of Fashion-MNIST, for the ablations.
 
-    Five minutes of one CPU core for pre-training and three for each refinement. The data are
-    downloaded when asked for.
+    Pre-training takes five minutes of one CPU core, each refinement three: about as many steps as
+    with ``tiny``. The data are downloaded when they are first loaded.
     """
     preset = tiny()
     pretrain = replace(preset.pretrain, epochs=30)
@@ -119,8 +120,9 @@ def fashion() -> Preset:
 
 
 def gpu() -> Preset:
-    """Under an hour on one data-centre GPU (not yet measured): ViT-Tiny/4 on CIFAR-10, MAE-style
-    with a light decoder.
+    """Under an hour on one data-centre GPU (not yet measured): ViT-Tiny/4 on CIFAR-10.
+
+    It is pre-trained like MAE, with a light decoder.
     """
     encoder = ViTConfig(image_size=32, patch_size=4, dim=192, depth=12, num_heads=3)
     pretrain = PretrainConfig(
@@ -144,13 +146,12 @@ def gpu() -> Preset:
 
 
 def natural() -> Preset:
-    """Natural images at 64 px on a CPU: MAE ViT-Tiny/8 with a light decoder, on Tiny-ImageNet (give
-    its folder by ``--data``).
+    """Natural images at 64 px on a CPU: MAE ViT-Tiny/8 with a light decoder, on Tiny-ImageNet.
 
-    About 8 minutes of one CPU core in bfloat16 per epoch of pre-training (90,000 images) and 20 for
-    both stages of refinement, which see less than half an epoch. The paper's 2 + 10 views are cut
-    to 2 + 4, and the first half of the blocks is frozen. A weak model, as few epochs make it;
-    ``natural-gpu`` is the same with the epochs that a GPU affords.
+    Give the folder of Tiny-ImageNet by ``--data``. An epoch of pre-training (90,000 images) takes
+    about 8 minutes of one CPU core in bfloat16; both stages of refinement, which see less than half
+    an epoch, take 20. The paper's 2 + 10 views are cut to 2 + 4, and the first half of the blocks
+    is frozen. Few epochs make a weak model; ``natural-gpu`` has those that a GPU affords.
     """
     encoder = ViTConfig(image_size=64, patch_size=8, dim=192, depth=12, num_heads=3)
     pretrain = PretrainConfig(
@@ -173,7 +174,8 @@ def natural() -> Preset:
         refine_epochs=0.36,
         warmup_epochs=0.03,
         heads_base_lr=4e-3,
-        refine_base_lr=8e-3,  # the best of three on validation images: python -m experiments.natural --choose
+        # The best of three on validation images: python -m experiments.natural --choose
+        refine_base_lr=8e-3,
         layer_decay=0.75,
         frozen_blocks=6,
     )
@@ -181,8 +183,9 @@ def natural() -> Preset:
 
 
 def natural_simmim() -> Preset:
-    """``natural`` with SimMIM pre-training: mask tokens pass the encoder, which makes an epoch
-    three times as long (25 minutes).
+    """``natural`` with SimMIM pre-training.
+
+    Mask tokens pass the encoder, so that an epoch takes three times as long (25 minutes).
     """
     preset = natural()
     pretrain = replace(preset.pretrain, method="simmim", mask_ratio=0.6, epochs=2)
@@ -192,8 +195,9 @@ def natural_simmim() -> Preset:
 
 
 def natural_gpu() -> Preset:
-    """``natural`` on one data-centre GPU (not yet run): 300 epochs of MAE, then the paper's 2 + 10
-    views for 10 + 20 epochs.
+    """``natural`` on one data-centre GPU (not yet run).
+
+    300 epochs of MAE, then the paper's 2 + 10 views for 10 + 20 epochs.
     """
     preset = natural()
     pretrain = replace(preset.pretrain, epochs=300, batch_size=1024, base_lr=5e-4)
@@ -215,23 +219,65 @@ def natural_gpu() -> Preset:
     return replace(preset, name="natural-gpu", pretrain=pretrain, refine=refine)
 
 
-def paper(model: str) -> Preset:
-    """The paper's refinement of a published model on ImageNet-1K: 1 to 64 data-centre GPUs, days
-    for the largest (not measured).
+@dataclass(frozen=True)
+class PaperSize:
+    """A size of the paper's models, and what the recipe takes from it."""
 
-    The settings are those of the released configurations (``src/yamls/stage2`` and ``stage3``), the
-    pairing of views that of the released code. Give the published weights by ``--model`` and
-    ImageNet, all of whose training images are used, by ``--data`` or ``$MIMREFINER_IMAGENET``; the
-    pre-training part is MAE's own recipe (arXiv 2111.06377, Table 8). Expected k-NN accuracies of
-    the last block, from the paper: MAE L/16 81.5, H/14 82.3, 2B/14 83.2, data2vec 2.0 L/16 81.0.
+    name: str
+    encoder: ViTConfig
+    temperature: float
+    first_head: int
+    batch_size: int
+    epochs: int = 30
+    frozen_blocks: int = 0
+
+
+def _vit(dim: int, depth: int, num_heads: int, patch_size: int) -> ViTConfig:
+    return ViTConfig(224, patch_size, dim=dim, depth=depth, num_heads=num_heads)
+
+
+PAPER_SIZES = {
+    "l16": PaperSize("L/16", _vit(1024, 24, 16, 16), 0.2, 16, 1024),
+    "h14": PaperSize("H/14", _vit(1280, 32, 16, 14), 0.3, 20, 512),
+    "2b14": PaperSize("2B/14", _vit(2560, 24, 32, 14), 0.35, 16, 512, epochs=20, frozen_blocks=6),
+}
+
+
+def paper_crops(patch_size: int) -> Views:
+    """The paper's views; patches of 14 px need local crops of 98 px in place of 96."""
+    return paper_views(224, 98 if patch_size == 14 else 96)
+
+
+def paper_refinement(size: str, family: str = "mae") -> RefineConfig:
+    """The paper's refinement of a size of PAPER_SIZES, as the released configurations set it.
+
+    data2vec 2.0 ("d2v2") takes 20 epochs; the heads of CrossMAE read the mean of patch tokens.
     """
-    name, size = model.split("-")
-    dim, depth, num_heads, patch, temperature, first_head, batch_size = {
-        "l16": (1024, 24, 16, 16, 0.2, 16, 1024),
-        "h14": (1280, 32, 16, 14, 0.3, 20, 512),
-        "2b14": (2560, 24, 32, 14, 0.35, 16, 512),
-    }[size]
-    encoder = ViTConfig(image_size=224, patch_size=patch, dim=dim, depth=depth, num_heads=num_heads)
+    of = PAPER_SIZES[size]
+    return RefineConfig(
+        views=paper_crops(of.encoder.patch_size),
+        blocks=tuple(range(of.first_head, of.encoder.depth)),
+        pool="mean" if family == "crossmae" else "cls",
+        temperature=of.temperature,
+        pairing="published",
+        batch_size=of.batch_size,
+        refine_epochs=20 if family == "d2v2" else of.epochs,
+        frozen_blocks=of.frozen_blocks,
+        ema_decay=0.9999,
+    )
+
+
+def paper(model: str) -> Preset:
+    """The paper's refinement of a published model on ImageNet-1K.
+
+    1 to 64 data-centre GPUs, days for the largest (not measured). The settings are those of the
+    released configurations (``src/yamls/stage2`` and ``stage3``), the pairing of views that of the
+    released code. Give the published weights by ``--model`` and ImageNet, all of whose training
+    images are used, by ``--data`` or ``$MIMREFINER_IMAGENET``; the pre-training part is MAE's own
+    recipe (arXiv 2111.06377, Table 8). Expected k-NN accuracies of the last block, from the paper:
+    MAE L/16 81.5, H/14 82.3, 2B/14 83.2, data2vec 2.0 L/16 81.0.
+    """
+    family, size = PAPER_MODELS[model]
     pretrain = PretrainConfig(
         method="mae",
         mask_ratio=0.75,
@@ -244,30 +290,20 @@ def paper(model: str) -> Preset:
         min_lr=0.0,
         warmup_share=40 / 1600,
     )
-    refine = RefineConfig(
-        views=paper_views(224, 96 if patch == 16 else 98),
-        blocks=tuple(range(first_head, depth)),
-        pool="mean" if name == "crossmae" else "cls",
-        temperature=temperature,
-        pairing="published",
-        batch_size=batch_size,
-        refine_epochs=20 if name == "d2v2" or size == "2b14" else 30,
-        frozen_blocks=6 if size == "2b14" else 0,
-        ema_decay=0.9999,
-    )
-    return Preset(f"paper-{model}", "imagefolder:imagenet", None, None, encoder, pretrain, refine)
+    encoder, refine = PAPER_SIZES[size].encoder, paper_refinement(size, family)
+    return Preset(f"paper-{model}", IMAGENET, None, None, encoder, pretrain, refine)
 
 
-PAPER_MODELS = (
-    "mae-l16",
-    "d2v2-l16",
-    "dbot-l16",
-    "crossmae-l16",
-    "mae-h14",
-    "d2v2-h14",
-    "dbot-h14",
-    "mae-2b14",
-)
+PAPER_FAMILIES = {
+    "l16": ("mae", "d2v2", "dbot", "crossmae"),
+    "h14": ("mae", "d2v2", "dbot"),
+    "2b14": ("mae",),
+}
+PAPER_MODELS = {  # name -> family and size
+    f"{family}-{size}": (family, size)
+    for size, families in PAPER_FAMILIES.items()
+    for family in families
+}
 
 
 def describe(preset: Preset) -> str:
@@ -278,13 +314,8 @@ def describe(preset: Preset) -> str:
         f"{crop.size} px crops of {crop.scale[0]:g} to {crop.scale[1]:g} of the area"
         for crop in views.crops
     ]
-    lines = [("heads on", f"blocks {blocks} (0-based)")]
-    lines += [
-        (
-            "views",
-            f"{len(views.global_crops)} global, {crops[0]}; {views.n_local} local, {crops[-1]}",
-        )
-    ]
+    shown = f"{len(views.global_crops)} global, {crops[0]}; {views.n_local} local, {crops[-1]}"
+    lines = [("heads on", f"blocks {blocks} (0-based)"), ("views", shown)]
     for part in ("encoder", "pretrain", "refine"):
         values = asdict(getattr(preset, part))
         text = ", ".join(
@@ -308,7 +339,15 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 
 
 def load_preset(name: str, seed: int = 0) -> Preset:
-    """The preset ``name`` with its seeds set; InputError lists the names there are."""
+    """The preset ``name`` whose trainings draw from ``seed``.
+
+    Raises:
+        InputError: an unknown name; the message lists those there are.
+
+    >>> preset = load_preset("tiny", seed=1)
+    >>> preset.dataset, preset.encoder.depth, preset.refine.seed
+    ('digits', 12, 1)
+    """
     one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]().with_seed(seed)
 
@@ -317,8 +356,8 @@ def load_split(preset: Preset, split: str) -> ImageDataset:
     """A split of the preset's data set, cut to the preset's size.
 
     Raises:
-        InputError: as :func:`mimrefiner.load_dataset`; with the variable to set where a data set is
-            not found.
+        InputError: as :func:`mimrefiner.load_dataset`; where a data set is not found, it names the
+            variable to set.
     """
     name = preset.dataset
     if name in FOLDERS:
@@ -327,8 +366,8 @@ def load_split(preset: Preset, split: str) -> ImageDataset:
         folder = Path(os.environ.get(variable, default)).expanduser()
         if not folder.is_dir():
             raise InputError(
-                f"preset {preset.name} needs {what}, and there is no folder {folder}: set {variable} to the folder that holds "
-                f"{holds}"
+                f"preset {preset.name} needs {what}, and there is no folder {folder}: set "
+                f"{variable} to the folder that holds {holds}"
             )
         name = f"{kind}:{folder}"
     return load_dataset(name, split=split).take(

@@ -1,6 +1,4 @@
-"""What was measured beforehand and is committed beside the notebooks, in ``experiments/``: readers
-of those rows.
-"""
+"""Readers of what was measured beforehand and is committed in ``experiments/``."""
 
 from pathlib import Path
 
@@ -15,9 +13,7 @@ def experiments_folder() -> Path:
 
 
 def evidence() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows and claims of the natural images, measured with a GPU where that was done, else with a
-    CPU.
-    """
+    """Rows and claims of the natural images: those of the GPU where there are any."""
     folder = experiments_folder()
     name = next(
         name for name in ("natural-gpu", "natural") if (folder / f"evidence_{name}.csv").is_file()

@@ -3,7 +3,6 @@
 import functools
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -19,8 +18,11 @@ from mimrefiner.files import CHECKOUT, atomic_file, write_csv
 def write_table(frame: pd.DataFrame, path: Path, *, printed: Sequence[str] | None = None) -> None:
     """Write ``frame`` without its index as ``path``.csv, .md and .tex (LaTeX, booktabs).
 
-    ``printed``: the columns that a page has room for, where the table is long: LaTeX then breaks it
-    over pages (longtable).
+    Args:
+        frame: the table.
+        path: the files' path without suffix.
+        printed: the columns that a page has room for, where the table is long; LaTeX then breaks it
+            over pages (longtable).
     """
     write_csv(frame, path.with_suffix(".csv"))
     shown = frame if printed is None else frame[list(printed)]
@@ -40,7 +42,13 @@ def write_table(frame: pd.DataFrame, path: Path, *, printed: Sequence[str] | Non
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """``frame`` without its index as Markdown; missing values are empty."""
+    """``frame`` without its index as Markdown; missing values are empty.
+
+    >>> print(markdown_table(pd.DataFrame({"model": ["MAE"], "k-NN": [0.5], "sd": [None]})), end="")
+    | model | k-NN | sd |
+    | --- | --- | --- |
+    | MAE | 0.5 |  |
+    """
     cells = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     lines = [list(frame.columns), ["---"] * len(frame.columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -53,55 +61,51 @@ def _cell(value) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """ "1 seed", "3 seeds"."""
+    """A number with its noun.
+
+    >>> count(1, "seed"), count(3, "seed")
+    ('1 seed', '3 seeds')
+    """
     return f"{n} {noun}" + ("s" if n != 1 else "")
 
 
-def readable(text: str) -> str:
-    """Names of protocols in ``text`` as people say them: "logistic_1shot" is "1-shot",
-    "logistic_0.01" "1 %", "knn" "k-NN".
-    """
-    text = re.sub(r"logistic_(\d+)shot", r"\1-shot", text)
-    text = re.sub(r"logistic_(0\.\d+)", lambda share: f"{100 * float(share[1]):g} %", text)
-    text = re.sub(r"\blinear(_\w+)?\b", "linear probe", text)
-    return re.sub(r"\bknn(_k\w+(\.\w+)?)?\b", "k-NN", text).replace("kmeans", "k-means")
-
-
 def mean_sd(values) -> str:
-    """Mean and standard deviation over seeds as text (percent); the deviation is left out for one
-    seed.
+    """Mean and standard deviation over seeds as text in percent; one seed has no deviation.
+
+    >>> mean_sd([0.5, 0.6]), mean_sd([0.5])
+    ('55.0 ± 7.1', '50.0')
     """
     values = 100 * np.asarray(values, float)
-    return (
-        f"{values.mean():.1f}"
-        if len(values) == 1
-        else f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
-    )
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"
+
+
+PACKAGES = (
+    "mimrefiner",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scikit-learn",
+    "pandas",
+    "papermill",
+)
 
 
 def environment() -> dict:
     """Versions and hardware for a manifest; nothing that names the machine or its folders."""
-    names = (
-        "mimrefiner",
-        "torch",
-        "torchvision",
-        "timm",
-        "numpy",
-        "scikit-learn",
-        "pandas",
-        "papermill",
-    )
+    memory = None
+    if hasattr(os, "sysconf"):
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     return {
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(name) for name in PACKAGES},
         "git_sha": git_sha(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-        if hasattr(os, "sysconf")
-        else None,
+        "memory_gib": memory,
     }
 
 
@@ -115,30 +119,25 @@ def _processor() -> str:
 
 @functools.cache
 def git_sha() -> str:
-    """Commit of the checkout this package lies in, "-dirty" behind it where files are changed; ""
-    outside one.
+    """The commit of the checkout that holds this package; "" outside one.
+
+    It ends in "-dirty" where files are changed.
     """
-    root = CHECKOUT
-    if not (root / ".git").exists():
+    if not (CHECKOUT / ".git").exists():
         return ""
     try:
-        sha = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        sha = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return sha.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+    return sha + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
 
 
 @functools.cache
