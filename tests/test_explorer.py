@@ -155,9 +155,9 @@ def test_a_full_page_stays_under_its_limit_and_loads_nothing(monkeypatch):
     assert 4e6 < len(text.encode()) <= explorer.LIMIT == 8 * 2**20
     looks = {tuple(look) for look in page["looks"]}
     assert len(page["classes"]) == 200 and len(looks) == 56  # colours and shapes begin again
-    rest = text.replace(page["sprite"]["address"], "")
+    template = (explorer.ASSETS / "explorer.html").read_text(encoding="utf-8")
     loads = r"https?:|//\w|url\(|@import|fetch\(|XMLHttp|<link(?! rel=.icon. href=.data:)"
-    assert not re.findall(loads, rest)
+    assert not re.findall(loads, template)
     monkeypatch.setattr(explorer, "LIMIT", len(text.encode()) - 1)
     assert content(explorer.page(*given))["sprite"]["side"] < page["sprite"]["side"] == 64
     monkeypatch.setattr(explorer, "LIMIT", 2**20)
@@ -168,10 +168,10 @@ def test_a_full_page_stays_under_its_limit_and_loads_nothing(monkeypatch):
 def test_classes_take_colours_like_their_images():
     images = [Image.new("RGB", (16, 16), c) for c in ("#e76300", "#a6d854", "#bd1f01")]
     colours = [colour for colour, _ in explorer.looks(images, np.arange(3))]
-    palette = list(explorer.CLASS_PALETTE[:3])
+    palette = list(explorer.COLOURS[:3])
     assert sorted(colours) == sorted(palette)
     assert colours[2] == "#bd1f01"
-    grey = [Image.new("RGB", (16, 16), (v, v, v)) for v in (120, 120, 120)]
+    grey = [Image.new("RGB", (16, 16), (v, v, v)) for v in (250, 120, 10)]
     assert [colour for colour, _ in explorer.looks(grey, np.arange(3))] == palette
 
 
@@ -206,13 +206,16 @@ def test_umap_draws_where_there_are_enough_images(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setattr(explorer, "umap_map", umap_map)
     pages = []
+    after = other_vit()
+    torch.nn.init.normal_(after.blocks[-1].mlp.fc2.weight)
     for images in (49, 50):
         data = (Pictures(40, 0), Pictures(60, 1))
         settings = Settings(images=images, seed=3)
-        out = explorer.write(tmp_path / "x.html", data, other_vit(), settings=settings)
+        out = explorer.write(tmp_path / "x.html", data, other_vit(), after, settings)
         pages.append(content(out.read_text(encoding="utf-8")))
-    assert [page["map"] for page in pages] == ["PCA", "UMAP"] and seeds == [3, 3, 3]
-    assert caplog.text.count("UMAP needs 50 images, and there are 49") == 1
+    assert [page["map"] for page in pages] == ["PCA", "UMAP"]
+    assert seeds == [3, 3, 3, 3]  # 3 blocks, and the last one of an encoder that is else the same
+    assert "UMAP needs 50 images, and there are 49" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -328,6 +331,15 @@ def test_page_by_hand(opened, written):
     press_image(opened, 1, image)
     for model in range(2):
         assert shown_neighbours(opened, model) == [image, *found[model][1, image]]
+
+    # Closer up the chosen image stays where it is and the others move away from it
+    ask = "images => images.map(i => explorer.placeOf(explorer.models[1], i))"
+    far = np.array(opened.evaluate(ask, [image, start]))
+    opened.get_by_role("button", name="Zoom in").click()
+    close = np.array(opened.evaluate(ask, [image, start]))
+    assert close[0] == pytest.approx(far[0], abs=8)
+    assert close[1] - close[0] == pytest.approx(1.6 * (far[1] - far[0]), abs=16)
+    opened.get_by_role("button", name="Zoom out").click()
 
     # A neighbour becomes the next image, by Enter; names are words, whatever they hold
     first = int(found[0][1, image, 0])

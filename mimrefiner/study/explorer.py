@@ -5,6 +5,7 @@ draws it. Its numbers travel as base64 of little-endian int16.
 """
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -44,6 +45,8 @@ MOST = 1500  # images that a page can show
 FEW = 50  # below this many images UMAP has nothing to work with
 LIMIT = 8 * 2**20  # bytes of a page
 SIDES = (64, 48, 36, 24)  # pixels of a thumbnail, the first that fits into LIMIT
+# Black frames vanish around dark pictures
+COLOURS = tuple("#5f6b00" if colour == "#111111" else colour for colour in CLASS_PALETTE)
 SHAPES = 4  # of dots: circle, square, triangle, diamond
 INT16 = np.dtype("<i2")
 
@@ -126,32 +129,35 @@ def write(
     PosixPath('explorer.html')
     """
     settings, out = settings or Settings(), Path(out)
-    if out.is_dir():
-        raise InputError(f"{out} is a folder: expected a file, such as {out / 'explorer.html'}")
-    check_writable(out.parent)
+    _check_file(out)
     given = [before] if after is None else [before, after]
     encoders = [load_encoder(x) if isinstance(x, str | Path) else x for x in given]
     pool = _pool_of(encoders, settings.pool)
     train, test = _parts(data, settings)
     features = [_features(encoder, train, test, pool, loading) for encoder in encoders]
     rows = _shown(features[0][1].y.numpy(), settings)
-    sides = []
-    for name, pair in zip(_names(given), features, strict=True):
-        sides.append(side(name, *pair, rows, settings, sides[0].maps if sides else None))
+    sides, drawn = [], {}
+    for name, (bank, shown) in zip(_names(given), features, strict=True):
+        sides.append(side(name, bank, shown, rows, settings, sides, drawn))
     facts = {
         "data": short_name(data) if isinstance(data, str) else "own data",
         "pool": pool,
-        "map": "PCA" if _draws_pca(len(rows), settings) else "UMAP",
-        "seed": settings.seed,
         "voters": len(train),
         "k": min(K, len(train)),
-        "temperature": TEMPERATURE,
+        "map": "PCA" if _draws_pca(len(rows), settings) else "UMAP",
+        "seed": settings.seed,
     }
     images = [to_pil(test[int(row)][0]) for row in rows]
     text = page(sides, images, features[0][1].y.numpy()[rows], _classes(test), rows, facts)
     with atomic_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out
+
+
+def _check_file(out: Path) -> None:
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: expected a file, such as {out / 'explorer.html'}")
+    check_writable(out.parent)
 
 
 def at_most(dataset: Dataset, n: int, seed: int) -> Dataset:
@@ -168,7 +174,8 @@ def side(
     test: Features,
     rows: np.ndarray,
     settings: Settings,
-    towards: np.ndarray | None = None,
+    others: Sequence[Side] = (),
+    drawn: dict[bytes, np.ndarray] | None = None,
 ) -> Side:
     """What the page shows of one model.
 
@@ -177,17 +184,24 @@ def side(
         train, test: features with one pooling.
         rows: the test images that are shown.
         settings: how the maps are drawn.
-        towards: the maps of another model, (blocks, images, 2), beside which these will stand.
+        others: the first of them is the model beside whose maps these will stand.
+        drawn: maps by what was drawn, to which these are added: refinement leaves early blocks as
+            they are, and UMAP takes seconds.
     """
     (hits,) = knn_hits(train, test, k=min(K, len(train.y)), temperature=TEMPERATURE).values()
     (bank,), (shown,) = train.x.values(), test.subset(rows).x.values()
     near = [neighbours(*pair) for pair in zip(bank, shown, strict=True)]
-    draw = pca_map if _draws_pca(len(rows), settings) else umap_map
-    if draw is pca_map and settings.map != "pca":
+    pca, drawn = _draws_pca(len(rows), settings), {} if drawn is None else drawn
+    if pca and settings.map != "pca":
         logger.warning("UMAP needs %d images, and there are %d: PCA draws the maps", FEW, len(rows))
-    options = {} if draw is pca_map else {"seed": settings.seed}
-    maps = [draw(x, **options) for x in progress(list(shown), f"maps of {name}", unit="block")]
-    return Side(name, hits.numpy(), np.stack(near), aligned(np.stack(maps), towards))
+    maps = []
+    for x in progress(list(shown), f"maps of {name}", unit="block"):
+        key = hashlib.sha256(x.numpy().tobytes()).digest()
+        if key not in drawn:
+            drawn[key] = pca_map(x) if pca else umap_map(x, seed=settings.seed)
+        maps.append(drawn[key])
+    maps = aligned(np.stack(maps), others[0].maps if others else None)
+    return Side(name, hits.numpy(), np.stack(near), maps)
 
 
 def neighbours(bank: Tensor, shown: Tensor, k: int = NEIGHBOURS) -> np.ndarray:
@@ -267,8 +281,7 @@ def page(
         labels: their classes, (images,).
         classes: names of the classes; None names them by number.
         rows: the shown images' rows among the test images that were counted.
-        facts: what the page says about itself: data, pool, map, seed, voters, k,
-            temperature.
+        facts: what the page says about itself: data, pool, voters, k, map, seed.
 
     Raises:
         InputError: the page would be larger than LIMIT.
@@ -280,34 +293,37 @@ def page(
         "classes": [f"class {c}" if classes is None else str(classes[c]) for c in present],
         "looks": looks(images, label),
         "labels": _packed(label),
+        "temperature": TEMPERATURE,
         "tested": sides[0].hits.shape[1],
         "start": typical(sides, label),
-        "models": [
-            {
-                "name": model.name,
-                "accuracy": [round(100 * float(right.mean()), 4) for right in model.hits],
-                "hits": _packed(model.hits[:, rows]),
-                "neighbours": _packed(model.neighbours),
-                "places": _packed(np.rint(32767 * model.maps)),
-            }
-            for model in sides
-        ],
+        "models": [_model(one, rows) for one in sides],
     }
     template = (ASSETS / "explorer.html").read_text(encoding="utf-8")
+    for mark, words in (("TITLE", title), ("SUBTITLE", subtitle)):
+        escaped = html.escape(words.replace(" %", "\u00a0%"))
+        template = template.replace(f"<!--{mark}-->", escaped)
     for size in SIDES:
         content["sprite"] = sprite(images, size)
-        text = template
-        for mark, words in (("TITLE", title), ("SUBTITLE", subtitle)):
-            text = text.replace(f"<!--{mark}-->", html.escape(words.replace(" %", "\u00a0%")))
         # No class name can end the script: JSON may write < as an escape
         inside = json.dumps(content, sort_keys=True).replace("<", "\\u003c")
-        text = text.replace("<!--DATA-->", inside)
+        text = template.replace("<!--DATA-->", inside)
         if len(text.encode()) <= LIMIT:
             return text
     raise InputError(
         f"the page would take {len(text) / 2**20:.1f} MiB, more than {LIMIT / 2**20:.0f}: "
         f"show fewer images than {len(images):,} with --images"
     )
+
+
+def _model(one: Side, rows: np.ndarray) -> dict:
+    """One model in the form that the page reads."""
+    return {
+        "name": one.name,
+        "accuracy": [round(100 * float(right.mean()), 4) for right in one.hits],
+        "hits": _packed(one.hits[:, rows]),
+        "neighbours": _packed(one.neighbours),
+        "places": _packed(np.rint(32767 * one.maps)),
+    }
 
 
 def finding(sides: Sequence[Side], data: str) -> tuple[str, str]:
@@ -358,16 +374,18 @@ def looks(images: Sequence[Image.Image], label: np.ndarray) -> list[tuple[str, i
     pixels = np.stack([np.asarray(x.convert("RGB").resize((8, 8))) for x in images])
     pixels = pixels.reshape(len(images), -1, 3) / 255
     # A thing stands out from what is around it by its colour
-    weight = np.ptp(pixels, axis=2, keepdims=True) + 1e-3
-    mean = (pixels * weight).sum(1) / weight.sum(1)
-    mean = np.stack([mean[label == c].mean(0) for c in range(label.max() + 1)])
-    n = len(CLASS_PALETTE)
-    all_looks = [(CLASS_PALETTE[i % n], (i + i // n) % SHAPES) for i in range(len(mean))]
-    colours = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c, _ in all_looks])
+    weight = np.ptp(pixels, axis=2, keepdims=True)
+    mean = (pixels * weight).sum(1) / (weight.sum(1) + 1e-6)
+    classes = [label == c for c in range(label.max() + 1)]
+    mean = np.stack([mean[chosen].mean(0) for chosen in classes])
+    n = len(COLOURS)
+    free = [(COLOURS[i % n], (i + i // n) % SHAPES) for i in range(len(mean))]
+    colours = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c, _ in free])
     apart = ((mean[:, None] - colours) ** 2).sum(2)
+    apart *= np.array([[weight[chosen].mean()] for chosen in classes])
     # Grey images leave the order as it is
-    chosen = linear_sum_assignment(apart + 1e-3 * (1 - np.eye(len(mean))))[1]
-    return [all_looks[i] for i in chosen]
+    order = linear_sum_assignment(apart + 1e-3 * (1 - np.eye(len(mean))))[1]
+    return [free[i] for i in order]
 
 
 def sprite(images: Sequence[Image.Image], size: int) -> dict:
