@@ -152,7 +152,7 @@ def test_a_full_page_stays_under_its_limit_and_loads_nothing(monkeypatch):
     given = (sides, images, np.arange(n) % 200, None, np.arange(n), {"data": "noise"})
     text = explorer.page(*given)
     page = content(text)
-    assert 4e6 < len(text.encode()) <= explorer.LIMIT == 8 * 2**20
+    assert 4e6 < len(text.encode()) <= explorer.LIMIT == 8_000_000
     looks = {tuple(look) for look in page["looks"]}
     assert len(page["classes"]) == 200 and len(looks) == 56  # colours and shapes begin again
     template = (explorer.ASSETS / "explorer.html").read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ NEIGHBOURS = 8  # shown of every image
 K, TEMPERATURE = 10, 0.07  # the vote that accuracies count
 MOST = 1500  # images that a page can show
 FEW = 50  # below this many images UMAP has nothing to work with
-LIMIT = 8 * 2**20  # bytes of a page
+LIMIT = 8_000_000  # bytes of a page
 SIDES = (64, 48, 36, 24)  # pixels of a thumbnail, the first that fits into LIMIT
 # Black frames vanish around dark pictures
 COLOURS = tuple("#5f6b00" if colour == "#111111" else colour for colour in CLASS_PALETTE)
@@ -310,7 +310,7 @@ def page(
         if len(text.encode()) <= LIMIT:
             return text
     raise InputError(
-        f"the page would take {len(text) / 2**20:.1f} MiB, more than {LIMIT / 2**20:.0f}: "
+        f"the page would take {len(text) / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: "
         f"show fewer images than {len(images):,} with --images"
     )
 
