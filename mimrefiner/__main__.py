@@ -281,6 +281,32 @@ def do_probe(args) -> None:
         print(f"report.csv, report.md, report.png and report.pdf are in {args.out}")
 
 
+def add_explore(commands) -> None:
+    what = "write one HTML file in which a slider moves through the blocks of one encoder or two"
+    example = "mimrefiner explore mae_tiny_64 mae_tiny_64_refined fruit64 --out explorer.html"
+    add = _command(commands, "explore", do_explore, what, example)
+    add("before", metavar="BEFORE", help="anything that load_encoder takes")
+    add("after", metavar="AFTER", nargs="?", help="another encoder, shown beside the first")
+    add("data", metavar="DATA", help="data set by name or path")
+    add("--pool", help="cls, mean or joined ones (default: cls where all have it, else mean)")
+    images = "test images shown, at most 1500 (default: 1000)"
+    add("--images", type=int, default=1000, metavar="N", help=images)
+    limit = "training images that vote, and test images counted, at most (default: 10000)"
+    add("--limit", type=int, default=10_000, metavar="N", help=limit)
+    add("--map", default="umap", help="umap, which takes seconds a block, or pca (default: umap)")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=0, help="loader processes (default: 0)")
+    out = "file to write (default: explorer.html)"
+    add("--out", type=Path, default=Path("explorer.html"), help=out)
+
+
+def do_explore(args) -> None:
+    from mimrefiner.study.explorer import Settings, write
+
+    settings = Settings(args.pool, args.images, args.limit, args.map, args.seed)
+    print(write(args.out, args.data, args.before, args.after, settings, num_workers=args.workers))
+
+
 def add_datasets(commands) -> None:
     what = "list the data sets that can be named"
     _command(commands, "datasets", do_datasets, what, "mimrefiner datasets")
@@ -351,6 +377,7 @@ COMMANDS = (
     add_pretrain,
     add_refine,
     add_probe,
+    add_explore,
     add_datasets,
     add_models,
     add_plan,
