@@ -62,7 +62,7 @@ _ROOMS = {  # module -> the public names that come from it
 }
 _MODULES = {name: module for module, names in _ROOMS.items() for name in names}
 
-__all__ = [  # noqa: PLE0604, F822  sorted by hand, found by __getattr__
+__all__ = [
     "Features",
     "InputError",
     "MIMRefiner",

@@ -61,6 +61,8 @@ class Meter:
         self.start()
 
     def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.began, self.waited, self.batches = time.perf_counter(), 0.0, 0
 
     def waiting(self, batches: Iterable) -> Iterator:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mimrefiner import distributed
 from mimrefiner.config import RefineConfig
+from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
 from mimrefiner.method.heads import Heads
 from mimrefiner.method.losses import average_pairs, nna_terms
@@ -69,8 +70,7 @@ class MIMRefiner(nn.Module):
         self.depth = len(encoder.blocks)
         self.blocks = config.resolve_blocks(self.depth)
         heads, out_dim = len(self.blocks), config.out_dim
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             self.heads = Heads(
                 heads, encoder.embed_dim, config.hidden_dim, out_dim, config.predictor_dim
             )

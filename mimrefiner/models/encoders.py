@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mimrefiner.config import ViTConfig
+from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
 from mimrefiner.files import ASSETS, atomic_file, cache_folder, first_line
 from mimrefiner.models.catalogue import BY_NAME, CatalogueRow
@@ -45,8 +46,7 @@ def build_vit(
     >>> encoder.embed_dim, len(encoder.blocks)
     (32, 2)
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = timm.models.VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -85,8 +85,7 @@ def random_twin(encoder: nn.Module, seed: int = 0) -> nn.Module:
         twin.pretrained_cfg = dict(encoder.pretrained_cfg)
         return twin
     twin = copy.deepcopy(encoder)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         if hasattr(twin, "init_weights"):
             twin.init_weights()
         else:

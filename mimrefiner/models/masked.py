@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimrefiner.config import PretrainConfig
+from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
 
 
@@ -205,8 +206,7 @@ def masked_pixel_loss(predicted: Tensor, images: Tensor, mask: Tensor, patch: in
 
 def build_masked_model(encoder: nn.Module, config: PretrainConfig) -> SimMIM | MAE:
     """The pre-training model around ``encoder``; ``config.seed`` draws the new weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         if config.method == "simmim":
             return SimMIM(encoder)
         return MAE(encoder, config.decoder_depth, config.decoder_dim, config.decoder_heads)

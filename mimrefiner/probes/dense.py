@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.config import check_blocks
 from mimrefiner.data.views import epoch_order
-from mimrefiner.device import frozen
+from mimrefiner.device import frozen, seeded
 from mimrefiner.errors import InputError
 from mimrefiner.models.blocks import check_pools, depth_of, hooked
 from mimrefiner.probes.checks import tidy
@@ -75,8 +75,7 @@ class DenseProbes(nn.Module):
         self.kinds = [
             (group, cls) for cls in ((False, True) if config.cls else (False,)) for group in groups
         ]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             dims = [encoder.embed_dim * len(group) * (1 + cls) for group, cls in self.kinds]
             self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
             self.layers = nn.ModuleList(

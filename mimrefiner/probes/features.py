@@ -18,15 +18,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mimrefiner import distributed
 from mimrefiner.config import check_blocks
 from mimrefiner.data.views import to_pil
-from mimrefiner.device import default_device, frozen
+from mimrefiner.device import default_device, frozen, full_float32
 from mimrefiner.distributed import gather_rows
 from mimrefiner.errors import InputError
 from mimrefiner.models.blocks import check_pools, depth_of, pooled_blocks
 from mimrefiner.models.encoders import eval_transform
 from mimrefiner.progress import progress
+from mimrefiner.training.memory import advice_on_memory
 
 logger = logging.getLogger(__name__)
 
+LESS_AT_ONCE = "pass fewer images at a time (batch_size, --batch-size)"
 LONG_SECONDS, LARGE_GIB = 120, 4  # from here on an estimate is announced
 
 
@@ -328,7 +330,8 @@ def feature_batches(
     with frozen(encoder, device):
         began = time.monotonic()
         for i, (images, label) in enumerate(progress(loader, "features", unit="batch")):
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            precision = torch.autocast(device.type, autocast, enabled=autocast is not None)
+            with precision, full_float32(), advice_on_memory(LESS_AT_ONCE):
                 images = images.to(device, non_blocking=True)
                 pooled = pooled_blocks(encoder, images, blocks, pools, norm_blocks=norm_blocks)
             pooled = {pool: [x.float().cpu() for x in pooled[pool]] for pool in pools}

@@ -36,6 +36,7 @@ from mimrefiner.progress import progress
 from mimrefiner.training.optim import cosine_lr
 
 # Times batch_size / 256
+LOGIT_BYTES = 2**30  # at most this much for the logits of test images at a time
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -293,9 +294,10 @@ class _Grid:
         """Which images every probe gets right, (kinds, rates, images) bool."""
         known = torch.isin(features.y, self.classes)
         y = torch.where(known, torch.searchsorted(self.classes, features.y), -1)
+        per_image = 2 * 4 * len(keys) * len(self.training.learning_rates) * len(self.classes)
         found = [
             probes.right(self._batch(features, keys, rows), y[rows].to(self.training.device)).cpu()
-            for rows in torch.arange(len(y)).split(4096)
+            for rows in torch.arange(len(y)).split(max(1, LOGIT_BYTES // per_image))
         ]
         return torch.cat(found, -1)
 

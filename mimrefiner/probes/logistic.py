@@ -155,7 +155,8 @@ def _weights(
 ) -> Tensor:
     """Solutions, (blocks, strengths, splits, dim, classes), from ``x``, (images, dim) per block."""
     device, strengths, splits = settings.device, settings.strengths, settings.splits
-    drawn = torch.stack([_rows_normalised(part.to(device)[draws.to(device)].float()) for part in x])
+    # A few rows travel to the device, not whole blocks
+    drawn = torch.stack([_rows_normalised(part[draws].to(device).float()) for part in x])
     repeated = drawn[:, None].expand(-1, len(strengths), -1, -1, -1).flatten(0, 2)
     strength = torch.tensor(strengths).repeat_interleave(splits).repeat(len(x))
     weights = fit_logistic(repeated, y.repeat(len(x) * len(strengths), 1), classes, strength)

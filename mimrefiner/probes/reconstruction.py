@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.data.augment import plain_views
 from mimrefiner.data.views import Order, view_batches
-from mimrefiner.device import frozen
+from mimrefiner.device import frozen, seeded
 from mimrefiner.models.encoders import eval_transform, normalisation
 from mimrefiner.models.masked import Decoder, masked_pixel_loss, random_mask, visible_tokens
 from mimrefiner.probes.checks import tidy
@@ -63,8 +63,7 @@ class DecoderPerBlock(nn.Module):
         self.encoder = encoder
         self.patch, grid = encoder.patch_embed.patch_size[0], encoder.patch_embed.grid_size
         size = config.depth, config.dim, config.heads
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             decoders = [
                 Decoder(encoder.embed_dim, *size, grid, self.patch, first_norm=True)
                 for _ in encoder.blocks
@@ -109,7 +108,7 @@ def reconstruction(
 
     Returns:
         One row per block (metric "masked_mse", columns as
-        :data:`mimrefiner.probes.checks.COLUMNS`), and the trained decoders.
+        :data:`mimrefiner.probes.checks.COLUMNS`), and the trained decoders, beside the encoder.
     """
     config, device = config or DecoderConfig(), torch.device(device)
     with frozen(encoder, device):
@@ -117,6 +116,7 @@ def reconstruction(
         _train(model, train, config, device, num_workers)
         model.eval()
         losses = held_out_loss(model, test, config, device)
+    model.to(next(encoder.parameters()).device)  # the encoder has returned to where it was
     common = {"pool": "tokens", "protocol": DECODER.name, "metric": "masked_mse"}
     common |= {"seed": config.seed, "n_train": len(train), "n_test": len(test)}
     common |= {"setting": f"mask={config.mask_ratio:g}"}

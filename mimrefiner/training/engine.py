@@ -76,7 +76,13 @@ def _fabric(strategy):
         else torch.cuda.is_available() and told["ACCELERATOR"] != "cpu"
     )
     listed = told["DEVICES"].split(",")  # GPUs by number, or how many
-    index = int(listed[local]) if len(listed) > 1 else local % max(1, torch.cuda.device_count())
+    index = int(listed[local]) if len(listed) > 1 else local
+    if cuda and not joined and index >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local} of this machine has no GPU of its own (there are "
+            f"{torch.cuda.device_count()}), and processes cannot share one: start as many as there "
+            "are GPUs, or hide the GPUs to run on the CPU (CUDA_VISIBLE_DEVICES=)"
+        )
     try:
         fabric = Fabric(
             accelerator="cuda" if cuda else "cpu",

@@ -18,8 +18,11 @@ from mimrefiner.device import autocast, default_device, plain_attention
 from mimrefiner.errors import InputError
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Saving
+from mimrefiner.training.memory import advice_on_memory
 from mimrefiner.training.optim import Stage, freeze_first, layer_decay_groups
 from mimrefiner.training.run import TrainingRun, run_settings, sigterm_stops
+
+ADVICE = "freeze the first blocks (frozen_blocks) or take a smaller batch (batch_size)"
 
 
 class Classifier(nn.Module):
@@ -128,7 +131,7 @@ def _labelled_stage(
     run.begin(stage, model=model, optimizer=optimizer)
     views = plain_views(model.encoder.pretrained_cfg["input_size"][-1], (0.08, 1.0))
     through = engine.averaged(model)
-    with sigterm_stops(), plain_attention(model, classes.device):
+    with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(model, classes.device):
         for step, ((images,), _, label) in run.steps("fine-tune", dataset, views, config.seed):
             with autocast(classes.device, model.encoder):
                 loss = through(
@@ -142,7 +145,7 @@ def _labelled_stage(
 
 def _flops_per_step(model: Classifier, batch: int, size: int, device: torch.device) -> int:
     """Floating point operations of one step, counted on two images."""
-    with FlopCounterMode(display=False) as counter:
+    with plain_attention(model, device), FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 3, size, size, device=device)).sum().backward()
     model.zero_grad()
     return counter.get_total_flops() * batch // 2
