@@ -344,7 +344,8 @@ def load_preset(name: str, seed: int = 0) -> Preset:
     Raises:
         InputError: an unknown name; the message lists those there are.
 
-    >>> preset = load_preset("tiny", seed=1)
+    >>> import mimrefiner as mr
+    >>> preset = mr.load_preset("tiny", seed=1)
     >>> preset.dataset, preset.encoder.depth, preset.refine.seed
     ('digits', 12, 1)
     """

@@ -89,8 +89,6 @@ def probe(
 ) -> pd.DataFrame:
     """Probe every block of an encoder.
 
-    In a process group (``torchrun``) the first process returns the rows, the others none.
-
     Args:
         encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
         data: what :func:`mimrefiner.load_dataset` takes, or (train, test) of (image, label).
@@ -109,13 +107,15 @@ def probe(
         device: where features and probes are computed; None takes a GPU where there is one.
 
     Returns:
-        Tidy rows: model ("model", "random weights", "raw pixels"), probe, the probes' columns.
+        Tidy rows: model ("model", "random weights", "raw pixels"), probe, the probes' columns; of a
+            process group (``torchrun``) the first process returns them, the others none.
 
     Raises:
         InputError: what was asked does not fit, or ``out`` holds another report or foreign files.
 
-    >>> digits = [load_dataset("digits", split=split).take(60) for split in ("train", "test")]
-    >>> probe("simmim_digits", digits, blocks=(5, 11), baselines=False)["pool"].tolist()
+    >>> import mimrefiner as mr
+    >>> digits = [mr.load_dataset("digits", split=split).take(60) for split in ("train", "test")]
+    >>> mr.probe("simmim_digits", digits, blocks=(5, 11), baselines=False)["pool"].tolist()
     ['cls', 'cls', 'mean', 'mean']
     """
     task = Task(tuple(probes), tuple(shots), clusters, seed, device)
