@@ -1,7 +1,7 @@
 """All probes of one model, on the data set it was trained on and on those it was not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mimrefiner.data.datasets import ImageDataset, data_hash, load_dataset, short_name
-from mimrefiner.device import default_device, loader_workers
+from mimrefiner.device import default_device, has_bfloat16, loader_workers
 from mimrefiner.files import Entry
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes import protocols
@@ -37,6 +37,8 @@ KINDS = {  # data set -> classes of one kind, which look alike
     )
 }
 PIXELS = 32  # side of the images of the raw-pixel baseline
+# The features of a data set after every block of an encoder; None stands for raw pixels
+Extract = Callable[[nn.Module | None, ImageDataset], Features]
 # Raised by hand when the same models and data give other rows: they are then measured anew
 NUMERICS = 1
 
@@ -112,18 +114,35 @@ def probe_protocols(images: int) -> list[Protocol]:
     return [KNN, WITHIN_KINDS, linear_protocol(images), *shots, KMEANS]
 
 
-def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Measured:
+def measure(
+    model: Model,
+    data: str,
+    transfer: Sequence[str] = TRANSFER,
+    *,
+    bank: int | None = None,
+    features: Extract | None = None,
+) -> Measured:
     """All probes of one model, on the data set it was trained on and on others.
 
     All models meet the same draws, starts and orders: the probes' seed is 0 for all. Blocks are
     chosen on ``data`` alone: validation images of a transfer set may show what its training images
     show, as those of fruit64 do.
+
+    Args:
+        model: what is measured.
+        data: the data set that it was trained on.
+        transfer: data sets that it was not trained on.
+        bank: how many training images vote; None takes BANK.
+        features: extracts features; None stands for :func:`extracted`.
     """
     # It makes the rows; nothing is written
     record, measured = Record("evidence", model.preset, (model.seed,), Path()), Measured()
     for name in (data, *transfer):
         sets = {split: load_dataset(name, split=split) for split in ("train", "val", "test")}
-        parts = _features(model.encoder, sets)
+        sizes = {"train": bank or BANK, "val": VAL, "test": None}
+        few = {split: part.take(sizes[split]) for split, part in sets.items()}
+        extract = features or extracted
+        parts = Parts(**{split: extract(model.encoder, part) for split, part in few.items()})
         if name == data:
             on_val = knn_hits(parts.train, parts.val)
             best = {pool: int(right.float().mean(1).argmax()) for pool, right in on_val.items()}
@@ -138,15 +157,17 @@ def measure(model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Meas
     return measured
 
 
-def _features(encoder: nn.Module | None, sets: dict[str, ImageDataset]) -> Parts:
-    sizes = {"train": BANK, "val": VAL, "test": None}
-    parts = {split: part.take(sizes[split]) for split, part in sets.items()}
+def extracted(encoder: nn.Module | None, dataset: ImageDataset) -> Features:
+    """Features after every block, in bfloat16 where the device has it; None: raw pixels."""
     if encoder is None:
-        return Parts(**{split: pixel_features(part, PIXELS) for split, part in parts.items()})
-    options = {"autocast": torch.bfloat16, "num_workers": loader_workers()}
-    return Parts(
-        **{split: extract_features(encoder, part, **options) for split, part in parts.items()}
-    )
+        return pixel_features(dataset, PIXELS)
+    return extract_features(encoder, dataset, **loading())
+
+
+def loading() -> dict:
+    """How images pass an encoder: precision and loader processes that suit the device."""
+    precision = torch.bfloat16 if has_bfloat16(default_device()) else None
+    return {"autocast": precision, "num_workers": loader_workers()}
 
 
 def _kinds(name: str, data: ImageDataset) -> Tensor | None:
@@ -209,14 +230,26 @@ def _two_blocks(features: Features, best: dict[str, int]) -> Features:
     )
 
 
-def kept(folder: Path, model: Model, data: str, transfer: Sequence[str] = TRANSFER) -> Measured:
-    """What ``folder`` knows of the same weights, data, settings and code, else measured now."""
+def kept(
+    folder: Path,
+    model: Model,
+    data: str,
+    transfer: Sequence[str] = TRANSFER,
+    *,
+    bank: int | None = None,
+    features: Extract | None = None,
+) -> Measured:
+    """What ``folder`` knows of the same weights, data, settings and code, else measured now.
+
+    The arguments behind ``folder`` are those of :func:`measure`.
+    """
     settings = {
         "model": model.name,
         "seed": model.seed,
         "preset": model.preset.name,
         "weights_sha256": model.sha,
-        "sizes": (BANK, VAL, PIXELS),
+        "sizes": (bank or BANK, VAL, PIXELS),
+        "precision": str(loading()["autocast"]) if features is None else "given features",
         "linear": (RATES, EPOCHS, STEPS, BATCH),
         "low_shot": (SHOTS, DRAWS),
         "transfer": list(transfer),
@@ -227,7 +260,7 @@ def kept(folder: Path, model: Model, data: str, transfer: Sequence[str] = TRANSF
     entry = Entry.named(folder, name, settings)
     was_there = entry.facts() is not None
     if not was_there:
-        measured = measure(model, data, transfer)
+        measured = measure(model, data, transfer, bank=bank, features=features)
         with entry.filled_aside() as part:
             torch.save(vars(measured), part / "measured.pt")
             entry.finish(part, {})

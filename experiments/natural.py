@@ -21,7 +21,6 @@ import torch
 
 from experiments import measure
 from experiments.measure import TRANSFER, Measured, Model, kept
-from mimrefiner import device
 from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data.datasets import data_hash, load_dataset, short_name
 from mimrefiner.files import write_csv
@@ -100,11 +99,7 @@ def choice(preset: Preset) -> pd.DataFrame:
     for factor in FACTORS:
         refine = replace(preset.refine, refine_base_lr=factor * preset.refine.refine_base_lr)
         encoder = store.refined(replace(preset, refine=refine)).ema_encoder
-        options = {
-            "pools": ["cls"],
-            "autocast": torch.bfloat16,
-            "num_workers": device.loader_workers(),
-        }
+        options = {"pools": ["cls"], **measure.loading()}
         train_x, val_x = (extract_features(encoder, part, **options) for part in (bank, val))
         accuracy = knn_hits(train_x, val_x)["cls"][-1].float().mean().item()
         found = {

@@ -119,14 +119,29 @@ def test_a_flat_test_folder_is_left_out(image_folder):
     }
 
 
-def write_parquet(path, n, labels, seed=0):
+def write_parquet(path, n, labels, seed=0, column="image"):
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(n):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
         rows.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
-    pq.write_table(pa.table({"image": rows, "label": labels}), path)
+    pq.write_table(pa.table({column: rows, "label": labels}), path)
+
+
+def test_parquet_images_may_be_called_img(tmp_path):
+    for column in ("image", "img"):
+        (tmp_path / column).mkdir()
+        write_parquet(tmp_path / column / "train-0.parquet", 20, [0, 1] * 10, column=column)
+    image, img = (
+        mr.load_dataset(f"parquet:{tmp_path}/{column}", split="train")
+        for column in ("image", "img")
+    )
+    assert content(image) == content(img) and len(img) == 13
+    (tmp_path / "other").mkdir()
+    write_parquet(tmp_path / "other" / "train-0.parquet", 20, [0, 1] * 10, column="picture")
+    with pytest.raises(mr.InputError, match=r"image\{bytes, path\} \(or img\) .*\"image\""):
+        mr.load_dataset(f"parquet:{tmp_path}/other", split="train")
 
 
 def test_parquet_shards(tmp_path):

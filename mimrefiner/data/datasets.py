@@ -116,8 +116,8 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
             ``fashion_mnist``, ``cifar10``, ``cifar100`` and ``stl10`` into ``$MIMREFINER_DATA``,
             default ``~/.cache/mimrefiner/data``. ``imagefolder:PATH`` holds
             ``PATH/train/CLASS/IMAGE`` or ``PATH/CLASS/IMAGE``; ``parquet:PATH`` holds files
-            ``train-*.parquet`` and so on with columns ``image{bytes}`` and ``label``, which are
-            kept in memory as encoded bytes.
+            ``train-*.parquet`` and so on with columns ``image{bytes}`` (or ``img``, as the hub's
+            CIFAR-10) and ``label``, which are kept in memory as encoded bytes.
         split: ``train``, ``val``, ``test`` or ``trainval``, see the module's first lines.
         seed: draws the splits that the source does not have.
 
@@ -349,12 +349,14 @@ def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> Image
 
     try:
         table = pa.concat_tables([pq.read_table(file) for file in files])
-        if not pa.types.is_struct(table["image"].type):
-            raise TypeError(f"column image is {table['image'].type}")
-        encoded = table["image"].combine_chunks().field("bytes") if len(table) else []
+        column = "img" if {"image", "img"}.intersection(table.column_names) == {"img"} else "image"
+        if not pa.types.is_struct(table[column].type):
+            raise TypeError(f"column {column} is {table[column].type}")
+        encoded = table[column].combine_chunks().field("bytes") if len(table) else []
     except (pa.ArrowInvalid, KeyError, OSError, TypeError) as error:
         raise InputError(
-            f"{path}: expected parquet files with columns image{{bytes, path}} and label: {error}"
+            f"{path}: expected parquet files with columns image{{bytes, path}} (or img) and label: "
+            f"{error}"
         ) from error
     labels = table["label"] if "label" in table.column_names else None
     if labels is not None:
