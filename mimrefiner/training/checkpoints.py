@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,13 @@ class Saving:
         folder: the checkpoints' folder.
         every: steps between two; one more is written at the end of every stage and on SIGTERM.
         resume: go on from the newest valid one, if there is any.
+        keep: steps whose checkpoints stay; of the others only the last :data:`KEEP` do.
     """
 
     folder: Path
     every: int = 500
     resume: bool = False
+    keep: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.every < 1:
@@ -37,10 +40,10 @@ class Saving:
 
 
 class Checkpoints:
-    """The last good :data:`KEEP` checkpoints in ``folder``."""
+    """The last good :data:`KEEP` checkpoints in ``folder``, and those of the steps ``keep``."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, keep: Collection[int] = ()):
+        self.folder, self.keep = Path(folder), keep
 
     def clear(self) -> None:
         """Remove what a killed process left half written."""
@@ -66,7 +69,8 @@ class Checkpoints:
             name = f"stage{state['stage']}-step{state['step']:08d}-{digest_of(aside)}.pt"
             aside.rename(self.folder / name)
             for file in self.files()[:-KEEP]:
-                file.unlink(missing_ok=True)
+                if step_of(file) not in self.keep:
+                    file.unlink(missing_ok=True)
 
     def newest_file(self) -> Path | None:
         """The newest valid checkpoint, None where there is none.
@@ -89,6 +93,11 @@ class Checkpoints:
         """What :meth:`newest_file` holds."""
         file = self.newest_file()
         return None if file is None else load_checkpoint(file)
+
+
+def step_of(file: Path) -> int:
+    """The steps of its stage that a checkpoint has behind it, which its name carries."""
+    return int(NAME.fullmatch(file.name).group(2))
 
 
 def digest_of(file: Path) -> str:

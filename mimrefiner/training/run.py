@@ -96,7 +96,7 @@ class TrainingRun:
         self.found = None
         if saving is not None:
             self.settings = settings()
-            self.checkpoints = Checkpoints(saving.folder)
+            self.checkpoints = Checkpoints(saving.folder, saving.keep)
             self.found = self._restorable()
 
     @property
