@@ -137,8 +137,9 @@ WIDE = ViTShape(64, 16, 192, 3, 3, 768)  # wide enough for half precision on a C
         (True, 0, Memory(micro_batch=4)),
     ],
 )
-def test_training_takes_the_memory_that_the_plan_says(train, frozen, memory):
+def test_training_takes_the_memory_that_the_plan_says(train, frozen, memory, monkeypatch):
     """The second step, when gradients and moments exist; the plan may be cautious, not too low."""
+    monkeypatch.setattr("mimrefiner.device.has_bfloat16", lambda _: True)  # some CPUs emulate it
     views = Views((Crop(64, (0.3, 1)),) * 2, Crop(32, (0.1, 0.3)), 2)
     changes = {
         "views": views,

@@ -113,4 +113,4 @@ def _grey(x: Tensor) -> Tensor:
 @cache
 def _grey_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     """ITU-R 601, as PIL and torchvision have it."""
-    return torch.tensor([0.2989, 0.587, 0.114], dtype=dtype, device=device)
+    return torch.tensor([0.2989, 0.587, 0.114], dtype=dtype).to(device, non_blocking=True)

@@ -188,7 +188,7 @@ class _Cuts(Dataset):
         pixels, draws, which = zip(*rows, strict=True)
         views = list(zip(*pixels, strict=True))
         pixels = [torch.from_numpy(np.stack([np.stack(v) for v in views[g]])) for g in self.groups]
-        return pixels, torch.from_numpy(np.stack(draws)), torch.tensor(which).T
+        return pixels, torch.from_numpy(np.stack(draws)), torch.tensor(which).T.contiguous()
 
 
 def resident_crops(

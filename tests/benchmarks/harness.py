@@ -44,9 +44,8 @@ def compare(
     ]
     for name, values in seconds.items():
         median = statistics.median(values)
-        lines.append(
-            f"| {name} | {median:.3f} | {min(values):.3f} to {max(values):.3f} | {median / first:.2f} |"
-        )
+        span = f"{min(values):.3f} to {max(values):.3f}"
+        lines.append(f"| {name} | {median:.3f} | {span} | {median / first:.2f} |")
     return "\n".join(lines) + "\n"
 
 
