@@ -6,9 +6,10 @@ import torch
 import mimrefiner as mr
 from mimrefiner import device
 from mimrefiner.errors import InputError
+from mimrefiner.probes import reconstruction
 from mimrefiner.progress import Meter
 from mimrefiner.training import engine
-from mimrefiner.training.finetune import Classifier, _flops_per_step
+from mimrefiner.training.finetune import Classifier, _flops_per_step, finetune
 
 
 def test_random_weights_leave_the_generators_of_gpus_alone(monkeypatch, vit):
@@ -74,6 +75,42 @@ def test_a_gpu_without_memory_gives_advice(monkeypatch, vit, digits):
     monkeypatch.setattr("mimrefiner.probes.features.pooled_blocks", full)
     with pytest.raises(InputError, match="fewer images at a time"):
         mr.extract_features(vit, digits["test"].take(4))
+
+
+def test_training_on_features_and_labels_gives_advice_too(monkeypatch, vit, digits):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    images = digits["test"].take(30)
+    features = mr.extract_features(vit, images)
+    monkeypatch.setattr("mimrefiner.probes.linear.JointProbes.step", full)
+    with pytest.raises(InputError, match="fewer learning rates"):
+        mr.linear_probe(features, features, val=features)
+    monkeypatch.setattr(Classifier, "forward", full)
+    config = mr.load_preset("smoke").refine
+    with pytest.raises(InputError, match="smaller batch"):
+        finetune(vit, images, config, flops=1e9, device="cpu")
+
+
+def test_reconstruction_keeps_masks_on_the_cpu(monkeypatch, vit, digits):
+    """The number of visible patches is read off the mask: on a GPU that would wait."""
+    config = reconstruction.DecoderConfig(depth=1, dim=16, heads=2)
+    decoders = reconstruction.DecoderPerBlock(vit, config).to("meta")
+    mask = torch.arange(16).expand(2, -1) < 12
+    assert decoders(torch.zeros(2, 3, 32, 32, device="meta"), mask).shape == (3,)
+    with pytest.raises(RuntimeError):  # such a device cannot be asked how many there are
+        decoders(torch.zeros(2, 3, 32, 32, device="meta"), mask.to("meta"))
+    seen = []
+    monkeypatch.setattr(
+        reconstruction.DecoderPerBlock,
+        "forward",
+        lambda self, images, mask: (
+            seen.append((images.device.type, mask.device.type)) or torch.zeros(3)
+        ),
+    )
+    images = digits["test"].take(4)
+    reconstruction.held_out_loss(decoders, images, config, torch.device("meta"))
+    assert seen == [("meta", "cpu")]
 
 
 def test_operations_of_fine_tuning_include_attention():

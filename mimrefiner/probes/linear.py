@@ -33,9 +33,11 @@ from mimrefiner.probes.checks import (
 from mimrefiner.probes.features import Features, parse_pool
 from mimrefiner.probes.protocols import LINEAR
 from mimrefiner.progress import progress
+from mimrefiner.training.memory import advice_on_memory
 from mimrefiner.training.optim import cosine_lr
 
 # Times batch_size / 256
+LESS = "probe fewer learning rates, poolings or blocks at once"
 LOGIT_BYTES = 2**30  # at most this much for the logits of test images at a time
 LEARNING_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
@@ -180,9 +182,10 @@ def linear_probe(
     classes = _check(train, test, train.y)
     if val is None:
         val, train = hold_out(train, seed)
-    grid = _Grid(train, classes, training, len(train.y))
-    grid.fit(train)
-    return grid.rows(val, test, choose, hits)
+    with advice_on_memory(LESS):
+        grid = _Grid(train, classes, training, len(train.y))
+        grid.fit(train)
+        return grid.rows(val, test, choose, hits)
 
 
 def linear_probe_augmented(
@@ -226,7 +229,7 @@ def linear_probe_augmented(
         num_workers=num_workers,
     )
     every = torch.arange(grid.batch_size)
-    with frozen(encoder, training.device):
+    with frozen(encoder, training.device), advice_on_memory(LESS):
         for views, _, label in progress(batches, "linear probes, augmented", grid.steps):
             with torch.no_grad():
                 pooled = pooled_blocks(encoder, views[0], val.blocks, pools)

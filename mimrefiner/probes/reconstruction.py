@@ -82,8 +82,9 @@ class DecoderPerBlock(nn.Module):
         ]
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """MAE's loss per block, (blocks,)."""
+        """MAE's loss per block, (blocks,); with ``mask`` on the CPU nothing waits for the GPU."""
         predicted = self.predict(images, mask)
+        mask = mask.to(images.device, non_blocking=True)
         return torch.stack([masked_pixel_loss(p, images, mask, self.patch) for p in predicted])
 
 
@@ -153,7 +154,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, steps, steps / 4, peak, 1e-6)
         mask = random_mask(len(views[0]), patches, config.mask_ratio, generator)
-        loss = model(views[0], mask.to(device))
+        loss = model(views[0], mask)
         optimizer.zero_grad()
         loss.sum().backward()  # every decoder sees its own gradient only
         optimizer.step()
@@ -168,7 +169,7 @@ def held_out_loss(
     total, n = torch.zeros(len(model.decoders)), 0
     for images, _ in DataLoader(Transformed(dataset, eval_transform(model.encoder)), 256):
         patches = (images.shape[-1] // model.patch) ** 2
-        mask = random_mask(len(images), patches, config.mask_ratio, generator).to(device)
+        mask = random_mask(len(images), patches, config.mask_ratio, generator)
         total += len(images) * model(images.to(device), mask).cpu()
         n += len(images)
     return total / n

@@ -145,7 +145,8 @@ def _labelled_stage(
 
 def _flops_per_step(model: Classifier, batch: int, size: int, device: torch.device) -> int:
     """Floating point operations of one step, counted on two images."""
-    with plain_attention(model, device), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with advice_on_memory(ADVICE), plain_attention(model, device), counter:
         model(torch.zeros(2, 3, size, size, device=device)).sum().backward()
     model.zero_grad()
     return counter.get_total_flops() * batch // 2
