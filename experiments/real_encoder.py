@@ -250,14 +250,10 @@ def study(file: Path, data: str, out: Path) -> Study:
 
 
 def choose(study: Study) -> None:
-    """Choose refinement's rate and its frozen blocks.
-
-    How three times the length does is kept beside the grid, and is no choice.
-    """
+    """Choose refinement's rate, then its frozen blocks."""
     study.try_out("before")
     study.choose_rate("refined")
     study.choose("refined", "frozen_blocks", (FROZEN, 9))
-    study.try_out("refined", **LONGER)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -268,10 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     part = commands.add_parser("convert", help="write the ONNX file's encoder with timm's names")
     part.add_argument("--onnx", type=Path, required=True)
     part.add_argument("--out", type=Path, required=True)
-    *_, trial = parsers = add_commands(commands)
-    for part in parsers:
+    for part in add_commands(commands):
         part.add_argument("--encoder", type=Path, required=True, help="what convert has written")
-    trial.add_argument("--longer", action="store_true", help="three times as long")
+        part.add_argument("--longer", action="store_true", help="three times as long")
     return parser
 
 
@@ -286,6 +281,8 @@ def main() -> None:
         of_file = study(args.encoder, args.data, args.out)
         if args.command == "trial":
             measure_trial(of_file, args, LONGER if args.longer else None)
+        elif args.longer:
+            of_file.try_out(args.trial, **LONGER)
         elif args.trial == "refined":
             choose(of_file)
         else:
