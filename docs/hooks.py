@@ -1,7 +1,8 @@
-"""The site shows the project's own notebooks (the executed copy where there is one, else the
-source) and the pages of the root.
+"""The site shows the project's own notebooks (the executed copy where one was made of this source,
+else the source) and the pages of the root.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -15,10 +16,17 @@ PAGES = {
 }
 
 
+def same_text(*notebooks):
+    """Whether the notebooks have the same prose, and so belong together."""
+    cells = [json.loads(notebook.read_text())["cells"] for notebook in notebooks]
+    one, other = (["".join(c["source"]) for c in x if c["cell_type"] == "markdown"] for x in cells)
+    return one == other
+
+
 def on_files(files, config):
     for source in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         executed = source.parent / "executed" / source.name
-        shown = executed if executed.is_file() else source
+        shown = executed if executed.is_file() and same_text(source, executed) else source
         files.append(File.generated(config, f"notebooks/{source.name}", abs_src_path=str(shown)))
     for name, page in PAGES.items():
         text = (ROOT / name).read_text().replace("](docs/", "](")

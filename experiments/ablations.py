@@ -3,7 +3,7 @@
 The groups follow Table 1 and Table 8 of the paper (as far as the released configurations tell). One
 more compares the pairing of views that the method's description implies with that of the released
 code. Rows of many seeds are measured once (``python -m experiments.ablations --help``), kept beside
-this file in ``ablations_PRESET.csv`` and drawn by notebook 05.
+this file in ``ablations_PRESET.csv`` and drawn by notebook 08.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def main() -> None:
     preset, seeds = load_preset(args.preset), tuple(int(seed) for seed in args.seeds.split(","))
     preset = replace(preset, dataset=args.data or preset.dataset)
     named = replace(preset, dataset=short_name(preset.dataset))
-    record = Record("05_ablations", named, seeds, HERE)
+    record = Record("08_ablations", named, seeds, HERE)
     measure_variants(preset, seeds, record, exploratory=not args.core)
     write_csv(record.table(), HERE / f"ablations_{args.preset}.csv")
 

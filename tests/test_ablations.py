@@ -31,7 +31,7 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
     groups = ("recipe", "pairing of views", "frozen blocks")
     few = [a for a in ablations.ablations(preset) if a.group in groups]
     monkeypatch.setattr(ablations, "ablations", lambda preset: few[:3])
-    run = claims.Record("05_ablations", preset, (0, 1), tmp_path)
+    run = claims.Record("08_ablations", preset, (0, 1), tmp_path)
     ablations.measure_variants(preset, (0, 1), run, exploratory=True)
     rows = run.table()
     models = rows.groupby("model")["seed"].unique().map(list).to_dict()
@@ -75,7 +75,7 @@ def test_rows_of_the_ablations_and_the_figure_of_refinement_are_of_the_same_mode
     """
     rows = published.ablation_rows("tiny")
     rows = rows[(rows["block"] == rows["block"].max()) & (rows["pool"] == "cls")]
-    figure = pd.read_csv(ROOT / "figures" / "04_before_after.csv")
+    figure = pd.read_csv(ROOT / "figures" / "03_before_after.csv")
     figure = figure[
         (figure["block"] == figure["block"].max()) & figure["pool"].str.startswith("cls")
     ]

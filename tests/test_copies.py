@@ -26,7 +26,7 @@ def test_solutions_are_marked_folded_and_gone_from_copies(source):
 
 
 def test_copies_do_not_replace_a_students_work(tmp_path):
-    (path,) = copies.write_student_copies(["03"], tmp_path / "course")
+    (path,) = copies.write_student_copies(["02"], tmp_path / "course")
     assert copies.ANSWER in path.read_text()
     path.write_text("my answers")
     with pytest.raises(mr.InputError, match="exists and may hold somebody's work"):
@@ -105,7 +105,7 @@ def test_notebooks_that_were_not_published_stay(tmp_path, name, monkeypatch):
 def test_copies_need_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(mr.InputError, match="file is a file: give a folder with --out"):
-        copies.write_student_copies(["03"], tmp_path / "file")
+        copies.write_student_copies(["02"], tmp_path / "file")
 
 
 def test_a_path_that_is_left_is_an_error_and_nothing_changes(tmp_path):

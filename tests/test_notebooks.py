@@ -58,7 +58,7 @@ def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
     for name in ("a", "b"):
         monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / name / "cache"))
         runner.run_notebooks(
-            ["01", "02", "03", "05", "07"], preset="smoke", seeds="0", out=tmp_path / name
+            ["01", "02", "05", "07", "08"], preset="smoke", seeds="0", out=tmp_path / name
         )
         tables.append(
             pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(claims.NOT_A_RESULT))
@@ -68,9 +68,9 @@ def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
 
 def test_a_cell_starts_several_processes_and_shows_what_they_say(tmp_path):
     runner.run_notebooks(
-        ["04"], preset="smoke", seeds="0", out=tmp_path, parameters={"processes": 2}
+        ["03"], preset="smoke", seeds="0", out=tmp_path, parameters={"processes": 2}
     )
-    executed = nbformat.read(tmp_path / "notebooks" / "04_refinement.ipynb", as_version=4)
+    executed = nbformat.read(tmp_path / "notebooks" / "03_refinement.ipynb", as_version=4)
     (said,) = (cell.outputs for cell in executed.cells if "jobs.torchrun" in cell.source)
     said = "".join(output.get("text", "") for output in said)
     assert "ema_encoder.safetensors" in said and re.search(

@@ -277,7 +277,7 @@ def test_command_line(gpu, tmp_path, monkeypatch):
     assert len(gpu.steps) > 16 and (tmp_path / "report" / "report.md").exists()
 
 
-NOTEBOOKS = runner.find_notebooks(["00", "01", "02", "03", "05", "08"])
+NOTEBOOKS = runner.find_notebooks(["00", "01", "02", "05", "08", "09"])
 
 
 @pytest.fixture(scope="module")

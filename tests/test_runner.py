@@ -18,11 +18,11 @@ from mimrefiner.study.claims import CLAIM_COLUMNS, ROW_COLUMNS
 def test_notebooks_are_found_by_name_and_number():
     names = [path.stem for path in runner.find_notebooks([])]
     assert names == sorted(names)
-    assert "04_refinement" in names
+    assert "03_refinement" in names
     assert (
-        runner.find_notebooks(["04"])
-        == runner.find_notebooks(["04_refinement"])
-        == runner.find_notebooks(["04_refinement.ipynb"])
+        runner.find_notebooks(["03"])
+        == runner.find_notebooks(["03_refinement"])
+        == runner.find_notebooks(["03_refinement.ipynb"])
     )
     with pytest.raises(mr.InputError, match="unknown notebook '99': choose from 00_quickstart"):
         runner.find_notebooks(["99"])
