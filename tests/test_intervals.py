@@ -34,10 +34,12 @@ def test_a_claim_about_images_asks_every_seed():
     assert image_difference([better, better], [base, base]).seen
     assert image_difference([worse], [base]).opposite
     mixed = image_difference([better, better, base], [base] * 3)
-    # The mean is above zero, one seed alone is not
-    assert mixed.low > 0 and not mixed.seen and not mixed.opposite
+    # One seed alone is not above zero, and the interval shown is the one that decides
+    assert mixed.low == 0 and not mixed.seen and not mixed.opposite
     assert mixed.by_seed[2] == 0 and mixed.mean == pytest.approx(np.mean(mixed.by_seed))
-    assert "by seed, 95 % interval over images" in str(mixed)
+    assert mixed.high == pytest.approx(image_difference([better], [base]).high)
+    assert "by seed, 95 % interval over images, of all seeds +0.0 to" in str(mixed)
+    assert mixed.columns()["by_seed"].split()[2] == "0.0"
 
 
 def test_a_claim_about_seeds_uses_students_interval():
@@ -65,3 +67,4 @@ def test_one_seed_leaves_values_open():
     assert (
         one.seen is None and not one.opposite and str(one) == "+20.0 points (one seed: no interval)"
     )
+    assert one.columns() == {"difference": 20.0, "low": None, "high": None, "by_seed": "20.0"}

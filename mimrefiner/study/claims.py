@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -15,8 +16,12 @@ from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes.knn import hits_to_rows
 from mimrefiner.probes.protocols import KNN, Protocol
 from mimrefiner.study.intervals import Difference
+from mimrefiner.study.lessons import verdicts
 from mimrefiner.study.presets import Preset
 from mimrefiner.study.tables import count, device_name, git_sha
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,10 @@ CLAIM_COLUMNS = (
     "probe",
     "against",
     "measured",
+    "difference",  # in points, as are the next two: the interval that decides
+    "low",
+    "high",
+    "by_seed",  # differences with blanks between them
     "verdict",
     "n_seeds",
     "n_test",
@@ -227,7 +236,7 @@ class Record:
             difference: decides the verdict and stands in the line.
             text: comes before the difference.
         """
-        return self.claim(
+        line = self.claim(
             claim,
             seen=difference.seen,
             opposite=difference.opposite,
@@ -236,6 +245,8 @@ class Record:
             n_seeds=len(difference.by_seed),
             about=about,
         )
+        self.claims[-1] |= difference.columns()
+        return line
 
     def repeat(self, claims: pd.DataFrame) -> list[str]:
         """Record claims that were measured elsewhere and return one line each.
@@ -248,10 +259,36 @@ class Record:
 
     def _keep(self, row: dict) -> str:
         row = {**row, "notebook": self.name}
-        self.claims.append({column: row[column] for column in CLAIM_COLUMNS})
+        self.claims.append({column: row.get(column) for column in CLAIM_COLUMNS})
         seeds, images = count(row["n_seeds"], "seed"), row["n_test"]
         asked = f"; {seeds}, {images} test images" if images else ""
         return f"{row['verdict'].upper()}: {row['claim']} ({row['measured']}{asked})"
+
+    def scaled(self, n: int) -> int:
+        """``n`` epochs, draws and the like; a tenth of them where a run only shows that it runs.
+
+        >>> from mimrefiner.study.presets import load_preset
+        >>> [Record("a", load_preset(name), (0,), Path()).scaled(50) for name in ("tiny", "smoke")]
+        [50, 5]
+        """
+        return max(1, n // 10) if self.preset.name == "smoke" else n
+
+    def finish(self, figures: dict[str, tuple["Figure", pd.DataFrame]]) -> None:
+        """Save the figures, write rows and claims, and show the claims: a lesson's last line.
+
+        Args:
+            figures: name -> (figure, the data it was drawn from); the file's name begins with the
+                number of the lesson.
+        """
+        from IPython.display import display
+
+        from mimrefiner.study.figures import save_figure
+
+        for name, (figure, data) in figures.items():
+            save_figure(figure, self.out / "figures" / f"{self.name[:2]}_{name}", data)
+        if self.claims:
+            display(verdicts(self.claims_table()))
+        self.write()
 
     def table(self) -> pd.DataFrame:
         """The rows so far, with the columns ROW_COLUMNS."""
@@ -294,8 +331,17 @@ def full_sentence(claim: dict) -> str:
 
 
 def claims_table(claims: pd.DataFrame) -> pd.DataFrame:
-    """Claims as they are read: claim, measured, verdict, seeds, test images, notebook."""
-    shown = claims[["claim", "measured", "verdict", "n_seeds", "n_test", "notebook"]]
+    """Claims as they are read: claim, measured, verdict, seeds, test images, notebook.
+
+    Earlier measurements show the interval of the mean over seeds; where that excludes zero and a
+    single seed's does not, the verdict says so.
+    """
+    shown = claims[["claim", "measured", "verdict", "n_seeds", "n_test", "notebook"]].copy()
+    low, high = (pd.to_numeric(claims[name]) for name in ("low", "high"))
+    excludes_zero = (low > 0) | (high < 0)
+    shown.loc[excludes_zero & (claims["verdict"] == "not seen"), "verdict"] = (
+        "not seen: not in every seed"
+    )
     return shown.rename(columns={"n_seeds": "seeds", "n_test": "test images"})
 
 

@@ -14,7 +14,7 @@ class Difference:
 
     Attributes:
         mean: the difference, averaged over seeds.
-        low, high: its interval.
+        low, high: the interval that decides: above zero the claim is seen, below zero its opposite.
         by_seed: the difference of every seed.
         over: what the interval covers.
         seen, opposite: see :func:`image_difference` and :func:`seed_difference`.
@@ -37,12 +37,24 @@ class Difference:
         several = f"{single} by seed, " if len(self.by_seed) > 1 else ""
         return f"{mean} points ({several}95 % interval over {self.over} {low} to {high})"
 
+    def columns(self) -> dict[str, float | str | None]:
+        """The numbers as columns of a table of claims, in points with two digits.
+
+        >>> image_difference([np.ones(9)], [np.zeros(9)]).columns()
+        {'difference': 100.0, 'low': 100.0, 'high': 100.0, 'by_seed': '100.0'}
+        """
+        mean, low, high = (round(100 * x, 2) for x in (self.mean, self.low, self.high))
+        if not np.isfinite(low):
+            low = high = None
+        by_seed = " ".join(str(round(100 * x, 2)) for x in self.by_seed)
+        return {"difference": mean, "low": low, "high": high, "by_seed": by_seed}
+
 
 def image_difference(ours: Sequence, theirs: Sequence) -> Difference:
     """The difference of two accuracies, with the interval over the choice of test images.
 
-    It is seen where the interval of every single seed lies above zero, and the opposite is seen
-    where that of every seed lies below.
+    Every seed must agree: the interval reaches from the lowest end of any seed's own 95 % interval
+    to the highest, so that it lies above zero exactly where every seed's interval does.
 
     Args:
         ours, theirs: which images were classified right, (images,) bool, one entry per seed; both
@@ -53,9 +65,11 @@ def image_difference(ours: Sequence, theirs: Sequence) -> Difference:
     """
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True)]
     single = [paired_bootstrap(a, b) for a, b in pairs]
-    together = paired_bootstrap(*(np.stack(side) for side in zip(*pairs, strict=True)))
-    seen, opposite = all(low > 0 for _, low, _ in single), all(high < 0 for _, _, high in single)
-    return Difference(*together, tuple(mean for mean, _, _ in single), "images", seen, opposite)
+    by_seed, lows, highs = zip(*single, strict=True)
+    low, high = min(lows), max(highs)
+    over = "images" if len(single) == 1 else "images, of all seeds"
+    mean = float(np.mean(by_seed))
+    return Difference(mean, low, high, by_seed, over, seen=low > 0, opposite=high < 0)
 
 
 def seed_difference(ours, theirs, *, images: int | None = None) -> Difference:

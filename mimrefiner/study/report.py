@@ -1,4 +1,4 @@
-"""The block report: how good every block of an encoder is, by every probe, as table and figure.
+"""The block report: how good every block of an encoder is, by every probe, and which one to take.
 
 Every probe writes its rows when it ends, so that an interrupted report goes on where it stopped.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from mimrefiner.probes.logistic import draw_shots, low_shot
 from mimrefiner.probes.protocols import KMEANS, KNN, LINEAR, PERCENT, SHOTS, SPECTRUM, Protocol
 from mimrefiner.probes.similarity import effective_rank
 from mimrefiner.study import figures
+from mimrefiner.study.advice import Advice, advice_from, choice_rows
 from mimrefiner.study.intervals import standard_error
 from mimrefiner.study.tables import environment
 
@@ -54,6 +56,7 @@ METRICS = {  # probe -> the metrics of table and figure
     "rank": SPECTRUM.metrics,
 }
 PROBES = tuple(METRICS)
+CHOICE = "choice"  # work that follows k-NN: what validation images choose, and what that gains
 COMPARED = ("model", "random weights", "raw pixels")
 LABELLED = {"knn": "k-NN", "linear": "a linear probe", "low_shot": "low-shot classification"}
 PIXEL_BYTES = 2**32  # raw pixels are left out where they take more than this
@@ -87,7 +90,7 @@ def probe(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
 ) -> pd.DataFrame:
-    """Probe every block of an encoder.
+    """Probe every block of an encoder, and say which one to take.
 
     Args:
         encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
@@ -108,7 +111,8 @@ def probe(
 
     Returns:
         Tidy rows: model ("model", "random weights", "raw pixels"), probe, the probes' columns; of a
-            process group (``torchrun``) the first process returns them, the others none.
+            process group (``torchrun``) the first process returns them, the others none. After
+            k-NN, ``rows.attrs["advice"]`` says which block to take and what that gains.
 
     Raises:
         InputError: what was asked does not fit, or ``out`` holds another report or foreign files.
@@ -123,10 +127,7 @@ def probe(
     named = load_encoder(encoder, pretrained=pretrained) if isinstance(encoder, str) else encoder
     plan = make_plan(named, data, task, {"blocks": blocks, "pools": pools, **loading}, baselines)
     folder = None if out is None else ReportFolder.opened(Path(out), plan.settings, resume)
-    table = _probed(plan, folder, cache)
-    if folder is not None and distributed.rank() == 0:
-        folder.write_report(table, plan, report_title(encoder, data))
-    return table
+    return _reported(plan, folder, cache, report_title(encoder, data))
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,18 @@ class Task:
             if name == "cluster":
                 number_of_clusters(test_y.numpy(), self.clusters)
 
+    def work(self, model: str) -> tuple[str, ...]:
+        """What is computed of a model: the probes, and behind k-NN of the model itself CHOICE."""
+        chooses = model == COMPARED[0] and "knn" in self.probes
+        return (*self.probes, CHOICE) if chooses else self.probes
+
     def rows(self, name: str, train: Features, test: Features) -> pd.DataFrame:
-        """The tidy rows of one probe."""
+        """The tidy rows of one probe, or those of CHOICE."""
         common = {"seed": self.seed, "device": self.device}
         if name == "knn":
             return self._knn_rows(train, test)
+        if name == CHOICE:
+            return choice_rows(train, test, **common)
         if name == "linear":
             # Before labels decide what is held out
             check_labels(train.y, LABELLED[name], everywhere=True)
@@ -273,33 +281,48 @@ def make_plan(
     return ReportPlan(encoder, train, test, pools, task, extraction, compared, settings)
 
 
+def _reported(
+    plan: ReportPlan, folder: "ReportFolder | None", cache: Path | str | None, title: str
+) -> pd.DataFrame:
+    """The rows with their advice, after the report was written."""
+    table, advice = _probed(plan, folder, cache)
+    if folder is not None and distributed.rank() == 0:
+        folder.write_report(table, plan, title, advice)
+    table.attrs["advice"] = "" if advice is None else str(advice)
+    return table
+
+
 def _probed(
     plan: ReportPlan, folder: "ReportFolder | None", cache: Path | str | None
-) -> pd.DataFrame:
-    """The rows of all models and probes; none but on the first process."""
+) -> tuple[pd.DataFrame, Advice | None]:
+    """The rows of all models and probes, and the advice; none but on the first process."""
     work = ((model, *_extracted(plan, folder, model, cache)) for model in plan.compared)
     # All processes extract before one of them probes: none waits for it in the next extraction
     if distributed.world() > 1:
         work = list(work)
-    tables = [pd.DataFrame(columns=COLUMNS)]
+    tables, advice = [pd.DataFrame(columns=COLUMNS)], None
     for model, missing, parts in work if distributed.rank() == 0 else ():
-        for name in plan.task.probes:
+        for name in plan.task.work(model):
             if name in missing:
                 rows = plan.task.rows(name, *parts).assign(model=model, probe=name)
                 if folder is not None:
                     folder.keep(rows, model, name)
             else:
                 rows = folder.rows(model, name)
-            tables.append(rows)
+            if name == CHOICE:
+                advice = advice_from(rows)
+            else:
+                tables.append(rows)
     table = pd.concat(tables[1:] or tables, ignore_index=True)
-    return table.reindex(columns=["model", "probe", *COLUMNS])
+    return table.reindex(columns=["model", "probe", *COLUMNS]), advice
 
 
 def _extracted(
     plan: ReportPlan, folder: "ReportFolder | None", model: str, cache: Path | str | None
 ) -> tuple[list[str], tuple[Features, ...]]:
     """The probes of a model that are missing, and the features they need: (train, test)."""
-    missing = [name for name in plan.task.probes if folder is None or not folder.has(model, name)]
+    work = plan.task.work(model)
+    missing = [name for name in work if folder is None or not folder.has(model, name)]
     if not missing:
         return [], ()
     if model == "raw pixels":
@@ -411,14 +434,18 @@ class ReportFolder:
         self.finished.append(file.name)
         self.entry.finish(self.entry.folder, {}, [file.parent / name for name in self.finished])
 
-    def write_report(self, table: pd.DataFrame, plan: ReportPlan, title: str) -> None:
+    def write_report(
+        self, table: pd.DataFrame, plan: ReportPlan, title: str, advice: Advice | None
+    ) -> None:
         """Write report.csv, .md, .png and .pdf, and manifest.json with the versions of all."""
         folder, shown = self.entry.folder, plan.task.protocols(len(plan.train))
         with atomic_file(folder / "report.md") as temporary:
-            temporary.write_text(markdown(table, title))
+            temporary.write_text(markdown(table, title, "" if advice is None else str(advice)))
         figures.use_style()
-        figure = figures.plot_report(summary(table), shown, title=f"Block report: {title}")
+        over = f"Block report: {title}" if advice is None else f"{advice.finding}\n{title}"
+        figure = figures.plot_report(summary(table), shown, title=over)
         figures.save_figure(figure, folder / "report", table)
+        plt.close(figure)  # else pyplot keeps the figures of all reports
         write_json({**environment(), **plan.settings}, folder / "manifest.json")
 
     def _file(self, model: str, name: str) -> Path:
@@ -428,11 +455,14 @@ class ReportFolder:
 def own_files(folder: Path) -> list[Path]:
     """Every file that a report may write, whether it is there or not."""
     rows = [_rows_file(folder, model, name) for model in COMPARED for name in PROBES]
+    rows.append(_rows_file(folder, COMPARED[0], CHOICE))
     report = [folder / f"report.{kind}" for kind in ("csv", "md", "png", "pdf")]
     return [*rows, *report, folder / "manifest.json", folder / "settings.json"]
 
 
 def _rows_file(folder: Path, model: str, name: str) -> Path:
+    if name == CHOICE:
+        return folder / "choice.csv"
     return folder / f"rows_{name}_{model.replace(' ', '_')}.csv"
 
 
@@ -469,8 +499,14 @@ def report_title(encoder: nn.Module | str, data) -> str:
     return f"{model} on {data if isinstance(data, str) else 'own data'}"
 
 
-def markdown(table: pd.DataFrame, title: str) -> str:
-    """The report as text: best block, last block and baselines of every probe and pooling."""
+def markdown(table: pd.DataFrame, title: str, advice: str = "") -> str:
+    """The report as text: best block, last block, baselines of every probe and pooling; advice.
+
+    Args:
+        table: what :func:`probe` returns.
+        title: names model and data.
+        advice: the last sentence.
+    """
     stats = summary(table)
     lines = [HEAD.format(title=title)]
     ours = stats[stats["model"] == "model"]
@@ -485,7 +521,7 @@ def markdown(table: pd.DataFrame, title: str) -> str:
             for part in (random, pixels)
         ]
         lines.append("| " + " | ".join([*cells, str(best["n_test"])]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, f"\n**{advice}**"] if advice else lines) + "\n"
 
 
 def _number(row) -> str:
