@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import webbrowser
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,27 @@ CHANGES = {  # option of refine -> the field of RefineConfig that it replaces
     "freeze_first": "frozen_blocks",
     "clip_norm": "clip_norm",
 }
+
+
+def add_demo(commands) -> None:
+    what = "probe the packaged model on digits: half a minute, nothing to download"
+    add = _command(commands, "demo", do_demo, what, "mimrefiner demo")
+    folder = Path("runs/demo")
+    add("--out", type=Path, default=folder, help=f"folder for the report (default: {folder})")
+    add("--open", action="store_true", help="show the picture")
+
+
+def do_demo(args) -> None:
+    from mimrefiner.study.demo import demo
+
+    check_writable(args.out)
+    print(demo(args.out))
+    print(
+        "\nNext: mimrefiner probe MODEL DATA makes this report of your own encoder and images;"
+        "\n      mimrefiner explore simmim_digits digits lets you walk through the blocks."
+    )
+    if args.open:
+        webbrowser.open((args.out / "report.png").resolve().as_uri())
 
 
 def add_run(commands) -> None:
@@ -277,7 +299,8 @@ def do_probe(args) -> None:
         autocast=precisions[args.precision],
     )
     if len(table):
-        print(markdown(table, report_title(args.model, args.data)))
+        title = report_title(args.model, args.data)
+        print(markdown(table, title, table.attrs["advice"]))
         print(f"report.csv, report.md, report.png and report.pdf are in {args.out}")
 
 
@@ -373,6 +396,7 @@ def do_export(args) -> None:
 
 
 COMMANDS = (
+    add_demo,
     add_run,
     add_pretrain,
     add_refine,
