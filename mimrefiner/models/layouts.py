@@ -221,6 +221,11 @@ class ReleasedViT(VisionTransformer):
         if shape.fixed_positions:
             self._set_positions(self.pos_embed.detach())
 
+    def learn_positions(self) -> None:
+        """Let positions be trained, also those that a published model keeps fixed."""
+        self.shape = replace(self.shape, fixed_positions=False)
+        self._set_positions(self.pos_embed.detach())
+
     def _set_positions(self, positions: Tensor) -> None:
         del self.pos_embed
         if self.shape.fixed_positions:

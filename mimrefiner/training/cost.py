@@ -7,8 +7,10 @@ a step of a ViT-L/16 on meta tensors.
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mimrefiner import distributed
 from mimrefiner.config import PretrainConfig, RefineConfig
@@ -22,6 +24,16 @@ from mimrefiner.training.optim import stage_steps
 
 logger = logging.getLogger(__name__)
 
+_ATEN = torch.ops.aten
+_FUSED = [  # attention kernels of GPUs and CPUs, forward and backward
+    ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
+    ("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),
+    ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
+    (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+]
 SPARE = 1.1
 USE = 0.4  # share of a GPU's peak that training reaches: an assumption, not a measurement
 
@@ -53,6 +65,32 @@ class Plan:
     probe_bytes: float
     heads_bytes: float
     refine_bytes: float
+
+
+def operation_counter() -> FlopCounterMode:
+    """Counts the operations of what runs inside it, attention alike on every device.
+
+    Going back, attention counts twice what it counts forward, as with plain operations; torch's own
+    counter adds what GPUs' fused kernels compute again and overlooks those of CPUs.
+
+    >>> with operation_counter() as counter:
+    ...     _ = torch.ones(2, 3) @ torch.ones(3, 5)
+    >>> counter.get_total_flops()
+    60
+    """
+    formulas = {
+        getattr(_ATEN, name): partial(_attention_flops, times=times, skipped=times - 1)
+        for names in _FUSED
+        for times, name in enumerate(names, 1)
+        if hasattr(_ATEN, name)
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _attention_flops(*shapes, times: int, skipped: int, **_) -> int:
+    """Two products for queries, keys and values, which follow ``skipped`` other arguments."""
+    (batch, heads, queries, dim), (_, _, keys, _) = shapes[skipped : skipped + 2]
+    return times * 2 * 2 * batch * heads * queries * keys * dim
 
 
 def parameters(s: ViTShape) -> int:

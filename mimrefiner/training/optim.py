@@ -1,6 +1,7 @@
 """Steps, learning rates, parameter groups and averages of training."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,30 @@ class Stage:
         """Whether an epoch, or the stage, ends with this step."""
         done = step + 1
         return done * self.batch_size % self.images == 0 or done == self.steps
+
+
+@dataclass(frozen=True)
+class LabelledStage(Stage):
+    """The published schedule: the cosine would reach its end one step after the last.
+
+    Attributes:
+        warmup_to_peak: whether the last step of the rise has the highest rate already.
+    """
+
+    warmup_to_peak: bool = False
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step (0-based).
+
+        >>> stage = LabelledStage(1, 6, 256, 256, warmup=2, base_lr=3.0, min_lr=0.0)
+        >>> [round(stage.lr(step), 2) for step in range(6)]
+        [1.0, 2.0, 3.0, 2.56, 1.5, 0.44]
+        """
+        peak, warmup = self.base_lr * self.batch_size / 256, int(min(self.warmup, self.steps / 2))
+        if step < warmup:
+            return peak * (step + 1) / (warmup + (not self.warmup_to_peak))
+        over = (step - warmup) / (self.steps - warmup)
+        return self.min_lr + (peak - self.min_lr) * (1 + math.cos(math.pi * over)) / 2
 
 
 def stage_steps(images: int, batch_size: int, epochs: float) -> int:
@@ -157,18 +182,20 @@ def freeze_behind(encoder: nn.Module, block: int) -> None:
             part.requires_grad_(False)
 
 
-def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(
+    encoder: nn.Module, weight_decay: float, layer_decay: float, *, decayed: Collection[str] = ()
+) -> list[dict]:
     """Parameter groups whose rates shrink towards the input.
 
     ``lr_scale`` is 1 for the final norm, ``layer_decay ** (depth - i)`` for block i (0-based) and
     ``layer_decay ** (depth + 1)`` for everything before the blocks, as in the released code
     (``layerwise_lr_decay_modifier.py``). Tokens, positions and one-dimensional parameters have no
-    weight decay; frozen parameters are left out.
+    weight decay, but those named in ``decayed``; frozen parameters are left out.
 
     ``timm.optim.param_groups_layer_decay`` counts the layers that an encoder has: without a final
     norm (data2vec 2.0) its exponents are smaller by one.
     """
-    depth, plain = len(encoder.blocks), undecayed(encoder)
+    depth, plain = len(encoder.blocks), set(undecayed(encoder)) - set(decayed)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, x in encoder.named_parameters():
         part = name.split(".")
@@ -178,8 +205,8 @@ def layer_decay_groups(encoder: nn.Module, weight_decay: float, layer_decay: flo
         if x.requires_grad:
             groups.setdefault((power, x.ndim > 1 and name not in plain), []).append(x)
     return [
-        {"params": params, "lr_scale": layer_decay**power, "weight_decay": weight_decay * decayed}
-        for (power, decayed), params in groups.items()
+        {"params": params, "lr_scale": layer_decay**power, "weight_decay": weight_decay * shrinks}
+        for (power, shrinks), params in groups.items()
     ]
 
 

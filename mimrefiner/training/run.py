@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from mimrefiner import distributed
 from mimrefiner.config import PretrainConfig, RefineConfig, Views
@@ -33,6 +32,7 @@ from mimrefiner.models.weights import save_encoder, sha256_of
 from mimrefiner.progress import Meter, progress
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Checkpoints, Saving, load_checkpoint
+from mimrefiner.training.cost import operation_counter
 from mimrefiner.training.memory import PLENTY, Memory
 from mimrefiner.training.optim import Stage, set_lr
 
@@ -115,10 +115,11 @@ class TrainingRun:
         Args:
             stage: its frame. If the checkpoint is of a later stage, no step of this one is left.
             parts: what a checkpoint keeps, by name, everything with ``state_dict``: first the
-                trained module, which has an ``encoder``; then its ``optimizer`` and others.
+                trained module, which has an ``encoder``; then others, and among them, where there
+                is one, its ``optimizer``.
         """
         self.stage, self.parts = stage, parts
-        self.trained, self.optimizer = next(iter(parts.values())), parts["optimizer"]
+        self.trained, self.optimizer = next(iter(parts.values())), parts.get("optimizer")
         self.first, self._next, self._first_bad = 0, 0, None
         if self.found is None or self.found["stage"] < stage.number:
             return
@@ -159,16 +160,28 @@ class TrainingRun:
         batches = view_batches(
             dataset,
             views,
-            Order(stage.batch_size, stage.steps, seed, self.first, part),
+            self.order(seed),
             mean=mean,
             std=std,
-            device=device,
+            device=next(self.trained.parameters()).device,
             num_workers=self.num_workers,
         )
-        self.meter = Meter(stage.batch_size, device)
+        return self.through(title, batches)
+
+    def order(self, seed: int) -> Order:
+        """Which images this process sees in the steps that are left."""
+        part = distributed.rank(), distributed.world()
+        return Order(self.stage.batch_size, self.stage.steps, seed, self.first, part)
+
+    def through(self, title: str, batches: Iterator) -> Iterator[tuple]:
+        """Yield (step, batch) of ``batches``, one for every step that is left, as :meth:`steps`."""
+        stage = self.stage
+        self.meter = Meter(stage.batch_size, next(self.trained.parameters()).device)
         batches = progress(self.meter.waiting(batches), title, stage.steps - self.first)
         for step, batch in enumerate(batches, self.first):
-            self.lr = set_lr(self.optimizer, stage.lr(step))
+            self.lr = stage.lr(step)
+            if self.optimizer is not None:
+                set_lr(self.optimizer, self.lr)
             yield step, batch
 
     @contextmanager
@@ -177,7 +190,7 @@ class TrainingRun:
         if step > 0:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        with operation_counter() as counter:
             yield
         self.flops += counter.get_total_flops() * self.stage.steps * distributed.world()
 
@@ -415,7 +428,44 @@ def train_into(
             ``resume`` is off.
     """
     encoder, dataset, config = train.args
-    entry = Entry(out, run_settings(config, dataset, encoder), manifest="settings.json")
+
+    def write(result, out: Path) -> tuple[list[Path], dict]:
+        weights = [out / f"{name}.safetensors" for name in encoders]
+        for name, file in zip(encoders, weights, strict=True):
+            save_encoder(getattr(result, name), file)
+        write_csv(result.history, out / HISTORY_FILE)
+        facts = {"flops": result.flops, "seconds": result.seconds}
+        return [*weights, out / HISTORY_FILE], facts
+
+    settings = run_settings(config, dataset, encoder)
+    run_into(out, settings, train, write, save_every=save_every, resume=resume)
+
+
+def run_into(
+    out: Path,
+    settings: dict,
+    train: Callable,
+    write: Callable[[object, Path], tuple[list[Path], dict]],
+    *,
+    save_every: int,
+    resume: bool,
+) -> None:
+    """Train and write the result to the folder ``out``, unless it is there already.
+
+    Args:
+        out: gets what is written and a manifest, which says that the run is finished; until then
+            checkpoints lie in ``out/checkpoints``.
+        settings: everything that decides the result.
+        train: called with ``saving``; gives the result.
+        write: writes a result into a folder; gives its files, and facts for the manifest, among
+            which are ``seconds``.
+        save_every, resume: see :func:`train_into`.
+
+    Raises:
+        InputError: ``out`` holds a finished run, and it has other settings, is damaged, or
+            ``resume`` is off.
+    """
+    entry = Entry(out, settings, manifest="settings.json")
     checkpoints = out / "checkpoints"
     if distributed.from_first(partial(_is_finished, entry, resume)):
         if distributed.rank() == 0:  # a run that was killed at its very end leaves them
