@@ -154,9 +154,7 @@ class TrainingRun:
 
         A batch holds this process's share, as :func:`mimrefiner.data.views.view_batches` yields it.
         """
-        device, stage = next(self.trained.parameters()).device, self.stage
         mean, std = normalisation(self.trained.encoder)
-        part = distributed.rank(), distributed.world()
         batches = view_batches(
             dataset,
             views,
@@ -473,15 +471,12 @@ def run_into(
         return
     result = train(saving=Saving(checkpoints, save_every, resume))
     if distributed.rank() == 0:
-        weights = [out / f"{name}.safetensors" for name in encoders]
-        for name, file in zip(encoders, weights, strict=True):
-            save_encoder(getattr(result, name), file)
-        write_csv(result.history, out / HISTORY_FILE)
-        facts = {"flops": result.flops, "seconds": result.seconds}
-        entry.finish(out, facts, [*weights, out / HISTORY_FILE])
+        files, facts = write(result, out)
+        entry.finish(out, facts, files)
         shutil.rmtree(checkpoints)
-        names = ", ".join(file.name for file in weights)
-        logger.info("%.0f s; %s and %s are in %s", result.seconds, names, HISTORY_FILE, out)
+        names = [file.name for file in files]
+        listed = " and ".join([", ".join(names[:-1]), names[-1]])
+        logger.info("%.0f s; %s are in %s", facts["seconds"], listed, out)
 
 
 def _is_finished(entry: Entry, resume: bool) -> bool:
