@@ -1,16 +1,12 @@
-import io
 import pickle
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner.data import datasets
-from mimrefiner.data.views import to_pil
 
 
 def content(dataset):
@@ -119,99 +115,6 @@ def test_a_flat_test_folder_is_left_out(image_folder):
     }
 
 
-def write_parquet(path, n, labels, seed=0, column="image"):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(n):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
-    pq.write_table(pa.table({column: rows, "label": labels}), path)
-
-
-def test_parquet_images_may_be_called_img(tmp_path):
-    for column in ("image", "img"):
-        (tmp_path / column).mkdir()
-        write_parquet(tmp_path / column / "train-0.parquet", 20, [0, 1] * 10, column=column)
-    image, img = (
-        mr.load_dataset(f"parquet:{tmp_path}/{column}", split="train")
-        for column in ("image", "img")
-    )
-    assert content(image) == content(img) and len(img) == 13
-    (tmp_path / "other").mkdir()
-    write_parquet(tmp_path / "other" / "train-0.parquet", 20, [0, 1] * 10, column="picture")
-    with pytest.raises(mr.InputError, match=r"image\{bytes, path\} \(or img\) .*\"image\""):
-        mr.load_dataset(f"parquet:{tmp_path}/other", split="train")
-
-
-def test_parquet_shards(tmp_path):
-    write_parquet(tmp_path / "train-00000-of-00002.parquet", 20, [5, 7] * 10)
-    write_parquet(tmp_path / "train-00001-of-00002.parquet", 20, [5, 7] * 10, seed=1)
-    write_parquet(tmp_path / "val-00000-of-00001.parquet", 6, [5] * 6, seed=2)
-    parts = {
-        split: mr.load_dataset(f"parquet:{tmp_path}", split=split)
-        for split in ("train", "val", "test")
-    }
-    assert {split: len(part) for split, part in parts.items()} == {"train": 36, "val": 4, "test": 6}
-    assert set(parts["train"].labels) == {5, 7}
-    assert parts["test"][0][0].size == (8, 8)
-    assert not set(content(parts["train"])) & set(content(parts["val"]))
-
-
-def test_labels_that_do_not_start_at_zero_work_from_folder_to_knn(tmp_path):
-    write_parquet(tmp_path / "train-0.parquet", 40, [5, 7] * 20)
-    write_parquet(tmp_path / "val-0.parquet", 6, [5] * 6, seed=1)
-    train, test = (
-        mr.pixel_features(mr.load_dataset(f"parquet:{tmp_path}", split=s), 8)
-        for s in ("train", "test")
-    )
-    assert mr.knn_hits(train, test)["pixels"].shape == (1, 6)
-
-
-def test_withheld_labels_are_none(tmp_path):
-    write_parquet(tmp_path / "train-0.parquet", 20, [0, 1] * 10)
-    write_parquet(tmp_path / "val-0.parquet", 6, [0, 1] * 3, seed=1)
-    write_parquet(tmp_path / "test-0.parquet", 6, [-1] * 6, seed=2)
-    assert len(mr.load_dataset(f"parquet:{tmp_path}", split="test")) == 6
-    # The labelled val is what is measured
-    assert mr.load_dataset(f"parquet:{tmp_path}", split="test").labels is not None
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (
-            [0, None] * 10,
-            r"column label must be whole numbers \(-1: none\), got 10 of 20 missing: convert it",
-        ),
-        ([0.0, 1.0] * 10, "must be whole numbers .*, got double"),
-        (["ant", "bee"] * 10, "must be whole numbers .*, got string"),
-    ],
-)
-def test_parquet_labels_are_whole_numbers(tmp_path, labels, message):
-    write_parquet(tmp_path / "train-0.parquet", 20, labels)
-    with pytest.raises(mr.InputError, match=message):
-        mr.load_dataset(f"parquet:{tmp_path}", split="train")
-
-
-def test_parquet_images_of_plain_bytes_are_named(tmp_path):
-    pq.write_table(
-        pa.table({"image": [b"x"] * 4, "label": [0, 1] * 2}), tmp_path / "train-0.parquet"
-    )
-    message = r"expected parquet files with columns image\{bytes, path\} .*: column image is binary"
-    with pytest.raises(mr.InputError, match=message):
-        mr.load_dataset(f"parquet:{tmp_path}", split="train")
-
-
-@pytest.mark.parametrize(
-    "image", [torch.full((3, 8, 8), 1.1), torch.full((3, 8, 8), -0.1), torch.full((3, 8, 8), 200.0)]
-)
-def test_tensors_outside_of_0_to_1_are_refused(image):
-    with pytest.raises(mr.InputError, match=r"expected an image tensor in 0\.\.1 or of uint8, got"):
-        to_pil(image)
-    assert to_pil(torch.full((3, 8, 8), 1 + 1e-6)).getpixel((0, 0)) == (255, 255, 255)
-
-
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "stl10"])
 def test_no_network_is_said_in_one_line(name, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
@@ -226,8 +129,20 @@ def test_no_network_is_said_in_one_line(name, tmp_path, monkeypatch):
 def test_bad_input_is_named(tmp_path, image_folder):
     for name, message in [
         ("mnits", "unknown data set 'mnits': choose one of digits"),
+        (f"{image_folder}", r"unknown data set .*; for the path give imagefolder:/.*"),
+        ("digits,label=y", "digits takes no label: parquet:PATH and hf:NAME do"),
+        ("parquet:x,config=y", "parquet:x takes no config: expected column, label"),
+        ("digits:", "unknown data set 'digits:'"),
+        (
+            f"cifar10:{tmp_path}/none",
+            "none does not exist: expected the folder that holds cifar-10",
+        ),
+        (
+            f"cifar10:{image_folder}",
+            "does not hold cifar10 as torchvision has it, the folder cifar",
+        ),
         (f"imagefolder:{tmp_path}/none", "does not exist"),
-        (f"parquet:{tmp_path}", "holds no train-"),
+        (f"parquet:{tmp_path}/train", "holds no .parquet files: expected train-"),
     ]:
         with pytest.raises(mr.InputError, match=message):
             mr.load_dataset(name, split="train")
@@ -248,10 +163,52 @@ def test_bad_input_is_named(tmp_path, image_folder):
     broken = mr.load_dataset(f"imagefolder:{image_folder}", split="test")
     with pytest.raises(mr.InputError, match=r"^[^:]*0\.png cannot be decoded as an image"):
         content(broken)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train-0.parquet").write_bytes(b"PAR1")
-    with pytest.raises(mr.InputError, match="expected parquet files"):
-        mr.load_dataset(f"parquet:{tmp_path}/bad", split="train")
+
+
+CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+def write_cifar(root, name):
+    """Files as the authors' archives have them, with fewer images."""
+    folder, key = root / CIFAR[name], "fine_labels" if name == "cifar100" else "labels"
+    folder.mkdir(parents=True)
+    files = {"train": 40, "test": 8}
+    if name == "cifar10":
+        files = {f"data_batch_{i}": 8 for i in range(1, 6)} | {"test_batch": 8}
+    for i, (file, n) in enumerate(files.items()):
+        pixels = np.full((n, 3072), i, dtype=np.uint8)
+        pixels[:, 1024:2048] = 100  # green
+        entry = {"data": pixels, key: [row % 2 for row in range(n)]}
+        (folder / file).write_bytes(pickle.dumps(entry))
+    names = {"label_names": ["ant", "bee"], "fine_label_names": ["ant", "bee"]}
+    (folder / ("meta" if name == "cifar100" else "batches.meta")).write_bytes(pickle.dumps(names))
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_the_own_folders_of_cifar_need_no_network(name, tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    builder = getattr(torchvision.datasets, name.upper())
+    for part in ("train_list", "test_list"):  # checksums are of the real images
+        files = [[file, None] for file, _ in getattr(builder, part)]
+        monkeypatch.setattr(builder, part, files)
+    monkeypatch.setattr(builder, "meta", builder.meta | {"md5": None})
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("network"))
+    write_cifar(tmp_path, name)
+    monkeypatch.setenv("MIMREFINER_DATA", str(tmp_path))
+    for data in (name, f"{name}:{tmp_path}", f"{name}:{tmp_path}/{CIFAR[name]}"):
+        train, test = (mr.load_dataset(data, split=split) for split in ("trainval", "test"))
+        assert (len(train), len(test), test.classes) == (40, 8, ["ant", "bee"])
+        last = {"cifar10": 5, "cifar100": 1}[name]
+        assert test[1][0].getpixel((0, 0)) == (last, 100, last) and test[1][1] == 1
+    with pytest.raises(mr.InputError, match=f"holds the files of {name}: give {name}:"):
+        mr.load_dataset(f"imagefolder:{tmp_path}/{CIFAR[name]}", split="train")
+
+
+def test_short_names():
+    names = ["cifar10:/data/x", "parquet:/d/c100,label=fine", "hf:uoft-cs/cifar100", "digits"]
+    found = [datasets.short_name(name) for name in names]
+    assert found == ["cifar10", "c100,label=fine", "cifar100", "digits"]
 
 
 def test_any_map_style_data_set_works(vit):

@@ -12,7 +12,10 @@ CATALOGUE = {
     **dict.fromkeys(DOWNLOADED, "downloaded by torchvision when asked for"),
     "imagefolder:PATH": "PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE (ImageNet's layout), "
     "or PATH/CLASS/IMAGE",
-    "parquet:PATH": "train-*.parquet and val-*.parquet with columns image{bytes, path} and label",
+    "parquet:PATH": "files of the Hugging Face hub: train-*.parquet and so on; "
+    ",column=NAME and ,label=NAME choose columns",
+    "hf:NAME": "downloaded from the Hugging Face hub: pip install 'mimrefiner[hub]'",
+    "cifar10:PATH": "torchvision's files where they lie, also cifar100, stl10 and fashion_mnist",
 }
 
 

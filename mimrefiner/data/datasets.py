@@ -6,21 +6,33 @@ per class. Recipes are chosen on ``val``, results reported on ``test``. ImageNet
 therefore ``test`` here, unless the source has a labelled ``test`` of its own.
 """
 
+import functools
 import hashlib
-import io
+import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from mimrefiner import distributed
 from mimrefiner.data.catalogue import CATALOGUE, DOWNLOADED
+from mimrefiner.data.folders import read_folder
+from mimrefiner.data.hub import read_hub
+from mimrefiner.data.images import to_pil
+from mimrefiner.data.parquet import read_parquet
+from mimrefiner.data.rows import number_of, parts_of, size_of
+from mimrefiner.data.sources import Part, Source, existing_folder, listed
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import ASSETS, data_folder
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "val", "test", "trainval")
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+OPTIONS = ("column", "label", "config")
 
 
 class ImageDataset:
@@ -28,7 +40,8 @@ class ImageDataset:
 
     Args:
         name, split: what it was loaded as.
-        load: gives the image of a row of the source; it can be pickled, for loader processes.
+        load: gives what holds the image of a row of the source, as
+            :func:`mimrefiner.data.images.to_pil` takes it; it can be pickled, for loader processes.
         labels: one for each image, or None where the source has none (then every label is -1).
         classes: class names, or None.
         seed: drew the split.
@@ -37,13 +50,14 @@ class ImageDataset:
     Attributes:
         rows: which images of the source these are, (images,).
         labels: (images,) int64, or None.
+        drawn: how a part with few labels was chosen (:mod:`mimrefiner.data.subsets`); "" for none.
     """
 
     def __init__(
         self,
         name: str,
         split: str,
-        load: Callable[[int], Image.Image],
+        load: Callable[[int], object],
         labels,
         classes=None,
         seed: int = 0,
@@ -54,20 +68,14 @@ class ImageDataset:
         self.rows = np.arange(len(labels) if length is None else length)
         self._load = load
         self._pixels = None
+        self.drawn = ""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         row = int(self.rows[i])
-        try:
-            image = self._load(row).convert("RGB")
-        except InputError:  # it names the file
-            raise
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for bytes that are no image
-            raise InputError(
-                f"{self.name} ({self.split}): image {row} cannot be decoded: {error}"
-            ) from error
+        image = to_pil(self._load(row), f"{self.name} ({self.split}): image {row}")
         return image, -1 if self.labels is None else int(self.labels[i])
 
     def subset(self, rows: Sequence[int]) -> "ImageDataset":
@@ -98,6 +106,11 @@ class ImageDataset:
         kept._pixels = (images, place) if isinstance(images, np.ndarray) else None
         return kept
 
+    def file_name(self, i: int) -> str | None:
+        """The name of the file that image ``i`` is in; None where it has no file of its own."""
+        held = self._load(int(self.rows[i]))
+        return held.name if isinstance(held, Path) else None
+
     @property
     def pixels(self) -> np.ndarray | None:
         """(images, height, width, 3) uint8 where all are in memory and of one size, else None."""
@@ -107,19 +120,29 @@ class ImageDataset:
         return images[[place[int(row)] for row in self.rows]]
 
 
-def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDataset:
-    """Load a data set by name or path.
+def load_dataset(
+    name_or_path: str,
+    *,
+    split: str,
+    seed: int = 0,
+    column: str | None = None,
+    label: str | None = None,
+) -> ImageDataset:
+    """Load a data set by name or path. What was found is logged once, with splits and classes.
 
     Args:
         name_or_path: ``digits`` (scikit-learn's, 8x8 resized to 32x32) and ``fruit64`` (1,393
             photos of fruit at 64x64, 14 kinds) come with the package. torchvision downloads
             ``fashion_mnist``, ``cifar10``, ``cifar100`` and ``stl10`` into ``$MIMREFINER_DATA``,
-            default ``~/.cache/mimrefiner/data``. ``imagefolder:PATH`` holds
-            ``PATH/train/CLASS/IMAGE`` or ``PATH/CLASS/IMAGE``; ``parquet:PATH`` holds files
-            ``train-*.parquet`` and so on with columns ``image{bytes}`` (or ``img``, as the hub's
-            CIFAR-10) and ``label``, which are kept in memory as encoded bytes.
+            default ``~/.cache/mimrefiner/data``; ``cifar10:PATH`` reads what is there.
+            ``imagefolder:PATH`` holds ``PATH/train/CLASS/IMAGE`` or ``PATH/CLASS/IMAGE``;
+            ``parquet:PATH`` holds files ``train-*.parquet`` and so on, which are kept in memory as
+            encoded bytes; ``hf:NAME`` is one of the Hugging Face hub. The guide to data says which
+            folders and files are understood.
         split: ``train``, ``val``, ``test`` or ``trainval``, see the module's first lines.
         seed: draws the splits that the source does not have.
+        column, label: the columns of images and labels, for ``parquet:`` and ``hf:``; None finds
+            them. In the name they are ``parquet:PATH,column=NAME,label=NAME``.
 
     Raises:
         InputError: an unknown name or split, a path that is missing, empty or of another layout, or
@@ -138,18 +161,51 @@ def load_dataset(name_or_path: str, *, split: str, seed: int = 0) -> ImageDatase
     if seed < 0:
         raise InputError(f"seed must be >= 0, got {seed}")
     one_of("split", split, SPLITS)
-    kind, _, path = name_or_path.partition(":")
+    name, options = _options_of(name_or_path)
+    options |= {k: v for k, v in {"column": column, "label": label}.items() if v is not None}
+    parts = _split(_read(name, options), name_or_path, seed)
+    parts[split].split = split
+    return parts[split]
+
+
+def _options_of(name: str) -> tuple[str, dict[str, str]]:
+    """A name without the options at its end, and these.
+
+    >>> _options_of("hf:uoft-cs/cifar100,label=coarse_label")
+    ('hf:uoft-cs/cifar100', {'label': 'coarse_label'})
+    """
+    options = {}
+    while match := re.search(rf",({'|'.join(OPTIONS)})=([^,]*)$", name):
+        options[match[1]], name = match[2], name[: match.start()]
+    return name, options
+
+
+def _read(name: str, options: dict[str, str]) -> Source:
+    """The source of a name or path."""
+    kind, colon, path = name.partition(":")
+    known = {"parquet": ("column", "label"), "hf": OPTIONS}.get(kind, ())
+    if unknown := [option for option in options if option not in known]:
+        raise InputError(
+            f"{name} takes no {unknown[0]}: "
+            + (f"expected {', '.join(known)}" if known else "parquet:PATH and hf:NAME do")
+        )
     if kind == "imagefolder" and path:
-        return _image_folder(Path(path).expanduser(), split, seed)
+        return read_folder(Path(path).expanduser())
     if kind == "parquet" and path:
-        return _parquet(Path(path).expanduser(), split, seed)
-    if name_or_path == "digits":
-        return _digits(split, seed)
-    if name_or_path == "fruit64":
-        return _fruit64(split, seed)
-    if name_or_path in DOWNLOADED:
-        return _downloaded(name_or_path, split, seed)
-    raise InputError(f"unknown data set {name_or_path!r}: choose one of {', '.join(CATALOGUE)}")
+        return read_parquet(Path(path).expanduser(), **options)
+    if kind == "hf" and path:
+        return read_hub(path, **options)
+    if kind in DOWNLOADED and (path or not colon):
+        return _downloaded(kind, Path(path).expanduser() if path else None)
+    if name == "digits":
+        return _digits()
+    if name == "fruit64":
+        return _fruit64()
+    hint = ""
+    if Path(name).expanduser().exists():
+        is_parquet = name.endswith(".parquet") or any(Path(name).expanduser().glob("*.parquet"))
+        hint = f"; for the path give {'parquet' if is_parquet else 'imagefolder'}:{name}"
+    raise InputError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}{hint}")
 
 
 def short_name(data: str) -> str:
@@ -158,7 +214,8 @@ def short_name(data: str) -> str:
     >>> short_name("imagefolder:/data/tiny-imagenet"), short_name("digits")
     ('tiny-imagenet', 'digits')
     """
-    return Path(data.partition(":")[2]).name or data
+    kind, _, path = data.partition(":")
+    return kind if kind in DOWNLOADED else Path(path).name or data
 
 
 def data_hash(dataset, images: int = 64) -> str:
@@ -168,15 +225,18 @@ def data_hash(dataset, images: int = 64) -> str:
     ``images`` images that are spread evenly over it (with their labels, where it lists none).
     """
     name, labels = getattr(dataset, "name", ""), getattr(dataset, "labels", None)
-    digest = hashlib.sha256(f"{name.partition(':')[0]} {len(dataset)}".encode())
+    total = size_of(dataset)
+    digest = hashlib.sha256(f"{name.partition(':')[0]} {total}".encode())
     digest.update(np.asarray(getattr(dataset, "rows", ())).tobytes())
     if labels is not None:
         digest.update(np.asarray(labels, dtype=np.int64).tobytes())
-    for i in range(0, len(dataset), max(1, len(dataset) // images)):
-        image, label = dataset[i]
-        digest.update(np.asarray(image).tobytes())
+    for i in range(0, total, max(1, total // images)):
+        image, label = parts_of(dataset[i], i)
+        pixels = isinstance(image, Image.Image | np.ndarray | Tensor)
+        digest.update(np.asarray(image if pixels else to_pil(image, f"image {i}")).tobytes())
+        label = number_of(label, i)
         if labels is None and label != -1:
-            digest.update(str(int(label)).encode())
+            digest.update(str(label).encode())
     return digest.hexdigest()
 
 
@@ -203,205 +263,146 @@ def stratified_split(
     return np.sort(by_place[:n]), np.sort(by_place[n:])
 
 
-def _split_of(
-    train: ImageDataset, held_out: dict[str, ImageDataset], split: str, seed: int
-) -> ImageDataset:
-    """One split of a source that holds a training set and no, one or two other sets."""
-    if len(held_out) < 2:
-        return _drawn(train, next(iter(held_out.values()), None), split, seed)
-    if split != "trainval":
-        return {"train": train, **held_out}[split]
-    val, n = held_out["val"], len(train) + len(held_out["val"])
-    labels = None if train.labels is None else np.concatenate([train.labels, val.labels])
-    load = partial(_of_two, train._load, len(train), val._load)
-    return ImageDataset(train.name, split, load, labels, train.classes, train.seed, n)
+def _split(source: Source, name: str, seed: int) -> dict[str, ImageDataset]:
+    """All splits of a source, and a line that says what they are, once."""
+    sets = {
+        called: _dataset(part, name, called, source.classes, seed)
+        for called, part in source.parts.items()
+    }
+    splits, drawn = _complete(sets, seed)
+    origin = dict.fromkeys(drawn, " (drawn from train)")
+    if len(sets) == 2:  # whatever the source calls it, it is the test set
+        (called,) = (part.called for name, part in source.parts.items() if name != "train")
+        origin["test"] = f" (its {called})" * (called.lower() not in ("", "test"))
+    counts = [f"{len(splits[s]):,} {s}{origin.get(s, '')}" for s in ("train", "val", "test")]
+    _tell("; ".join([f"{name}: {', '.join(counts)} images", _classes(splits), *source.notes]))
+    return splits
 
 
-def _drawn(train: ImageDataset, test: ImageDataset | None, split: str, seed: int) -> ImageDataset:
-    """Draw a tenth of the training images as ``val``; before that, 30 % as ``test`` if missing."""
+def _dataset(part: Part, name: str, split: str, classes, seed: int) -> ImageDataset:
+    data = ImageDataset(name, split, part.load, part.labels, classes, seed, len(part.rows))
+    data.rows = part.rows
+    return data
+
+
+def _complete(sets: dict[str, ImageDataset], seed: int) -> tuple[dict[str, ImageDataset], set]:
+    """The four splits of a source with one to three sets, and the names of those that are drawn.
+
+    The only held-out set is ``test``. A tenth of the training images is drawn as ``val``; before
+    that, 30 % as ``test`` if there is none.
+    """
+    train, val, test = sets["train"], sets.get("val"), sets.get("test")
+    if val is not None and test is not None:
+        labels = None if train.labels is None else np.concatenate([train.labels, val.labels])
+        load = partial(_of_two, train._load, len(train), val._load)
+        both = len(train) + len(val)
+        whole = ImageDataset(train.name, "trainval", load, labels, train.classes, seed, both)
+        return {**sets, "trainval": whole}, set()
+    drawn, test = {"val"}, val if test is None else test
     if test is None:
+        drawn.add("test")
         held, rest = stratified_split(train.labels, len(train), round(0.3 * len(train)), seed)
         train, test = train.subset(rest), train.subset(held)
     n = max(1, round(0.1 * len(train)))
-    val, rest = stratified_split(train.labels, len(train), n, seed + 1)
-    parts = {"train": train.subset(rest), "val": train.subset(val), "trainval": train, "test": test}
-    part = parts[split]
-    part.split = split
-    return part
+    chosen, rest = stratified_split(train.labels, len(train), n, seed + 1)
+    part, val = train.subset(rest), train.subset(chosen)
+    return {"train": part, "val": val, "trainval": train, "test": test}, drawn
 
 
-def _digits(split: str, seed: int) -> ImageDataset:
+def _classes(splits: dict[str, ImageDataset]) -> str:
+    """How many classes there are, and the first of their names."""
+    whole = splits["trainval"]
+    if whole.labels is None:
+        return "no labels"
+    if whole.classes is None:
+        return f"{len(np.unique(whole.labels))} classes"
+    return f"{len(whole.classes)} classes: {listed(whole.classes)}"
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Log a line, once in a process and by the first of several."""
+    if distributed.rank() == 0:
+        logger.info("%s", text)
+
+
+def _digits() -> Source:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     load = partial(_digit, np.round(bunch.images * (255 / 16)).astype(np.uint8))
-    classes = [str(i) for i in range(10)]
-    return _drawn(
-        ImageDataset("digits", split, load, bunch.target, classes, seed), None, split, seed
+    labels = bunch.target.astype(np.int64)
+    return Source(
+        {"train": Part(load, np.arange(len(labels)), labels)}, [str(i) for i in range(10)]
     )
 
 
-def _fruit64(split: str, seed: int) -> ImageDataset:
+def _fruit64() -> Source:
     """The source's test set is kept; its 57 validation photos, without three classes, train."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(ASSETS / "fruit64.parquet")
     classes = table.schema.metadata[b"classes"].decode().split(",")
-    encoded, labels = table["image"].combine_chunks().field("bytes"), table["label"].to_numpy()
-    whole = ImageDataset("fruit64", split, partial(_encoded, encoded), labels, classes, seed)
+    encoded = table["image"].combine_chunks().field("bytes")
+    labels = table["label"].to_numpy().astype(np.int64)
     held = table["split"].to_numpy(zero_copy_only=False) == "test"
-    train, test = (whole.subset(np.flatnonzero(rows)) for rows in (~held, held))
-    return _drawn(train, test, split, seed)
+    parts = {
+        split: Part(partial(_encoded, encoded), rows, labels[rows])
+        for split, rows in (("train", np.flatnonzero(~held)), ("test", np.flatnonzero(held)))
+    }
+    return Source(parts, classes)
 
 
-def _downloaded(name: str, split: str, seed: int) -> ImageDataset:
+def _downloaded(name: str, path: Path | None) -> Source:
+    """One of torchvision's data sets, downloaded if no ``path`` says where it lies."""
     import torchvision.datasets
 
-    root = data_folder()
     builder = getattr(torchvision.datasets, DOWNLOADED[name])
+    own = getattr(builder, "base_folder", builder.__name__)  # cifar-10-batches-py
+    root = data_folder()
+    if path is not None:
+        root = existing_folder(path, f"the folder that holds {own}")
+        root = root.parent if root.resolve().name == own else root
 
-    def fetch(train: bool) -> ImageDataset:
+    def fetch(train: bool):
         part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
-        source = builder(str(root), download=True, **part)
-        labels = source.labels if name == "stl10" else source.targets
-        classes = getattr(source, "classes", None)
-        return ImageDataset(name, split, partial(_of_source, source), labels, classes, seed)
+        source = builder(str(root), download=path is None, **part)
+        labels = np.asarray(source.labels if name == "stl10" else source.targets, dtype=np.int64)
+        part = Part(partial(_first, source), np.arange(len(labels)), labels)
+        return part, getattr(source, "classes", None)
 
     try:
-        return _drawn(fetch(True), fetch(False), split, seed)
+        (train, classes), (test, _) = fetch(True), fetch(False)
     except (OSError, RuntimeError) as error:
+        if path is not None:
+            raise InputError(
+                f"{path} does not hold {name} as torchvision has it, the folder {own}: {error}"
+            ) from error
         raise InputError(
             f"{name} is not in {root} and could not be downloaded ({error}): check the network, "
-            "put the files there, or use the embedded data set digits"
+            f"give {name}:PATH where it lies elsewhere, or use the embedded data set digits"
         ) from error
+    return Source({"train": train, "test": test}, classes and list(classes))
 
 
-def _image_folder(path: Path, split: str, seed: int) -> ImageDataset:
-    folders = {f.name for f in _existing(path).iterdir() if f.is_dir()}
-    if "train" not in folders:
-        return _drawn(_folder_part(path, None, split, seed), None, split, seed)
-    train = _folder_part(path / "train", None, split, seed)
-    names = [name for name in ("val", "test") if name in folders]
-    # Images without classes, as ImageNet's
-    if "test" in names and not any(f.is_dir() for f in (path / "test").iterdir()):
-        names.remove("test")
-    held_out = {name: _folder_part(path / name, train.classes, split, seed) for name in names}
-    return _split_of(train, held_out, split, seed)
+# What a row holds: functions of the module, which loader processes can be sent
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise InputError(f"{path} does not exist: expected a folder of images")
-    if not path.is_dir():
-        raise InputError(f"{path} is a file: expected a folder")
-    return path
-
-
-def _folder_part(path: Path, classes: list[str] | None, split: str, seed: int) -> ImageDataset:
-    """One folder of class folders.
-
-    ``classes`` are those of the training set, where it is another folder; this one may lack some.
-    """
-    here = sorted(f.name for f in path.iterdir() if f.is_dir())
-    classes = here if classes is None else classes
-    if unknown := [name for name in here if name not in classes]:
-        names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
-        raise InputError(
-            f"{path} must hold one folder per class, named as in {path.parent / 'train'}, "
-            f"which has no {names}"
-        )
-    files, labels = [], []
-    for name in here:
-        found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)
-        files += found
-        labels += [classes.index(name)] * len(found)
-    if not files:
-        raise InputError(
-            f"{path} holds no images: expected {path}/CLASS/IMAGE.jpg (or .png, .webp, ...)"
-        )
-    return ImageDataset(f"imagefolder:{path}", split, partial(_file, files), labels, classes, seed)
-
-
-def _parquet(path: Path, split: str, seed: int) -> ImageDataset:
-    shards = {"train": [], "val": [], "test": []}
-    for file in sorted(_existing(path).glob("*.parquet")):
-        part = file.name.split("-")[0].split(".")[0].replace("validation", "val")
-        shards.get(part, []).append(file)
-    if not shards["train"]:
-        raise InputError(
-            f"{path} holds no train-*.parquet: expected shards train-*.parquet "
-            "and val-*.parquet or test-*.parquet"
-        )
-    train, *others = (
-        _parquet_part(path, files, split, seed) if files else None for files in shards.values()
-    )
-    held_out = {
-        part: data
-        for part, data in zip(("val", "test"), others, strict=True)
-        if data is not None and (data.labels is not None or train.labels is None)
-    }
-    return _split_of(train, held_out, split, seed)
-
-
-def _parquet_part(path: Path, files: list[Path], split: str, seed: int) -> ImageDataset:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pa.concat_tables([pq.read_table(file) for file in files])
-        column = "img" if {"image", "img"}.intersection(table.column_names) == {"img"} else "image"
-        if not pa.types.is_struct(table[column].type):
-            raise TypeError(f"column {column} is {table[column].type}")
-        encoded = table[column].combine_chunks().field("bytes") if len(table) else []
-    except (pa.ArrowInvalid, KeyError, OSError, TypeError) as error:
-        raise InputError(
-            f"{path}: expected parquet files with columns image{{bytes, path}} (or img) and label: "
-            f"{error}"
-        ) from error
-    labels = table["label"] if "label" in table.column_names else None
-    if labels is not None:
-        missing, kind = labels.null_count, labels.type
-        if missing or not pa.types.is_integer(kind):
-            found = f"{missing} of {len(labels)} missing" if missing else kind
-            raise InputError(
-                f"{path}: column label must be whole numbers (-1: none), got {found}: "
-                "convert it, or leave it out"
-            )
-        labels = labels.to_numpy()
-        if (labels < 0).all():  # how the hub marks withheld labels
-            labels = None
-    if not len(encoded):
-        raise InputError(f"{path} holds no images in {', '.join(file.name for file in files)}")
-    load = partial(_encoded, encoded)
-    return ImageDataset(f"parquet:{path}", split, load, labels, None, seed, len(encoded))
-
-
-# How the image of a row is read: functions of the module, which loader processes can be sent
-
-
-def _kept(images: Sequence[np.ndarray], place: dict[int, int], row: int) -> Image.Image:
-    return Image.fromarray(images[place[row]])
+def _kept(images: Sequence[np.ndarray], place: dict[int, int], row: int) -> np.ndarray:
+    return images[place[row]]
 
 
 def _digit(pixels: np.ndarray, row: int) -> Image.Image:
     return Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC)
 
 
-def _encoded(images: Sequence, row: int) -> Image.Image:
-    return Image.open(io.BytesIO(images[row].as_py()))
+def _encoded(images: Sequence, row: int) -> bytes:
+    return images[row].as_py()
 
 
-def _of_source(source: Sequence, row: int) -> Image.Image:
+def _first(source: Sequence, row: int):
     return source[row][0]
 
 
-def _of_two(first: Callable, n: int, second: Callable, row: int) -> Image.Image:
+def _of_two(first: Callable, n: int, second: Callable, row: int):
     return first(row) if row < n else second(row - n)
-
-
-def _file(files: list[Path], row: int) -> Image.Image:
-    try:
-        with Image.open(files[row]) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{files[row]} cannot be decoded as an image: {error}") from error

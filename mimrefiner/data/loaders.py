@@ -1,10 +1,14 @@
-"""Loader processes: they outlive the SIGTERM that their trainer survives, and end when it ends."""
+"""Loader processes: they outlive the SIGTERM that their trainer survives, and end when it ends.
+
+:func:`ahead` is for what is too small for a process.
+"""
 
 import atexit
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -39,14 +43,30 @@ def loaded(
     others = set(multiprocessing.active_children())
     rows = iter(loader)
     _RUNNING.update(set(multiprocessing.active_children()) - others)
-    while (batch := _next(rows)) is not None:
-        yield batch
+    yield from without_traces(rows)
 
 
-def _next(rows: Iterator):
-    """The next batch or None; an InputError of a loader loses the traceback that torch gave it."""
+def ahead(items: Iterator) -> Iterator:
+    """Yield from ``items``, none of which is None; a thread makes the next while this one is used.
+
+    >>> list(ahead(iter([1, 2, 3])))
+    [1, 2, 3]
+    """
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def without_traces(batches: Iterable) -> Iterator:
+    """Yield from a loader; an InputError of its processes loses the traceback that torch gave it.
+
+    >>> list(without_traces([1, 2]))
+    [1, 2]
+    """
     try:
-        return next(rows, None)
+        yield from batches
     except InputError as error:
         last = str(error).strip().splitlines()[-1]
         raise InputError(last.removeprefix(f"{InputError.__module__}.InputError: ")) from None

@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 
 from mimrefiner.config import Crop, Views
 from mimrefiner.data import pixels as ops
-from mimrefiner.data.loaders import loaded
+from mimrefiner.data.images import to_pil as to_pil
+from mimrefiner.data.loaders import ahead, loaded
+from mimrefiner.data.rows import row_of, size_of
 from mimrefiner.device import to_device
 from mimrefiner.errors import InputError
 
@@ -30,7 +32,6 @@ CROP_TRIES = 10
 # Crop, offset, flip, jitter?, jitter order and factors, blur, grey, solarise
 DRAWS = 2 * CROP_TRIES + 2 + 1 + 1 + 8 + 2 + 1 + 1
 JITTER = (ops.brightness, ops.contrast, ops.saturation, ops.hue)
-HALF_GREY = 0.5 / 255
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def view_batches(
     no loader.
 
     Args:
-        dataset: any map-style data set of (image, label); :func:`to_pil` says which images.
+        dataset: any map-style data set; :func:`mimrefiner.data.rows.row_of` says of which rows.
         views: how every view is made.
         order: which images every step sees.
         mean, std: normalise the views, one number per channel.
@@ -109,7 +110,7 @@ def view_batches(
         raise InputError(f"loader processes (workers) must be >= 0, got {num_workers}")
     device = torch.device(device)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
-    batches = order.batches(len(dataset))
+    batches = order.batches(size_of(dataset))
     pixels = getattr(dataset, "pixels", None) if device.type == "cuda" else None
     if pixels is None:
         cut = loaded_crops(dataset, views, batches, order.seed, device, num_workers)
@@ -169,15 +170,14 @@ class _Cuts(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        image, label = self.dataset[index]
-        image = to_pil(image)
+        image, label = row_of(self.dataset, index)
         draws = uniforms(self.seed, epoch, index, len(self.views.crops))
         boxes, flips = crop_boxes(*image.size, self.scales, draws)
         pixels = [
             crop_view(image, crop, *where)
             for crop, *where in zip(self.views.crops, boxes, flips, strict=True)
         ]
-        return pixels, draws, (index, int(label))
+        return pixels, draws, (index, label)
 
     def collate(self, rows):
         """One batch of many rows.
@@ -209,48 +209,25 @@ def resident_crops(
     scales = np.array([crop.scale for crop in views.crops])
     flip_p = np.array([crop.flip_p for crop in views.crops])
     groups = size_groups(views)
-    for batch in batches:
+
+    def drawn(batch: Keys) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws; boxes and flips, (views, batch, 5); index and label, (2, batch)."""
         which = np.array([i for _, i in batch])
         draws = uniforms(seed, batch[0][0], which, len(views.crops))  # (batch, views, draws)
         boxes, flips = crop_boxes(width, height, scales, draws)
-        where = np.concatenate([boxes, (flips < flip_p)[..., None]], -1)  # (batch, views, 5)
-        where = to_device(torch.from_numpy(where).transpose(0, 1).float(), device)
+        where = np.concatenate([boxes, (flips < flip_p)[..., None]], -1)
         index = torch.from_numpy(which)
-        index, label = to_device(torch.stack([index, labels[index]]), device)
+        where = torch.from_numpy(where).transpose(0, 1).float()
+        return torch.from_numpy(draws), where, torch.stack([index, labels[index]])
+
+    plans = map(drawn, batches)
+    for draws, where, which in ahead(plans) if device.type == "cuda" else plans:
+        where, (index, label) = to_device(where, device), to_device(which, device)
         images = pixels[index].float()
         crops = [
             ops.crop_batch(images, views.crops[group.start].size, where[group]) for group in groups
         ]
-        yield crops, torch.from_numpy(draws), index, label
-
-
-def to_pil(image) -> Image.Image:
-    """An RGB PIL image of a PIL image, a uint8 array or a tensor.
-
-    Arrays are (height, width[, 3]); tensors (3, height, width), in 0..1 or of uint8.
-    """
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8:
-            low, high = image.min().item(), image.max().item()
-            # Rounding errors pass, NaN does not
-            if not (low > -HALF_GREY and high < 1 + HALF_GREY):
-                raise InputError(
-                    f"expected an image tensor in 0..1 or of uint8, got {low:.3g} to {high:.3g}: "
-                    "do not normalise it"
-                )
-            image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-        image = image.permute(1, 2, 0).squeeze(-1).cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise InputError(
-                f"expected an image array of uint8, got {image.dtype}: scale it to 0..255"
-            )
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise InputError(
-            f"expected a PIL image, a uint8 array or a tensor, got {type(image).__name__}"
-        )
-    return image.convert("RGB")
+        yield crops, draws, index, label
 
 
 def uniforms(

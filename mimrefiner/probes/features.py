@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mimrefiner import distributed
 from mimrefiner.config import check_blocks
-from mimrefiner.data.views import to_pil
+from mimrefiner.data.labelled import Transformed
+from mimrefiner.data.loaders import without_traces
+from mimrefiner.data.rows import row_of, size_of
 from mimrefiner.device import default_device, frozen, full_float32
 from mimrefiner.distributed import gather_rows
 from mimrefiner.errors import InputError
@@ -139,25 +141,11 @@ def pixel_features(dataset: Dataset, size: int) -> Features:
     >>> mr.pixel_features(images, 8).x["pixels"].shape  # 8 x 8 pixels of 3 colours
     torch.Size([1, 10, 192])
     """
-    rows = [dataset[i] for i in range(len(dataset))]
-    pixels = [np.array(to_pil(image).resize((size, size))) for image, _ in rows]
+    rows = [row_of(dataset, i) for i in range(size_of(dataset))]
+    pixels = [np.array(image.resize((size, size))) for image, _ in rows]
     x = torch.stack([torch.from_numpy(x).flatten() for x in pixels])
-    y = torch.tensor([int(label) for _, label in rows])
+    y = torch.tensor([label for _, label in rows])
     return Features({"pixels": x.float()[None] / 255}, y, (0,), 1)
-
-
-class Transformed(Dataset):
-    """(transformed image, label) from a map-style data set of (image, label)."""
-
-    def __init__(self, dataset: Dataset, transform):
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int):
-        image, label = self.dataset[i]
-        return self.transform(to_pil(image)), int(label)
 
 
 @dataclass(frozen=True)
@@ -235,7 +223,8 @@ def extract_features(
     Args:
         encoder: from :func:`mimrefiner.load_encoder`, or any timm ViT; its ``pretrained_cfg`` says
             how images are prepared. It is returned to the device where it was.
-        dataset: map-style, (image, label).
+        dataset: map-style, with rows (image, label) or what else
+            :func:`mimrefiner.data.rows.row_of` reads.
         blocks: "all" or 0-based blocks.
         pools: of "cls", "mean"; None takes those the model has.
         final_norm: apply the encoder's final LayerNorm to every block's tokens (as
@@ -256,7 +245,7 @@ def extract_features(
     """
     selection = Selection.of(encoder, blocks, pools, final_norm)
     loading = Loading(batch_size, num_workers, device, autocast)
-    shares = [process_share(range(len(dataset)), rank) for rank in range(distributed.world())]
+    shares = [process_share(range(size_of(dataset)), rank) for rank in range(distributed.world())]
     rows = padded(shares[distributed.rank()], max(map(len, shares)))
     x, y = _collected(feature_batches(encoder, dataset, rows, selection, loading), len(rows))
     if len(shares) > 1:
@@ -316,7 +305,7 @@ def feature_batches(
     loading: Loading,
 ) -> Iterator[tuple[dict[str, list[Tensor]], Tensor]]:
     """Pooled features and labels of the images ``rows``, batch by batch, float32 on the CPU."""
-    if len(dataset) == 0:
+    if size_of(dataset) == 0:
         raise InputError("the data set is empty")
     device, autocast = loading.device, loading.autocast
     loader = DataLoader(
@@ -325,11 +314,12 @@ def feature_batches(
         num_workers=loading.num_workers,
         pin_memory=device.type == "cuda",
     )
+    batches = without_traces(loader)
     blocks, pools = selection.blocks, selection.pools
     norm_blocks = blocks if selection.final_norm else ()
     with frozen(encoder, device):
         began = time.monotonic()
-        for i, (images, label) in enumerate(progress(loader, "features", unit="batch")):
+        for i, (images, label) in enumerate(progress(batches, "features", len(loader), "batch")):
             precision = torch.autocast(device.type, autocast, enabled=autocast is not None)
             with precision, full_float32(), advice_on_memory(LESS_AT_ONCE):
                 images = images.to(device, non_blocking=True)

@@ -1,0 +1,192 @@
+"""Parquet files as the hub has them: shards of splits, images as encoded bytes or arrays."""
+
+import itertools
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as kinds
+
+from mimrefiner.data.columns import Columns, array_type, find_columns, holds_images, numbers
+from mimrefiner.data.sources import (
+    Part,
+    Source,
+    existing,
+    is_hidden,
+    listed,
+    skipped_text,
+    split_named,
+)
+from mimrefiner.errors import InputError
+
+EXPECTED = "a folder of parquet files, or one"
+ROWS = 256  # read at a time: no batch then comes near the 2 GiB that one array of bytes can hold
+
+
+def read_parquet(path: Path, column: str | None = None, label: str | None = None) -> Source:
+    """The images of parquet files, kept in memory as they are encoded.
+
+    Files lie in ``path``, ``path/data`` or a folder of the split, and are called by the split:
+    ``train-00000-of-00002.parquet``, ``train_0.parquet``, ``train/0000.parquet``. Where no file
+    names a split, and for a single file, all are training images, from which splits are drawn.
+
+    Args:
+        path: the folder, or one file.
+        column, label: the columns of images and labels; None finds them.
+
+    Raises:
+        InputError: no such files, several data sets side by side, no column of images, labels that
+            are neither numbers nor names.
+    """
+    shards, skipped = _shards(existing(path, EXPECTED))
+    parts, notes, classes, first = {}, skipped_text(skipped), None, None
+    for split, files in shards.items():
+        columns = find_columns(_schema(files[0], path), str(path), column, label)
+        part, found = _part(files, columns, classes, path, split)
+        if split == "train":
+            classes, first = found, columns
+        elif part.labels is None and parts["train"].labels is not None:
+            notes.append(f"{split} has no labels and is left out")
+            continue
+        parts[split] = part
+    return Source(parts, classes, [first.note(), *notes])
+
+
+def _shards(path: Path) -> tuple[dict[str, list[Path]], Counter]:
+    """The files of every split, training first, and what was passed over."""
+    if path.is_file():
+        return {"train": [path]}, Counter()
+    files = [
+        file
+        for file in sorted(path.rglob("*.parquet"))
+        if not any(map(is_hidden, file.relative_to(path).parts))
+    ]
+    if not files:
+        raise InputError(f"{path} holds no .parquet files: expected train-*.parquet and so on")
+    splits = {file: _split_of(file.relative_to(path)) for file in files}
+    if not any(splits.values()):
+        splits = dict.fromkeys(files, "train")
+    if "train" not in splits.values():
+        raise InputError(
+            f"{path} holds no train-*.parquet, only {listed(file.name for file in files)}: "
+            "expected shards train-*.parquet and val-*.parquet or test-*.parquet"
+        )
+    named = [file for file in files if splits[file]]
+    sets = sorted({_without_split(file.relative_to(path)) for file in named})
+    if len(sets) > 1:
+        raise InputError(
+            f"{path} holds several data sets, in {listed(sets)}: give one of these folders"
+        )
+    skipped = Counter({"files that name no split": len(files) - len(named)})
+    shards = {split: [f for f in named if splits[f] == split] for split in ("train", "val", "test")}
+    return {split: found for split, found in shards.items() if found}, +skipped
+
+
+def _split_of(file: Path) -> str | None:
+    """By the file's own name, or by that of the nearest folder which names a split."""
+    names = (file.stem, *reversed(file.parts[:-1]))
+    return next((split for name in names if (split := split_named(name))), None)
+
+
+def _without_split(file: Path) -> str:
+    """The folders of a file that name no split."""
+    return "/".join(part for part in file.parts[:-1] if not split_named(part)) or "."
+
+
+def _schema(file: Path, path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _broken(file, error) from error
+
+
+def _broken(file: Path, error: Exception) -> InputError:
+    return InputError(f"expected parquet files, and {file} cannot be read: {error}")
+
+
+def _part(
+    files: list[Path], columns: Columns, classes: list[str] | None, path: Path, split: str
+) -> tuple[Part, list[str] | None]:
+    wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
+    images, labels = [], []
+    for file in files:
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=wanted):
+                images.append((_plain(batch.column(columns.image)), file.parent))
+                if columns.label is not None:
+                    labels.append(batch.column(columns.label))
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            missing = [name for name in wanted if name not in _schema(file, path).names]
+            if missing:
+                raise InputError(
+                    f"{file} has no column {missing[0]}, unlike other files"
+                ) from error
+            raise _broken(file, error) from error
+    if not images:
+        raise InputError(f"{path} holds no images in {listed(file.name for file in files)}")
+    where = f"{path} ({split})"
+    found = None
+    if labels:
+        found, classes = numbers(_one_type(labels, where), columns, classes, where)
+    ends = np.array(list(itertools.accumulate(len(part) for part, _ in images)))
+    return Part(partial(_cell, images, ends), np.arange(ends[-1]), found, split), classes
+
+
+def _plain(column: pa.Array) -> pa.Array | pa.StructArray:
+    """A column of images; bytes alone where no row gives a path in their place."""
+    if kinds.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not holds_images(column.type):
+        raise pa.ArrowInvalid(f"a column of images is {column.type} here")
+    if kinds.is_struct(column.type) and not column.field("bytes").null_count:
+        return column.field("bytes")
+    return column
+
+
+def _one_type(labels: list[pa.Array], where: str) -> pa.ChunkedArray:
+    """Labels of shards whose integers may differ in width."""
+    found = {part.type for part in labels}
+    if len(found) > 1 and all(map(kinds.is_integer, found)):
+        labels = [part.cast(pa.int64()) for part in labels]
+    elif len(found) > 1:
+        text = [
+            part.dictionary_decode() if kinds.is_dictionary(part.type) else part for part in labels
+        ]
+        try:
+            labels = [part.cast(pa.large_string()) for part in text if not _is_number(part.type)]
+        except pa.ArrowException:
+            labels = []
+        if len(labels) < len(text):
+            raise InputError(
+                f"{where}: files differ in the type of labels: {listed(sorted(map(str, found)))}"
+            )
+    return pa.chunked_array(labels)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)
+
+
+def _cell(images: list[tuple[pa.Array, Path]], ends: np.ndarray, row: int):
+    """What holds the image of a row, as :func:`mimrefiner.data.images.to_pil` takes it."""
+    batch = int(np.searchsorted(ends, row, side="right"))
+    column, folder = images[batch]
+    cell = column[row - (ends[batch - 1] if batch else 0)]
+    return image_of(cell.as_py(), column.type, folder)
+
+
+def image_of(value, kind: pa.DataType, folder: Path):
+    """A cell of a table as :func:`mimrefiner.data.images.to_pil` takes it.
+
+    Args:
+        value: the cell as Python has it.
+        kind: the type of its column.
+        folder: where paths begin that stand in place of bytes.
+    """
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+        return folder / value["path"]
+    dtype = array_type(kind)
+    return value if dtype is None else np.array(value, dtype=dtype)
