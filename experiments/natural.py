@@ -17,10 +17,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from experiments import measure
-from experiments.measure import TRANSFER, Measured, Model, kept
+from experiments.claims import (
+    BEST,
+    LAST,
+    MORE_PRETRAINING,
+    PIXELS,
+    REFINED,
+    Claim,
+    Found,
+    Recipe,
+    Side,
+    judge,
+)
+from experiments.measure import TRANSFER, Model, kept
 from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data.datasets import data_hash, load_dataset, short_name
 from mimrefiner.files import write_csv
@@ -35,14 +46,13 @@ from mimrefiner.probes.protocols import (
     LINEAR,
     SHOTS,
     WITHIN_KINDS,
-    Protocol,
     low_shot,
 )
 from mimrefiner.study import presets, store
 from mimrefiner.study.claims import About, Record
-from mimrefiner.study.intervals import image_difference, seed_difference
+from mimrefiner.study.intervals import image_difference
 from mimrefiner.study.presets import Preset, load_preset
-from mimrefiner.study.tables import count, mean_sd
+from mimrefiner.study.tables import count
 from mimrefiner.training.finetune import FinetuneResult
 from mimrefiner.training.pretrain import PretrainResult
 from mimrefiner.training.refine import RefineResult
@@ -50,16 +60,6 @@ from mimrefiner.training.refine import RefineResult
 HERE = Path(__file__).parent
 LABELS_BASE_LR = 2e-3  # of the control with labels; set beforehand, as the rates of pre-training
 FACTORS = (0.5, 1.0, 2.0)  # --choose tries the learning rate of stage 3 times these
-Found = dict[tuple[str, int], Measured]  # (model, seed) -> what was measured of it
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One pre-trained model, and the seeds with which it is refined."""
-
-    name: str
-    preset: Preset
-    seeds: tuple[int, ...] = (0,)
 
 
 def recipes(preset_name: str, data: str, seeds: Sequence[int]) -> list[Recipe]:
@@ -219,57 +219,9 @@ def settings(trainings: Sequence[Training], recipes: Sequence[Recipe]) -> pd.Dat
     )
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison: a model, and one of its blocks.
-
-    Attributes:
-        name: what claims call it.
-        model: the model's name; {recipe} in it stands for the recipe's.
-        best: whether the block is the one chosen on validation images, else it is the last one.
-        pool: the pooling, where it is not that of the claim.
-    """
-
-    name: str
-    model: str
-    best: bool = False
-    pool: str = ""
-
-    def measured(self, found: Found, recipe: Recipe) -> list[Measured]:
-        """What was measured of the model, one per seed; [] where there is no such model."""
-        model = self.model.format(recipe=recipe.name)
-        return [found[model, s] for s in dict.fromkeys((0, *recipe.seeds)) if (model, s) in found]
-
-    def right(self, measured: Measured, claim: "Claim", data: str) -> torch.Tensor | None:
-        """Which test images are right, (images,); None where that was not measured."""
-        pool = self.pool or claim.pool
-        blocks = measured.hits.get((data, pool, claim.protocol.label))
-        if blocks is None:
-            return None
-        return blocks[measured.best[data, pool] if self.best else -1].float()
-
-
-LAST = Side("the last block before", "{recipe}")
-BEST = Side("the best block before", "{recipe}", best=True)
-REFINED = Side("the refined last block", "{recipe} refined")
 LONGER = Side("longer pre-training", "{recipe} trained longer")
 RANDOM = Side("random weights", "random weights", best=True)
 RANDOM_LAST = Side("random weights", "random weights")
-PIXELS = Side("raw pixels", "raw pixels", pool="pixels")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One row of the table of claims: who is compared with whom, by which protocol."""
-
-    text: str
-    ours: Side
-    theirs: Side
-    pool: str
-    protocol: Protocol = KNN
-
-
-MORE_PRETRAINING = "refinement beats as much computation spent on masked pre-training"
 
 
 def _table_of_claims() -> list[Claim]:
@@ -325,41 +277,8 @@ def judge_claims(
     for data in (short_name(recipes[0].preset.dataset), *map(short_name, transfer)):
         for recipe in recipes:
             for claim in CLAIMS:
-                _judge(claim, found, recipe, data, record)
+                judge(claim, found, recipe, data, record)
     _claim_of_decoders(found, recipes, record)
-
-
-def _judge(claim: Claim, found: Found, recipe: Recipe, data: str, record: Record) -> None:
-    """Add one claim; nothing where one of its sides was not measured."""
-    ours, theirs = (side.measured(found, recipe) for side in (claim.ours, claim.theirs))
-    if not ours or not theirs:
-        return
-    if claim.protocol == KMEANS:
-        values, other = [m.clusters(data) for m in ours], theirs[0].clusters(data)
-        if other is None or values[0] is None:
-            return
-        n_test = ours[0].hits[data, claim.pool, KNN.label].shape[1]
-        difference = seed_difference(values, [other] * len(values), images=n_test)
-    else:
-        right = [claim.ours.right(m, claim, data) for m in ours]
-        against = claim.theirs.right(theirs[0], claim, data)
-        if against is None or right[0] is None:
-            return
-        values, other = [x.mean().item() for x in right], against.mean().item()
-        n_test, difference = len(against), image_difference(right, [against] * len(right))
-    text = "" if claim.protocol == KNN else f"{100 * other:.1f} against {mean_sd(values)} %: "
-    if BEST in (claim.ours, claim.theirs):
-        (before,) = LAST.measured(found, recipe)
-        best, depth = before.best[data, claim.pool], len(before.hits[data, claim.pool, KNN.label])
-        inside = best < depth - 1
-        if claim.theirs == BEST and not inside:  # else the comparison with the last block again
-            return
-        if claim.theirs == LAST:
-            text = f"block {best + 1} of {depth}, chosen on validation: "
-            if not inside:
-                text = f"the block chosen on validation is the last one, {depth}: "
-    about = About(recipe.name, data, claim.pool, claim.protocol.label, claim.theirs.name)
-    record.judge(claim.text, difference, n_test=n_test, text=text, about=about)
 
 
 def _claim_of_decoders(found: Found, recipes: Sequence[Recipe], record: Record) -> None:

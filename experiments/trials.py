@@ -20,11 +20,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import measure
 from experiments.measure import Extract, Measured, Model
-from mimrefiner.config import PretrainConfig, RefineConfig, Views
+from mimrefiner.config import AUTO, PretrainConfig, RefineConfig, Views
 from mimrefiner.data.datasets import ImageDataset, load_dataset, short_name
 from mimrefiner.device import default_device, plain_attention
 from mimrefiner.files import Entry, atomic_file, write_csv, write_json
@@ -40,8 +39,10 @@ from mimrefiner.study.claims import Record
 from mimrefiner.study.presets import Preset
 from mimrefiner.study.tables import git_sha
 from mimrefiner.training.checkpoints import Saving
+from mimrefiner.training.cost import operation_counter
 from mimrefiner.training.finetune import FinetuneResult, finetune
 from mimrefiner.training.optim import freeze_first
+from mimrefiner.training.placement import placed
 from mimrefiner.training.pretrain import PretrainResult, pretrain
 from mimrefiner.training.refine import (
     RefineResult,
@@ -54,12 +55,13 @@ from mimrefiner.training.run import NUMERICS, TrainingRun, run_settings, sigterm
 
 logger = logging.getLogger(f"mimrefiner.{__name__}")
 
-EVERY = 5  # steps between checkpoints
+MINUTES = 1  # between checkpoints
 BANK = 10_000  # training images that vote on validation images
 TRANSFER_BANK = 20_000  # and on a data set that no model was trained on
 TRIALS = (
     "refined",
     "one head",
+    "placed heads",
     "random blocks",
     "own view",
     "no stage 2",
@@ -121,7 +123,9 @@ def trained(trial: str, start: Start, out: Path) -> nn.Module:
 def _fill(entry: Entry, trial: str, start: Start) -> None:
     unfinished = entry.folder.parent / "unfinished" / entry.folder.name
     began = time.process_time()
-    result, config = _train(trial, start, Saving(unfinished, EVERY, resume=True))
+    result, config = _train(
+        trial, start, Saving(unfinished, every=None, resume=True, minutes=MINUTES)
+    )
     encoder = getattr(result, "ema_encoder", result.encoder).half()
     facts = {
         "flops": result.flops,
@@ -151,7 +155,7 @@ def _train(
         return finetune(encoder, dataset, config, flops=flops, saving=saving), config
     if trial == "masked":
         return _continue_masked(start, flops, saving)
-    changed = recipe(trial, config, len(encoder.blocks))
+    changed = placed(recipe(trial, config, len(encoder.blocks)), encoder, dataset)
     longer = flops / refinement_flops(encoder, dataset, changed)
     changed = replace(
         changed,
@@ -181,7 +185,7 @@ def step_flops(model: SimMIM | MAE, config: PretrainConfig) -> float:
     size = model.encoder.pretrained_cfg["input_size"][-1]
     model = copy.deepcopy(model)
     mask = random_mask(2, (size // model.patch) ** 2, config.mask_ratio)
-    with plain_attention(model, torch.device("cpu")), FlopCounterMode(display=False) as counter:
+    with plain_attention(model, torch.device("cpu")), operation_counter() as counter:
         model(torch.zeros(2, 3, size, size), mask).backward()
     return counter.get_total_flops() * config.batch_size / 2
 
@@ -202,6 +206,7 @@ def recipe(trial: str, config: RefineConfig, depth: int) -> RefineConfig:
         "refined": {},
         "own view": {},  # the queue differs
         "one head": {"blocks": (last,)},
+        "placed heads": {"blocks": AUTO},
         "random blocks": {"blocks": (*sorted(before_last.tolist()), last)},
         "no stage 2": {"heads_epochs": 0.0},
         "colours kept": {"views": colours_kept(config.views)},

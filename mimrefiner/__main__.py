@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mimrefiner.config import AUTO
 from mimrefiner.errors import InputError, Stopped
 from mimrefiner.files import cache_folder, check_writable, data_folder
 from mimrefiner.notices import show_notices
@@ -155,7 +156,10 @@ def add_refine(commands) -> None:
     model = "timm name or .safetensors file (default: the preset's own, pre-trained first)"
     add("--model", help=model)
     add("--no-pretrained", action="store_true", help="random weights for a timm name")
-    blocks = "0-based blocks that get a head, such as 8,9,10,11 (default: the last third)"
+    blocks = (
+        "0-based blocks that get a head, such as 8,9,10,11, or auto: the one at which nearest "
+        "neighbours agree most and all behind it (default: the last third)"
+    )
     add("--blocks", help=blocks)
     add("--heads", type=int, help="a head on each of this many last blocks")
     local = "local crops of every image (default: the preset's, 4 or 10)"
@@ -179,6 +183,7 @@ def do_refine(args) -> None:
     from mimrefiner import load_encoder, refine
     from mimrefiner.study.store import pretrained
     from mimrefiner.training.memory import Memory
+    from mimrefiner.training.placement import placed
     from mimrefiner.training.run import train_into
 
     if args.tensorboard and not args.watch:
@@ -191,7 +196,7 @@ def do_refine(args) -> None:
         raise InputError(f"{args.preset} refines published weights: give them by --model")
     else:
         encoder = pretrained(preset).encoder
-    config = _changed(preset.refine, args, encoder)
+    config = placed(_changed(preset.refine, args, encoder), encoder, dataset, args.out)
     memory = Memory(args.micro_batch, args.recompute, args.shard)
     train = partial(
         refine, encoder, dataset, config, num_workers=args.workers, memory=memory, monitor=monitor
@@ -218,7 +223,7 @@ def _changed(config, args, encoder):
     if args.blocks is not None and args.heads is not None:
         raise InputError("give either --blocks or --heads")
     if args.blocks is not None:
-        changes["blocks"] = _integers("--blocks", args.blocks)
+        changes["blocks"] = AUTO if args.blocks == AUTO else _integers("--blocks", args.blocks)
     if args.heads is not None:
         depth = len(block_modules(encoder))
         if not 1 <= args.heads <= depth:
@@ -330,6 +335,353 @@ def do_explore(args) -> None:
     print(write(args.out, args.data, args.before, args.after, settings, num_workers=args.workers))
 
 
+def add_finetune(commands) -> None:
+    what = "fine-tune a model with labels by one of the paper's recipes, and test it"
+    example = "mimrefiner finetune mae_refined_l16 imagefolder:IMAGENET --recipe 1p_l16 --out DIR"
+    add = _command(commands, "finetune", do_finetune, what, example)
+    _labelled_arguments(add)
+    recipe = "in1k or inat18 (by the model's width), or a recipe's own name (default: in1k)"
+    add("--recipe", default="in1k", help=recipe)
+    add("--base-lr", type=float, metavar="LR", help="learning rate for 256 images")
+    add("--pool", help="cls or mean (default: the recipe's)")
+    _memory_arguments(add)
+
+
+def do_finetune(args) -> None:
+    from mimrefiner.study.labelled import changed
+    from mimrefiner.training.finetune import finetune_into, finetune_recipe
+    from mimrefiner.training.memory import Memory
+    from mimrefiner.training.recipes import recipe_named
+
+    encoder, sets = _encoder_and_labelled(args)
+    options = {name: getattr(args, name) for name in ("epochs", "batch_size", "base_lr", "pool")}
+    recipe = changed(recipe_named(args.recipe, encoder.embed_dim), options, args.seed)
+    how = {"val": sets.get("val"), "best_on_test": args.best_on_test, "num_workers": args.workers}
+    how["memory"] = Memory(args.micro_batch, args.recompute, args.shard)
+    train = partial(finetune_recipe, encoder, sets["train"], sets["test"], recipe, **how)
+    finetune_into(args.out, train, save_every=args.save_every, resume=args.resume)
+    _print_rows(args.out)
+
+
+def add_linear(commands) -> None:
+    what = "train the paper's grid of linear probes on a frozen model, with augmentation"
+    example = "mimrefiner linear mae_refined_l16 imagefolder:IMAGENET --out DIR"
+    add = _command(commands, "linear", do_linear, what, example)
+    _labelled_arguments(add)
+    recipe = "in1k (52 probes), patches (no cls), inat18 or inat18_1shot (default: in1k)"
+    add("--recipe", default="in1k", help=recipe)
+
+
+def do_linear(args) -> None:
+    from mimrefiner.errors import one_of
+    from mimrefiner.probes.linear_grid import RECIPES, linear_grid, linear_grid_into
+    from mimrefiner.study.labelled import changed
+
+    one_of("recipe", args.recipe, tuple(RECIPES))
+    encoder, sets = _encoder_and_labelled(args)
+    options = {name: getattr(args, name) for name in ("epochs", "batch_size")}
+    recipe = changed(RECIPES[args.recipe], options, args.seed)
+    how = {"val": sets.get("val"), "best_on_test": args.best_on_test, "num_workers": args.workers}
+    train = partial(linear_grid, encoder, sets["train"], sets["test"], recipe, **how)
+    linear_grid_into(args.out, train, save_every=args.save_every, resume=args.resume)
+    _print_rows(args.out)
+
+
+def add_low_shot(commands) -> None:
+    what = "logistic regression on a few images per class, by lists or drawn, as the paper does"
+    example = (
+        "mimrefiner low-shot mae_refined_l16 imagefolder:IMAGENET --labels 1 "
+        "--lists subsets1/1imgs_class.txt,subsets2/1imgs_class.txt --out DIR"
+    )
+    add = _command(commands, "low-shot", do_low_shot, what, example)
+    add("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
+    add("data", metavar="DATA", help="data set by name or path")
+    add("--labels", required=True, help="images per class, such as 1, or a share such as 0.01")
+    lists = "published lists with commas between, or inat18:1,inat18:2 (default: draw three)"
+    add("--lists", default="", help=lists)
+    solver = "converged, or cyanure, the paper's (default: converged)"
+    add("--solver", default="converged", help=solver)
+    add("--pool", help="cls or mean (default: cls where there is one)")
+    add("--no-pretrained", action="store_true", help="random weights")
+    add("--seed", type=int, default=0, help="of the first draw (default: 0)")
+    add("--workers", type=int, default=0, help="loader processes (default: 0)")
+    add("--out", type=Path, required=True, help="folder for rows.csv")
+
+
+def do_low_shot(args) -> None:
+    from mimrefiner.errors import one_of
+    from mimrefiner.files import write_csv
+    from mimrefiner.probes.shots import SOLVERS
+    from mimrefiner.study.labelled import low_shot_rows
+
+    one_of("solver", args.solver, SOLVERS)
+    check_writable(args.out)
+    (labels,) = _numbers("--labels", args.labels)[:1]
+    rows = low_shot_rows(
+        args.model,
+        args.data,
+        labels,
+        lists=_parts(args.lists) if args.lists else [],
+        solver=args.solver,
+        pool=args.pool,
+        pretrained=not args.no_pretrained,
+        seed=args.seed,
+        num_workers=args.workers,
+    )
+    write_csv(rows, args.out / "rows.csv")
+    _print_rows(args.out)
+    print(f"mean of {len(rows)} splits: {100 * rows['value'].mean():.1f} %")
+
+
+def _labelled_arguments(add) -> None:
+    add("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
+    add("data", metavar="DATA", help="data set by name or path")
+    labels = "images per class, such as 1, or a share such as 0.01 (default: all)"
+    add("--labels", metavar="N", help=labels)
+    listed = "file with the names of the images, or inat18:SPLIT (default: drawn by --seed)"
+    add("--list", default="", metavar="FILE", dest="listed", help=listed)
+    add("--epochs", type=float, help="in place of the recipe's")
+    add("--batch-size", type=int, metavar="N", help="in place of the recipe's")
+    whole = "train on training and validation images together, as the paper does"
+    add("--all-images", action="store_true", help=whole)
+    best = "report the best on the test images, as the paper does (implies --all-images)"
+    add("--best-on-test", action="store_true", help=best)
+    add("--size", type=int, metavar="PX", help="side of the images (default: the model's own)")
+    add("--no-pretrained", action="store_true", help="random weights")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=0, help="loader processes (default: 0)")
+    resume = "go on from the newest valid checkpoint in --out"
+    add("--resume", action="store_true", help=resume)
+    save_every = "between checkpoints (default: 500)"
+    add("--save-every", type=int, default=500, metavar="STEPS", help=save_every)
+    add("--out", type=Path, required=True, help="folder for rows and weights")
+
+
+def _encoder_and_labelled(args):
+    """The model, and the images that it is trained and tested on."""
+    from mimrefiner import load_encoder
+    from mimrefiner.study.labelled import labelled_sets
+
+    check_writable(args.out)
+    encoder = load_encoder(args.model, image_size=args.size, pretrained=not args.no_pretrained)
+    labels = _numbers("--labels", args.labels)[0] if args.labels else None
+    whole = args.all_images or args.best_on_test
+    return encoder, labelled_sets(
+        args.data, labels=labels, listed=args.listed, whole=whole, seed=args.seed
+    )
+
+
+def _print_rows(out: Path) -> None:
+    """The results in ``rows.csv``, one line each; by the first of several processes."""
+    import pandas as pd
+
+    from mimrefiner.distributed import rank
+
+    if rank():
+        return
+    for row in pd.read_csv(out / "rows.csv").itertuples():
+        images = f" ({row.images})" if hasattr(row, "images") else ""
+        print(f"{100 * row.value:5.1f} %  {row.protocol}, {row.pool}, {row.setting}{images}")
+
+
+def add_segment(commands) -> None:
+    what = "segment scenes: fine-tune UperNet, or probe frozen features (ADE20K)"
+    example = "mimrefiner segment mae_refined_l16 ADEChallengeData2016 --out runs/ade20k"
+    add = _command(commands, "segment", do_segment, what, example)
+    add("model", metavar="MODEL", help="anything that load_encoder takes")
+    data = "folder with images/training, annotations/training and so on, or images/ and masks/"
+    add("data", metavar="DATA", type=Path, help=data)
+    probe = (
+        "upernet fine-tunes everything; linear probes four blocks joined, with the paper's nine "
+        "learning rates; blocks probes every block (default: upernet)"
+    )
+    add("--probe", default="upernet", help=probe)
+    add("--classes", type=int, default=150, help="how many (default: 150, ADE20K's)")
+    zero = "label 0 is a class; in ADE20K it means none"
+    add("--count-zero", action="store_true", help=zero)
+    size = "side of the squares in pixels (default: upernet 512, probes the encoder's own)"
+    add("--size", type=int, help=size)
+    add("--steps", type=int, help="of upernet (default: 160000)")
+    add("--epochs", type=float, help="of probes (default: 50)")
+    add("--batch-size", type=int, help="images of a step (default: 16)")
+    best = "report the best rate and evaluation on the test images, as the paper does"
+    add("--best-on-test", action="store_true", help=f"linear, blocks: {best}")
+    add("--no-pretrained", action="store_true", help="random weights for a timm name")
+    _running_arguments(add)
+    save_every = "between checkpoints of upernet (default: 5000)"
+    add("--save-every", type=int, default=5000, metavar="STEPS", help=save_every)
+
+
+def do_segment(args) -> None:
+    from mimrefiner.data.scenes import SegmentationFolder
+    from mimrefiner.errors import one_of
+
+    one_of("--probe", args.probe, ("upernet", "linear", "blocks"))
+    wrong = {"upernet": ("epochs", "best_on_test")}.get(args.probe, ("steps",))
+    for option in wrong:
+        if getattr(args, option):
+            raise InputError(f"--{option.replace('_', '-')} is no option of --probe {args.probe}")
+    train, val = (SegmentationFolder(args.data, split) for split in ("train", "val"))
+    check_writable(args.out)
+    rows = (_upernet if args.probe == "upernet" else _dense)(args, train, val)
+    shown = rows[["block", "pool", "metric", "value", "n_test", "setting"]]
+    print(shown.to_string(index=False))
+    print(f"rows.csv is in {args.out}")
+
+
+def _upernet(args, train, val):
+    from mimrefiner import load_encoder
+    from mimrefiner.study.benchmarks import upernet_into
+    from mimrefiner.training.segment import SegmentationRecipe
+
+    recipe = SegmentationRecipe(ignore_zero=not args.count_zero, seed=args.seed)
+    changes = {"steps": args.steps, "batch_size": args.batch_size}
+    recipe = replace(recipe, **{name: x for name, x in changes.items() if x is not None})
+    recipe = replace(recipe, model=replace(recipe.model, classes=args.classes))
+    if args.size is not None:
+        recipe = recipe.at(args.size)
+    encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+    how = {"save_every": args.save_every, "resume": args.resume, "num_workers": args.workers}
+    return upernet_into(args.out, encoder, train, val, recipe, **how)
+
+
+def _dense(args, train, val):
+    from mimrefiner import load_encoder
+    from mimrefiner.data.scenes import Labels
+    from mimrefiner.device import default_device
+    from mimrefiner.models.blocks import depth_of
+    from mimrefiner.probes.dense import ade20k, ade20k_transfer
+    from mimrefiner.study.benchmarks import dense_into
+
+    encoder = load_encoder(args.model, image_size=args.size, pretrained=not args.no_pretrained)
+    config = ade20k() if args.probe == "blocks" else ade20k_transfer(depth_of(encoder))
+    config = config.at(encoder.pretrained_cfg["input_size"][-1])
+    changes = {"epochs": args.epochs, "batch_size": args.batch_size}
+    changes = {name: x for name, x in changes.items() if x is not None}
+    labels = Labels(args.classes, ignore_zero=not args.count_zero)
+    config = replace(config, labels=labels, seed=args.seed, **changes)
+    how = {"best_on_test": args.best_on_test, "num_workers": args.workers}
+    return dense_into(args.out, encoder, train, val, config, device=default_device(), **how)
+
+
+def add_vtab(commands) -> None:
+    what = "fine-tune on the data sets of VTAB-1K: search for the learning rate, then five runs"
+    example = "mimrefiner vtab mae_refined_l16 --data vtab-1k --gpus 0,1,2,3 --out runs/vtab"
+    add = _command(commands, "vtab", do_vtab, what, example)
+    add("model", metavar="MODEL", help="anything that load_encoder takes")
+    data = "folder that vtab-1k.zip makes, or torchvision: ten data sets, 1,000 images drawn"
+    add("--data", metavar="FOLDER", help=data)
+    six = "instead: linear probes on the six whole data sets of VTAB-6, by torchvision"
+    add("--six", action="store_true", help=six)
+    best = "with --six: report the best probe and epoch on the test images, as the paper does"
+    add("--best-on-test", action="store_true", help=best)
+    add("--datasets", help="names with commas between (default: all 19, or torchvision's ten)")
+    add("--rates", help="learning rates of the search (default: the paper's five)")
+    add("--seeds", help="seeds of every run with commas between (default: 0,1,2,3,4)")
+    add("--epochs", type=float, help="of every run (default: 50)")
+    add("--batch-size", type=int, help="images of a step (default: 64)")
+    micro_batch = "images that pass the encoder at a time (default: 8 for 2B/14, else all)"
+    add("--micro-batch", type=int, metavar="N", help=micro_batch)
+    add("--no-pretrained", action="store_true", help="random weights for a timm name")
+    _shared_arguments(add)
+
+
+def do_vtab(args) -> None:
+    (_vtab6 if args.six or args.data is None else _vtab1k)(args)
+
+
+def _vtab1k(args) -> None:
+    from mimrefiner import load_encoder
+    from mimrefiner.data import vtab as data
+    from mimrefiner.probes import vtab
+    from mimrefiner.study.benchmarks import vtab_into
+    from mimrefiner.study.tables import markdown_table
+    from mimrefiner.training.memory import Memory
+
+    drawn = args.data == "torchvision"
+    names = None if args.datasets is None else _parts(args.datasets)
+    names = list(data.IN_TORCHVISION) if drawn and names is None else names
+    tasks = data.tasks_named(names)
+    read = data.draw_task if drawn else partial(data.read_task, Path(args.data))
+    encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+    large = encoder.embed_dim > vtab.WIDEST
+    given = {"epochs": args.epochs, "batch_size": args.batch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = replace(vtab.RECIPE_2B14 if large else vtab.RECIPE, **given)
+    recipe = replace(recipe, warmup_epochs=recipe.epochs / 10)
+    protocol = vtab.VTABProtocol(recipe)
+    if args.rates is not None:
+        protocol = replace(protocol, learning_rates=_numbers("--rates", args.rates))
+    if args.seeds is not None:
+        protocol = replace(protocol, seeds=_integers("--seeds", args.seeds))
+    sets = {task: read(task) for task in tasks}
+    check_writable(args.out)
+    _share(args)
+    memory = vtab.MEMORY_2B14 if large and args.micro_batch is None else Memory(args.micro_batch)
+    computing = vtab.Computing(num_workers=args.workers, memory=memory)
+    print(markdown_table(vtab_into(args.out, encoder, sets, protocol, computing)), end="")
+    print(f"rows.csv and table.md are in {args.out}")
+
+
+def _vtab6(args) -> None:
+    from mimrefiner import load_encoder
+    from mimrefiner.data.vtab import SIX
+    from mimrefiner.probes.vtab import LINEAR_6, Computing
+    from mimrefiner.study.benchmarks import six_into
+    from mimrefiner.study.tables import markdown_table
+
+    if not args.six or args.data is not None:
+        raise InputError("give either --data FOLDER for VTAB-1K or --six for VTAB-6")
+    names = tuple(SIX) if args.datasets is None else _parts(args.datasets)
+    given = {"epochs": args.epochs, "batch_size": args.batch_size}
+    recipe = replace(LINEAR_6, **{name: x for name, x in given.items() if x is not None})
+    encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+    check_writable(args.out)
+    _share(args)
+    how = {"best_on_test": args.best_on_test, "computing": Computing(num_workers=args.workers)}
+    print(markdown_table(six_into(args.out, encoder, names, recipe, **how)), end="")
+    print(f"rows.csv and table.md are in {args.out}")
+
+
+def add_robustness(commands) -> None:
+    what = "test a fine-tuned classifier on ImageNet-C, -A, -R and -Sketch"
+    example = (
+        "mimrefiner robustness runs/finetuned --imagenet-c PATH --imagenet-a PATH "
+        "--imagenet-r PATH --sketch PATH --out runs/robustness"
+    )
+    add = _command(commands, "robustness", do_robustness, what, example)
+    add("model", metavar="FOLDER", type=Path, help="folder that mimrefiner finetune wrote")
+    corrupted = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/IMAGE, all 19 corruptions"
+    add("--imagenet-c", type=Path, metavar="PATH", help=corrupted)
+    add("--imagenet-a", type=Path, metavar="PATH", help="ImageNet-A: CLASS/IMAGE")
+    add("--imagenet-r", type=Path, metavar="PATH", help="ImageNet-R: CLASS/IMAGE")
+    add("--sketch", type=Path, metavar="PATH", help="ImageNet-Sketch: CLASS/IMAGE")
+    add("--val", type=Path, metavar="PATH", help="ImageNet's validation images: CLASS/IMAGE")
+    classes = "folder with one folder for each class of training (default: found out)"
+    add("--classes", type=Path, metavar="PATH", help=classes)
+    add("--batch-size", type=int, default=256, help="images at a time (default: 256)")
+    _shared_arguments(add)
+
+
+def do_robustness(args) -> None:
+    from mimrefiner.data.listed import class_folders
+    from mimrefiner.models.classifier import load_classifier
+    from mimrefiner.probes.robustness import RobustnessProtocol, TestFolders
+    from mimrefiner.study.benchmarks import robustness_into
+    from mimrefiner.study.tables import markdown_table
+
+    model = load_classifier(args.model)
+    sets = args.val, args.imagenet_c, args.imagenet_a, args.imagenet_r, args.sketch
+    folders = TestFolders(*sets)
+    classes = None if args.classes is None else class_folders(args.classes)
+    protocol = RobustnessProtocol(batch_size=args.batch_size)
+    check_writable(args.out)
+    _share(args)
+    how = {"classes": classes, "protocol": protocol, "num_workers": args.workers}
+    print(markdown_table(robustness_into(args.out, model, folders, **how)), end="")
+    print(f"rows.csv and table.md are in {args.out}")
+
+
 def add_datasets(commands) -> None:
     what = "list the data sets that can be named"
     _command(commands, "datasets", do_datasets, what, "mimrefiner datasets")
@@ -364,14 +716,28 @@ def add_plan(commands) -> None:
     add("--gpus", type=int, default=1, help="GPUs that share the batch (default: 1)")
     tflops = "peak of one GPU in bfloat16, TFLOP/s (default: 312, A100)"
     add("--tflops", type=float, default=312, help=tflops)
+    recipe = (
+        "foresee fine-tuning by this recipe, or by all, on as many images as the paper's; or "
+        "upernet, or vtab1k"
+    )
+    add("--recipe", help=recipe)
     _memory_arguments(add)
 
 
 def do_plan(args) -> None:
-    from mimrefiner.study.plan import plan_text
+    from mimrefiner.study.plan import finetune_plan, plan_text
     from mimrefiner.training.memory import Memory
 
     memory = Memory(args.micro_batch, args.recompute, args.shard)
+    if args.recipe in ("upernet", "vtab1k"):
+        from mimrefiner.study.benchmarks import cost_text
+
+        given = None if memory == Memory() else memory
+        print(cost_text(args.model, args.recipe, args.tflops, given))
+        return
+    if args.recipe:
+        print(finetune_plan(args.model, args.recipe, args.gpus, args.tflops, memory))
+        return
     print(plan_text(args.model, args.data, args.preset, args.gpus, args.tflops, memory))
 
 
@@ -401,7 +767,13 @@ COMMANDS = (
     add_pretrain,
     add_refine,
     add_probe,
+    add_finetune,
+    add_linear,
+    add_low_shot,
     add_explore,
+    add_segment,
+    add_vtab,
+    add_robustness,
     add_datasets,
     add_models,
     add_plan,
@@ -419,7 +791,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
-    args = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments, argparse.Namespace(arguments=arguments))
     show_notices()
     if not sys.stderr.isatty():
         os.environ.setdefault("MIMREFINER_PROGRESS", "log")
@@ -485,6 +858,46 @@ def _memory_arguments(add) -> None:
     add("--recompute", action="store_true", help=recompute)
     shard = "share the encoder among processes: less memory each, more messages"
     add("--shard", action="store_true", help=shard)
+
+
+def _running_arguments(add) -> None:
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=0, help="loader processes (default: 0)")
+    add("--resume", action="store_true", help="go on with what --out holds")
+    add("--out", type=Path, required=True, help="folder for rows and weights")
+
+
+def _shared_arguments(add) -> None:
+    """Of commands whose runs any number of processes may share through ``--out``."""
+    gpus = "numbers of GPUs with commas between, which share the runs"
+    add("--gpus", help=gpus)
+    add("--processes", type=int, default=1, help="that share the runs (default: 1)")
+    add("--workers", type=int, default=0, help="loader processes of each (default: 0)")
+    out = "folder for all runs; what it holds is not done again"
+    add("--out", type=Path, required=True, help=out)
+
+
+def _share(args) -> None:
+    """Where several GPUs or processes are asked for, let copies of this command do the runs."""
+    gpus = () if args.gpus is None else _integers("--gpus", args.gpus)
+    if gpus or args.processes != 1:
+        from mimrefiner.batch.shared import share
+
+        share([*_without(args.arguments, "--gpus", "--processes")], args.out, gpus, args.processes)
+
+
+def _without(arguments: list[str], *options: str) -> list[str]:
+    """``arguments`` without ``options`` and their values.
+
+    >>> _without(["vtab", "--gpus", "0,1", "--out=a", "--processes=2"], "--gpus", "--processes")
+    ['vtab', '--out=a']
+    """
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument.partition("=")[0] not in options:
+            kept.append(argument)
+        skip = argument in options
+    return kept
 
 
 def _training_arguments(add) -> None:

@@ -12,6 +12,7 @@ from mimrefiner.errors import InputError, one_of
 
 LOSS_SCHEDULES = ("constant", "uniform decay", "staggered decay", "staggered step", "one-hot")
 PAIRINGS = ("intended", "published")
+AUTO = "auto"  # in place of blocks: a short probe places the heads
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ class RefineConfig:
 
     Attributes:
         views: the crops of every image.
-        blocks: blocks with a head; None takes the last third.
+        blocks: blocks with a head; None takes the last third, and ``"auto"`` lets
+            :func:`mimrefiner.refine` place them, see :mod:`mimrefiner.training.placement`.
         pool: what a head reads of its block: ``"cls"`` or ``"mean"``.
         hidden_dim: width of a projector's hidden layers; ``out_dim`` is that of its output, and
             ``predictor_dim`` that of the predictor's hidden layer.
@@ -192,7 +194,7 @@ class RefineConfig:
     """
 
     views: Views
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | str | None = None
     pool: str = "cls"
     hidden_dim: int = 2048
     out_dim: int = 256
@@ -257,7 +259,16 @@ class RefineConfig:
         _check_training(c)
 
     def resolve_blocks(self, depth: int) -> tuple[int, ...]:
-        """The blocks with a head, 0-based and sorted, checked against the encoder's ``depth``."""
+        """The blocks with a head, 0-based and sorted, checked against the encoder's ``depth``.
+
+        Raises:
+            InputError: a block that the encoder lacks, or heads that are still to be placed.
+        """
+        if self.blocks == AUTO:
+            raise InputError(
+                'blocks "auto" needs images, which refine has: '
+                "here give blocks such as (8, 9), or None for the last third"
+            )
         blocks = range(depth - math.ceil(depth / 3), depth) if self.blocks is None else self.blocks
         return check_blocks(blocks, depth)
 

@@ -31,6 +31,7 @@ from mimrefiner.training.optim import (
     stage_steps,
     step_seed,
 )
+from mimrefiner.training.placement import placed
 from mimrefiner.training.run import TrainingRun, Watch, run_settings, sigterm_stops
 
 Batch = tuple[list[Tensor], Tensor, Tensor | None]  # views, index, label
@@ -148,7 +149,8 @@ def refine(
             :class:`~mimrefiner.probes.monitor.Monitor` does; None measures nothing.
 
     Raises:
-        InputError: see :class:`mimrefiner.method.refiner.MIMRefiner`.
+        InputError: see :class:`mimrefiner.method.refiner.MIMRefiner` and, for blocks ``"auto"``,
+            :func:`mimrefiner.training.placement.placed`.
         FloatingPointError: the loss of a head is not finite.
         mimrefiner.errors.Stopped: SIGTERM came.
 
@@ -161,6 +163,7 @@ def refine(
     {2: array([2]), 3: array([2])}
     """
     device = torch.device(device) if device is not None else default_device()
+    config = placed(config, encoder, dataset, saving and saving.folder, device)
     refiner = MIMRefiner(copy.deepcopy(encoder), config)
     settings = partial(run_settings, config, dataset, encoder)
     run = TrainingRun(saving, settings, num_workers=num_workers, memory=memory, monitor=monitor)
@@ -304,7 +307,7 @@ def _contrastive_stage(
             run.descend()
             if ema is not None:
                 optim.update_average(ema, refiner.encoder, recipe.ema_decay)
-            run.end_step(step, result.loss, result.metrics)
+            run.end_step(step, result.loss, result.measure)
 
 
 def refinement_flops(encoder: nn.Module, dataset: Dataset, config: RefineConfig) -> float:
