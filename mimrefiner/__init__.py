@@ -33,9 +33,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names of _ROOMS bel
     from mimrefiner.probes.features import Features, extract_features, pixel_features
     from mimrefiner.probes.knn import knn_accuracy, knn_hits, knn_hits_within, knn_predict
     from mimrefiner.probes.linear import linear_probe
+    from mimrefiner.probes.linear_grid import linear_grid
     from mimrefiner.probes.logistic import low_shot
     from mimrefiner.study.presets import load_preset
     from mimrefiner.study.report import probe
+    from mimrefiner.training.finetune import finetune_recipe
     from mimrefiner.training.pretrain import pretrain
     from mimrefiner.training.refine import refine
 
@@ -54,9 +56,11 @@ _ROOMS = {  # module -> the public names that come from it
     "probes.features": ("Features", "extract_features", "pixel_features"),
     "probes.knn": ("knn_accuracy", "knn_hits", "knn_hits_within", "knn_predict"),
     "probes.linear": ("linear_probe",),
+    "probes.linear_grid": ("linear_grid",),
     "probes.logistic": ("low_shot",),
     "study.presets": ("load_preset",),
     "study.report": ("probe",),
+    "training.finetune": ("finetune_recipe",),
     "training.pretrain": ("pretrain",),
     "training.refine": ("refine",),
 }
@@ -73,10 +77,12 @@ __all__ = [
     "build_vit",
     "cluster",
     "extract_features",
+    "finetune_recipe",
     "knn_accuracy",
     "knn_hits",
     "knn_hits_within",
     "knn_predict",
+    "linear_grid",
     "linear_probe",
     "load_dataset",
     "load_encoder",

@@ -71,8 +71,8 @@ class Training:
 class JointProbes:
     """One linear classifier per (feature, learning rate), trained together.
 
-    SGD has momentum 0.9 and no weight decay. Batch norm without affine parameters comes first
-    (running statistics at test time); weights start at N(0, 0.01), biases at 0.
+    SGD has momentum and no weight decay. Batch norm without affine parameters comes first (running
+    statistics at test time); weights start at N(0, ``std``), biases at 0.
 
     Args:
         features: how many kinds of features there are.
@@ -80,6 +80,8 @@ class JointProbes:
         classes: how many classes there are.
         learning_rates: the peak rates, already scaled by the batch size.
         seed: draws the initial weights.
+        momentum: of SGD.
+        std: of the initial weights, whose distribution is cut at 2.
     """
 
     def __init__(
@@ -91,18 +93,26 @@ class JointProbes:
         *,
         seed: int,
         device: torch.device,
+        momentum: float = 0.9,
+        std: float = 0.01,
     ):
         generator = torch.Generator().manual_seed(seed)
         start = nn.init.trunc_normal_(
-            torch.empty(features, dim, 1, classes), std=0.01, generator=generator
+            torch.empty(features, dim, 1, classes), std=std, generator=generator
         )
         rates = len(learning_rates)
         # (features, dim, rates, classes)
         self.weight = start.expand(-1, -1, rates, -1).clone().to(device).requires_grad_()
         self.bias = torch.zeros(features, 1, rates, classes, device=device, requires_grad=True)
         self.norm = nn.BatchNorm1d(features * dim, affine=False).to(device)
-        self.rates = learning_rates.to(device)
+        self.rates, self.keeps = learning_rates.to(device), momentum
         self.momentum = [torch.zeros_like(x) for x in (self.weight, self.bias)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name: weights, biases, momentum, batch norm."""
+        own = {"weight": self.weight, "bias": self.bias}
+        own |= {f"momentum{i}": x for i, x in enumerate(self.momentum)}
+        return own | {f"norm.{name}": x for name, x in self.norm.state_dict().items()}
 
     def logits(self, x: Tensor) -> Tensor:
         """(features, batch, dim) -> (features, batch, rates, classes)."""
@@ -114,8 +124,11 @@ class JointProbes:
         )
         return torch.bmm(x, self.weight.flatten(2)).unflatten(-1, self.weight.shape[2:]) + self.bias
 
-    def step(self, x: Tensor, y: Tensor, schedule: float) -> None:
-        """One step of every probe at ``schedule`` times its peak rate."""
+    def step(self, x: Tensor, y: Tensor, schedule: float | Tensor) -> Tensor:
+        """One step of every probe at ``schedule`` times its peak rate; the sum of all losses, ().
+
+        ``schedule`` is one number, or one for each rate, (rates,).
+        """
         self.norm.train()
         logits = self.logits(x)  # the sum over probes lets every probe see its own gradient only
         target = y[None, :, None].expand(logits.shape[:-1])
@@ -125,8 +138,9 @@ class JointProbes:
             for parameter, gradient, momentum in zip(
                 (self.weight, self.bias), gradients, self.momentum, strict=True
             ):
-                momentum.mul_(0.9).add_(gradient)
-                parameter -= schedule * self.rates[:, None] * momentum
+                momentum.mul_(self.keeps).add_(gradient)
+                parameter -= (schedule * self.rates)[:, None] * momentum
+        return loss.detach()
 
     @torch.no_grad()
     def right(self, x: Tensor, y: Tensor) -> Tensor:

@@ -9,15 +9,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from numbers import Integral
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimrefiner.data.datasets import stratified_split
+from mimrefiner.data.subsets import drawn_rows
 from mimrefiner.errors import InputError
 from mimrefiner.probes import protocols
 from mimrefiner.probes.checks import (
@@ -156,7 +154,7 @@ def _weights(
     """Solutions, (blocks, strengths, splits, dim, classes), from ``x``, (images, dim) per block."""
     device, strengths, splits = settings.device, settings.strengths, settings.splits
     # A few rows travel to the device, not whole blocks
-    drawn = torch.stack([_rows_normalised(part[draws].to(device).float()) for part in x])
+    drawn = torch.stack([rows_normalised(part[draws].to(device).float()) for part in x])
     repeated = drawn[:, None].expand(-1, len(strengths), -1, -1, -1).flatten(0, 2)
     strength = torch.tensor(strengths).repeat_interleave(splits).repeat(len(x))
     weights = fit_logistic(repeated, y.repeat(len(x) * len(strengths), 1), classes, strength)
@@ -165,27 +163,7 @@ def _weights(
 
 def draw_shots(y: Tensor, classes: Tensor, shot: int | float, seed: int) -> Tensor:
     """Rows of one split, (images,): ``shot`` images per class, or below 1 that share of all."""
-    if 0 < shot < 1:
-        labelled = np.flatnonzero(np.isin(y.numpy(), classes.numpy()))
-        n = max(len(classes), round(shot * len(labelled)))
-        return torch.from_numpy(
-            labelled[stratified_split(y.numpy()[labelled], len(labelled), n, seed)[0]]
-        )
-    if shot < 1 or not isinstance(shot, Integral):  # 1.0 might be meant as one image or as all
-        raise InputError(
-            f"shots must be whole numbers such as 1 or shares between 0 and 1, got {shot}"
-        )
-    rng = np.random.default_rng(seed)
-    rows = []
-    for label in classes.tolist():
-        members = np.flatnonzero(y.numpy() == label)
-        if len(members) < shot:
-            raise InputError(
-                f"class {label} has {len(members)} images, fewer than {shot} shots: "
-                "use fewer shots or more images"
-            )
-        rows.append(rng.choice(members, shot, replace=False))
-    return torch.from_numpy(np.concatenate(rows))
+    return torch.from_numpy(drawn_rows(y.numpy(), shot, seed, classes.numpy()))
 
 
 def _chunks(
@@ -305,7 +283,8 @@ class _Problems:
         return _Problems(self.x[keep], self.target[keep], self.penalty[keep])
 
 
-def _rows_normalised(x: Tensor) -> Tensor:
+def rows_normalised(x: Tensor) -> Tensor:
+    """Every row of ``x``, (..., dim), without its mean and of length 1."""
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
 
 
@@ -315,7 +294,7 @@ def _right(weights: Tensor, features: Features, pool: str, block: int, classes: 
     ``weights`` are (strengths, splits, dim, classes).
     """
     x = features.x[pool][features.blocks.index(block)].float().to(weights.device)
-    x = _rows_normalised(x)
+    x = rows_normalised(x)
     # One by one: less memory
     right = [classes[(x @ w).argmax(-1).cpu()] == features.y for w in weights.flatten(0, 1)]
     return torch.stack(right).unflatten(0, weights.shape[:2])

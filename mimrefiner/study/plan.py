@@ -1,4 +1,4 @@
-"""The plan of a refinement as text: memory and GPU-hours, foreseen from formulas."""
+"""The plan of a refinement or fine-tuning as text: memory and GPU-hours, foreseen from formulas."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,7 +23,9 @@ from mimrefiner.training.cost import (
     pretrain_bytes,
     pretrain_total,
 )
+from mimrefiner.training.finetune_cost import finetune_bytes, finetune_total
 from mimrefiner.training.memory import PLENTY, Memory
+from mimrefiner.training.recipes import RECIPES, recipe_named
 
 GIB = 2**30
 TRAINING_IMAGES = {
@@ -154,3 +156,41 @@ def _cost_rows(
 
 def _short(x: float) -> str:
     return f"{x:,.1f}" if x >= 10 else f"{x:.2g}" if x < 0.1 else f"{x:.2f}"
+
+
+def finetune_plan(
+    model: str,
+    recipe: str = "all",
+    gpus: int = 1,
+    tflops: float = 312,
+    memory: Memory = PLENTY,
+) -> str:
+    """What fine-tuning ``model`` costs, as text: one line per recipe, on the paper's images.
+
+    Args:
+        model: a plain ViT of the table of models.
+        recipe: a recipe's name, or "all".
+        gpus: how many share the batch.
+        tflops: the peak of one GPU in bfloat16, TFLOP/s.
+        memory: what trades time for memory.
+
+    >>> print(finetune_plan("mae_l16", "in1k", gpus=8).splitlines()[0].split(":")[0])
+    mae_l16, 8 GPUs, assuming 40 % of 312 TFLOP/s each
+    """
+    if not 0 < tflops < math.inf:
+        raise InputError(f"expected tflops > 0, got {tflops}")
+    s = shape_of(model)
+    chosen = RECIPES if recipe == "all" else (recipe_named(recipe, s.dim),)
+    lines = [
+        f"{model}, {gpus} GPU{'s' * (gpus > 1)}, assuming {100 * USE:g} % of {tflops:g} TFLOP/s "
+        "each: memory of a GPU, GPU-hours without tests"
+    ]
+    for r in chosen:
+        # Small batches are not divided among more GPUs than divide them
+        shared = math.gcd(gpus, r.batch_size) if recipe == "all" else gpus
+        room = finetune_bytes(s, r, r.classes, gpus=shared, memory=memory) / GIB
+        hours = gpu_hours(finetune_total(s, r, r.images, r.classes, memory), tflops)
+        batch = f"{r.images:,} images, {r.epochs:g} epochs, batch {r.batch_size}"
+        batch += f" on {shared}" * (shared != gpus)
+        lines.append(f"{r.name:26s} {room:7,.1f} GiB  {_short(hours):>8s} h  {batch}")
+    return "\n".join(lines)

@@ -106,9 +106,8 @@ def finetune_recipe(
 
     Args:
         encoder: a timm VisionTransformer; its input size is that of training and test.
-        train, test: map-style, (image, label), with ``labels``, every image labelled.
+        train, test, val: map-style, (image, label), with ``labels``; ``val`` chooses the epoch.
         recipe: one of :mod:`mimrefiner.training.recipes`, or another.
-        val: images to choose the epoch on; None reports the last epoch only.
         best_on_test: also the best epoch on test images, as the paper reports; it is chosen on what
             it is measured on, and its row says so.
         classes: how many there are; None takes the names in ``train.classes``, or one more than the
@@ -133,25 +132,31 @@ def finetune_recipe(
     ([['finetune_in1k_l16', 'last epoch']], 2)
     """
     sets = {"train": train, "test": test} | ({} if val is None else {"val": val})
-    classes = count_classes(sets, classes)
     device = torch.device(device) if device is not None else default_device()
-    head = Head(classes, recipe.pool, recipe.head_norm, recipe.drop_path, recipe.learn_positions)
-    model = ImageClassifier(encoder, head, seed=recipe.seed)
-    freeze_first(model.encoder, _frozen(recipe, encoder))
-    tester = _Tester(sets, recipe, best_on_test, num_workers)
-    settings = partial(_settings, recipe, encoder, sets, best_on_test)
+    r, classes = recipe, count_classes(sets, classes)
+    head = Head(classes, r.pool, r.head_norm, r.drop_path, r.learn_positions)
+    model = ImageClassifier(encoder, head, seed=r.seed)
+    freeze_first(model.encoder, _frozen(r, encoder))
+    tester = _Tester(sets, r, best_on_test, num_workers)
+    settings = partial(_settings, r, encoder, sets, best_on_test)
     run = TrainingRun(saving, settings, num_workers=num_workers, memory=memory, monitor=tester)
-    plain = copy.deepcopy(model) if memory.shard else None
-    model.train().to(device)
-    if memory.shard:
-        engine.shard(model)
-    with recomputed(model.encoder) if memory.recompute else nullcontext():
-        _recipe_stage(model, train, recipe, run)
-    model = engine.unsharded(model, plain) if memory.shard else model.cpu()
-    model.eval().requires_grad_(True)
+    model = _trained(model.to(device), train, r, run)
     epochs = pd.DataFrame(run.epochs).drop(columns="stage")
-    rows = _rows(run.epochs, recipe, encoder, sets, best_on_test)
+    rows = _rows(run.epochs, r, encoder, sets, best_on_test)
     return Finetuned(model, rows, epochs, run.history, run.flops, run.seconds)
+
+
+def _trained(
+    model: ImageClassifier, train: Dataset, recipe: FinetuneRecipe, run: TrainingRun
+) -> ImageClassifier:
+    """``model`` after all epochs, whole, on the CPU in eval mode."""
+    plain = copy.deepcopy(model).cpu() if run.memory.shard else None
+    if run.memory.shard:
+        engine.shard(model)
+    with recomputed(model.encoder) if run.memory.recompute else nullcontext():
+        _recipe_stage(model.train(), train, recipe, run)
+    model = engine.unsharded(model, plain) if run.memory.shard else model.cpu()
+    return model.eval().requires_grad_(True)
 
 
 def count_classes(sets: dict[str, Dataset], classes: int | None = None) -> int:

@@ -469,7 +469,7 @@ def run_into(
         if distributed.rank() == 0:  # a run that was killed at its very end leaves them
             shutil.rmtree(checkpoints, ignore_errors=True)
         return
-    result = train(saving=Saving(checkpoints, save_every, resume))
+    result = train(saving=Saving(checkpoints, save_every, resume=resume))
     if distributed.rank() == 0:
         files, facts = write(result, out)
         entry.finish(out, facts, files)
