@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent  # where the package lies in one
 ASSETS = PACKAGE / "assets"
+POLL_SECONDS = 2.0  # between two looks at what other processes are at
 
 
 @contextmanager
@@ -279,3 +281,60 @@ class Entry:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def taken(self) -> Iterator[bool]:
+        """Hold the entry's lock, as :meth:`locked`, if it is free; whether it is, without waiting.
+
+        >>> from tempfile import mkdtemp
+        >>> with Entry(Path(mkdtemp()) / "a", {}).taken() as mine:
+        ...     mine
+        True
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder.parent / "locks" / f"{self.folder.name}.lock")
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock.acquire(timeout=0):
+                yield True
+        except Timeout:
+            yield False
+
+
+def take_turns(runs: Callable[[], Iterable[tuple[Entry, Callable[[], dict]]]]) -> None:
+    """Do runs until none is left; any number of processes may do so on the same folder.
+
+    Args:
+        runs: gives the runs that can be done now, each as its entry and a function that does it and
+            returns its facts; finished ones are passed over. It is asked again until all that it
+            gives are finished, so that a run may depend on others.
+
+    Raises:
+        InputError: a folder holds the result of other settings.
+
+    >>> from tempfile import mkdtemp
+    >>> entry = Entry(Path(mkdtemp()) / "two", {"of": 2})
+    >>> take_turns(lambda: [(entry, lambda: {"square": 4})])
+    >>> entry.facts()
+    {'square': 4}
+    """
+    while True:
+        left = done = 0
+        for entry, run in runs():
+            if different := entry.different():
+                raise InputError(
+                    f"{entry.folder} holds a run with other settings ({', '.join(different)}): "
+                    "use another folder"
+                )
+            if entry.facts() is not None:
+                continue
+            left += 1
+            with entry.taken() as mine:
+                if mine and entry.facts() is None:
+                    entry.finish(entry.folder, run(), [])
+                    done += 1
+        if not left:
+            return
+        if not done:  # others are at all that is left; if they end, it is taken over
+            time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 import mimrefiner as mr
+from mimrefiner.data import scenes
+from mimrefiner.data.scenes import Labels
 from mimrefiner.models.blocks import pooled_blocks
 from mimrefiner.probes import dense
-from mimrefiner.probes import segmentation as masks
+from mimrefiner.probes.segmentation import Window, segmented, slide
 
 
 @pytest.fixture
@@ -37,11 +39,16 @@ def folder(tmp_path):
 
 
 def parts(folder):
-    return (masks.SegmentationFolder(folder, split) for split in ("train", "val"))
+    return (scenes.SegmentationFolder(folder, split) for split in ("train", "val"))
+
+
+def small(**changes):
+    """Per block, 32 px, three classes."""
+    return replace(dense.DenseConfig().at(32), labels=Labels(3), batch_size=8, **changes)
 
 
 def test_every_block_learns_colours(vit, folder):
-    config = dense.DenseConfig(3, epochs=20, batch_size=8)
+    config = small(epochs=20, learning_rates=(1.6,))
     rows = dense.dense_probe(vit, *parts(folder), config)
     assert rows["block"].tolist() == [0, 1, 2]
     assert (rows["value"] > 0.5).all()
@@ -65,58 +72,69 @@ def test_maps_keep_the_places_of_patches(vit):
         assert torch.equal(cls_maps[block], cls[block][:, :, None, None].expand(2, 32, 4, 4))
 
 
-def test_mean_iou_equals_counting_by_hand():
-    guess, mask = torch.randint(3, (2, 4, 4)), torch.randint(3, (2, 4, 4))
-    mask[0, 0, :2] = masks.IGNORE
-
-    def model(images):
-        return torch.nn.functional.one_hot(guess, 3).permute(0, 3, 1, 2).float()[None]
-
-    batches = [(torch.zeros(2, 3, 4, 4), mask)]
-    found = dense.mean_iou(model, batches, dense.DenseConfig(3), window=4, device="cpu")
-    counted = mask != masks.IGNORE
-    by_hand = []
-    for c in range(3):
-        a, b = (guess == c) & counted, (mask == c) & counted
-        by_hand.append(((a & b).sum() / (a | b).sum()).item())
-    assert found.item() == pytest.approx(np.mean(by_hand))
-
-
-def test_ade20k_settings_are_the_papers():
-    config = dense.ade20k()
-    assert (config.epochs, config.batch_size, config.learning_rates, config.ignore_zero) == (
-        50,
-        16,
-        (0.1,),
-        True,
-    )
-    assert (config.join, config.stride) == (False, None)
-    assert (config.classes, config.blocks) == (150, "all")
+def test_every_field_of_both_protocols_is_the_published_one():
+    """protocols.md, section 5.2, and record.md, section 1.3, written down from there."""
     config = dense.ade20k_transfer(24)
-    assert config.classes == 150
-    assert config.blocks == (11, 15, 19, 23)  # -13, -9, -5, -1
-    assert (config.epochs, config.batch_size, len(config.learning_rates), config.ignore_zero) == (
-        50,
-        16,
-        9,
-        True,
-    )
-    assert (config.scale, config.max_share, config.stride, config.enlarge) == (
-        (0.5, 2.0),
-        0.75,
-        170,
-        "nearest",
-    )
-    assert (config.join, config.cls) == (True, True)
+    assert asdict(config) == {
+        "labels": {"classes": 150, "ignore_zero": True},
+        "blocks": (11, 15, 19, 23),  # -13, -9, -5, -1
+        "epochs": 50,
+        "batch_size": 16,
+        "learning_rates": (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+        "crop": {
+            "size": 224,
+            "long": 448,
+            "short": 224,
+            "ratio": (0.5, 2.0),
+            "max_share": 0.75,
+            "jitter": (),
+            "flip": 0.5,
+        },
+        "window": {
+            "name": "sliding",
+            "size": 224,
+            "fit": "keep",
+            "stride": 170,
+            "enlarge": "nearest",
+        },
+        "join": True,
+        "cls": True,
+        "evaluate_every": 10,
+        "seed": 0,
+    }
     assert dense.ade20k_transfer(12).blocks == (3, 7, 11)
+    config = dense.ade20k()
+    assert (config.epochs, config.batch_size, config.learning_rates) == (50, 16, (0.1,))
+    assert (config.blocks, config.join, config.cls) == ("all", False, False)
+    assert (config.labels.classes, config.labels.ignore_zero) == (150, True)
+    assert (config.window.size, config.window.fit) == (224, "scene")
+
+
+def test_rates_are_for_256_images_and_weights_begin_as_published(vit, folder, monkeypatch):
+    seen = []
+
+    class Seen(torch.optim.SGD):
+        def step(self):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "SGD", Seen)
+    config = small(epochs=10, blocks=(2,), learning_rates=(0.1, 0.4))
+    model = dense.DenseProbes(vit, config)
+    for layer in model.layers:
+        assert 0.008 < layer.weight.std() < 0.012 and not layer.bias.any()
+    dense._train(model, next(parts(folder)), config, torch.device("cpu"), 0)
+    assert len(seen) == 30  # 3 batches of 8 from 24 images, ten times
+    assert max(rates[0] for rates in seen) == pytest.approx(0.1 * 8 / 256)
+    assert max(rates[1] for rates in seen) == pytest.approx(0.4 * 8 / 256)
 
 
 def test_a_window_of_the_images_size_is_a_plain_forward(vit):
-    model = dense.DenseProbes(vit, dense.DenseConfig(3, blocks=(0, 2))).eval()
+    model = dense.DenseProbes(vit, small(blocks=(0, 2))).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         plain = model(images)
-        slid = list(dense.slide(model, images, 32, 20, "bilinear"))
+        slid = list(slide(model, images, Window("a", 32, "keep", 20)))
     assert len(slid) == 2
     for logits, found in zip(plain, slid, strict=True):
         assert torch.equal(
@@ -132,7 +150,7 @@ def test_sliding_equals_a_loop_over_pixels(vit, size):
     """Every pixel is the mean of what the windows over it say; where the image ends, a window ends
     with it.
     """
-    model = dense.DenseProbes(vit, dense.DenseConfig(3, blocks=(2,))).eval()
+    model = dense.DenseProbes(vit, small(blocks=(2,))).eval()
     images, window, stride = torch.randn(1, 3, *size), 32, 20
     padded = torch.zeros(1, 3, max(size[0], window), max(size[1], window))
     padded[..., : size[0], : size[1]] = images
@@ -152,69 +170,48 @@ def test_sliding_equals_a_loop_over_pixels(vit, size):
                     for x in range(window):
                         # The nearest of 4 x 4 patches
                         said.setdefault((top + y, left + x), []).append(logits[:, y // 8, x // 8])
-        (found,) = dense.slide(model, images, window, stride, "nearest")
+        how = Window("a", window, "keep", stride, "nearest")
+        (found,) = segmented(model, images, how)
     assert found.shape == (1, 3, *size)
     for (y, x), values in said.items():
         if y < size[0] and x < size[1]:
             assert torch.allclose(found[0, :, y, x], torch.stack(values).mean(0), atol=1e-5)
 
 
-def test_squares_keep_image_and_mask_together():
-    """The red channel tells the class, so that every pixel of a square can be checked."""
-    rng = np.random.default_rng(0)
-    mask = np.repeat(np.repeat(rng.integers(5, size=(3, 6)), 20, 0), 20, 1).astype(np.uint8)
-    image = np.zeros((60, 120, 3), np.uint8)
-    image[..., 0] = 50 * mask
-    config = dense.DenseConfig(5, scale=(0.5, 2.0))
-    for _ in range(20):
-        square, labels = masks.random_square(
-            Image.fromarray(image), Image.fromarray(mask), 32, config, (7, 7, 7), rng
-        )
-        pixels, labels = np.asarray(square)[..., 0].astype(int), np.asarray(labels)
-        assert pixels.shape == labels.shape == (32, 32)
-        inside = labels != masks.IGNORE
-        assert (pixels[~inside] == 7).all()
-        assert (
-            abs(pixels - 50 * labels.astype(int))[inside] < 25
-        ).mean() > 0.8  # but for blurred borders
-    half = Image.fromarray(np.repeat([[0] * 100 + [1] * 20], 60, 0).astype(np.uint8))
-    shares = []
-    for most in (1.0, 0.75):
-        config = dense.DenseConfig(2, scale=(1.0, 1.0), max_share=most)
-        squares = [
-            masks.random_square(Image.fromarray(image), half, 32, config, (7, 7, 7), rng)[1]
-            for _ in range(100)
-        ]
-        counts = [np.bincount(np.asarray(x).ravel(), minlength=2) for x in squares]
-        shares.append(np.mean([count.max() / 1024 <= 0.75 for count in counts]))
-    assert shares[1] > shares[0] + 0.2  # squares of one class are drawn again
-
-
 def test_transfer_joins_blocks_and_validation_chooses_the_rate(vit, folder):
     train, val = parts(folder)
     config = dense.ade20k_transfer(len(vit.blocks))
     assert config.blocks == (2,)
-    changes = {"classes": 3, "ignore_zero": False, "learning_rates": (1e-9, 0.1), "stride": 20}
-    config = replace(config, epochs=20, batch_size=8, blocks=(0, 2), **changes)
+    rates = (1e-9, 1.6)
+    config = replace(config.at(32), labels=Labels(3), blocks=(0, 2), learning_rates=rates)
+    config = replace(config, epochs=20, batch_size=8)
     rows = dense.dense_probe(vit, train, val, config, val=val)
     assert rows[["block", "pool"]].to_numpy().tolist() == [[2, "tokens"], [2, "tokens+cls"]]
-    assert rows["setting"].tolist() == ["lr=0.1 blocks=0+2"] * 2
+    assert rows["setting"].tolist() == ["lr=1.6 blocks=0+2"] * 2
     assert (rows["value"] > 0.5).all()
     assert vit.blocks[0].attn.qkv.weight.requires_grad
     with pytest.raises(
         mr.InputError, match="choosing among 2 learning rates needs validation images"
     ):
         dense.dense_probe(vit, train, val, config)
-    with pytest.raises(
-        mr.InputError, match="stride must be between 1 and the window of 32 pixels, got 33"
-    ):
-        dense.dense_probe(vit, train, val, replace(config, stride=33), val=val)
+    with pytest.raises(mr.InputError, match=r"encoder's input of 32 px: use config.at\(32\)"):
+        dense.dense_probe(vit, train, val, dense.ade20k(), val=val)
+
+
+def test_the_best_on_test_is_asked_for_by_name_and_says_so(vit, folder):
+    train, val = parts(folder)
+    config = small(epochs=4, blocks=(2,), learning_rates=(0.1, 1.6), evaluate_every=1)
+    best = dense.dense_probe(vit, train, val, config, best_on_test=True)
+    assert best["setting"].str.endswith("best rate and evaluation on test").all()
+    first = replace(config, learning_rates=(0.1,))
+    last = dense.dense_probe(vit, train, val, first)["value"][0]
+    assert best["value"][0] >= last  # it is one of the four evaluations of two probes
 
 
 def test_probes_do_not_disturb_each_other(vit, folder):
     trained = []
     for rates in ((0.1,), (0.1, 0.5)):
-        config = dense.DenseConfig(3, blocks=(1,), epochs=1, batch_size=8, learning_rates=rates)
+        config = small(blocks=(1,), epochs=1, learning_rates=tuple(16 * rate for rate in rates))
         model = dense.DenseProbes(vit, config)
         dense._train(model, next(parts(folder)), config, torch.device("cpu"), 0)
         trained.append([layer.weight for layer in model.layers])
@@ -224,13 +221,26 @@ def test_probes_do_not_disturb_each_other(vit, folder):
 
 def test_bad_folders_are_named(vit, folder, tmp_path):
     with pytest.raises(mr.InputError, match="expected PATH/images/SPLIT"):
-        masks.SegmentationFolder(folder, "test")
+        scenes.SegmentationFolder(folder, "test")
     train, val = parts(folder)
     with pytest.raises(mr.InputError, match="a mask holds class 2, expected classes 0 to 1"):
-        dense.dense_probe(vit, train, val, dense.DenseConfig(2, epochs=1))
+        dense.dense_probe(vit, train, val, replace(small(epochs=1), labels=Labels(2)))
     (folder / "masks" / "val" / "3.png").write_bytes(b"no image")
     with pytest.raises(mr.InputError, match="cannot be decoded"):
         val[3]
     (folder / "masks" / "val" / "3.png").unlink()
     with pytest.raises(mr.InputError, match=r"3\.jpg has no mask"):
-        masks.SegmentationFolder(folder, "val")
+        scenes.SegmentationFolder(folder, "val")
+
+
+def test_ade20k_is_read_as_its_zip_has_it(folder):
+    """images/training, annotations/validation and so on; label 0 is no class."""
+    expected = [(np.asarray(image), np.asarray(mask)) for image, mask in next(parts(folder))]
+    (folder / "masks").rename(folder / "annotations")
+    for kind in ("images", "annotations"):
+        for ours, theirs in (("train", "training"), ("val", "validation")):
+            (folder / kind / ours).rename(folder / kind / theirs)
+    train, val = parts(folder)
+    assert len(train) == 24 and len(val) == 8
+    for found, pair in zip(train, expected, strict=True):
+        assert all((np.asarray(x) == y).all() for x, y in zip(found, pair, strict=True))

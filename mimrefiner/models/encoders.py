@@ -145,7 +145,7 @@ def load_encoder(
         encoder = _published(row, pretrained, dtype)
     else:
         encoder = _from_timm(str(source), image_size, pretrained).to(dtype)
-    return _with_size(encoder, image_size)
+    return with_size(encoder, image_size)
 
 
 def _file_of(source: str | Path) -> Path | None:
@@ -328,7 +328,12 @@ def released_encoder(encoder: ReleasedViT, dtype: torch.dtype | None = None) -> 
     return encoder.to(dtype).eval()
 
 
-def _with_size(encoder: nn.Module, image_size: int | None) -> nn.Module:
+def with_size(encoder: nn.Module, image_size: int | None) -> nn.Module:
+    """``encoder``, changed to images of ``image_size`` pixels a side; None leaves it as it is.
+
+    Raises:
+        InputError: a size that the patch size does not divide.
+    """
     if image_size is None:
         return encoder
     if type(encoder).__name__ == "Hiera":

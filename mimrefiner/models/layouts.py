@@ -186,8 +186,8 @@ class PostNormBlock(Block):
     """
 
     def forward(self, x: Tensor, *args, **mask) -> Tensor:
-        x = self.norm1(x + self.drop_path1(self.attn(x, *args, **mask)))
-        return self.norm2(x + self.drop_path2(self.mlp(x)))
+        x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, *args, **mask))))
+        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
 
 
 class ReleasedViT(VisionTransformer):

@@ -1,58 +1,106 @@
-"""Semantic segmentation with a linear probe on frozen patch tokens: mean intersection over union.
+"""Semantic segmentation with linear probes on frozen patch tokens.
 
-The probe is a 1x1 convolution after batch norm without affine parameters, trained by SGD with
+A probe is a 1x1 convolution after batch norm without affine parameters, trained by SGD with
 momentum 0.9, on every block (``ade20k_per_block`` of the released code) or on several blocks joined
 (``probe_transfer/ade20k``). All probes are trained together; the encoder is frozen. The paper's
-other numbers on ADE20K come from fine-tuning the whole encoder with UperNet, which this package
-leaves out.
+other numbers on ADE20K come from fine-tuning: :mod:`mimrefiner.training.segment`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mimrefiner.config import check_blocks
-from mimrefiner.data.views import epoch_order
+from mimrefiner.data.loaders import loaded
+from mimrefiner.data.scenes import IGNORE, Labels, SceneBatches, SceneCrop
+from mimrefiner.data.views import Order
 from mimrefiner.device import frozen, seeded
 from mimrefiner.errors import InputError
 from mimrefiner.models.blocks import check_pools, depth_of, hooked
+from mimrefiner.models.encoders import normalisation
 from mimrefiner.probes.checks import tidy
-from mimrefiner.probes.segmentation import IGNORE, DenseConfig, Prepared
+from mimrefiner.probes.segmentation import Window, mean_iou, to_size
 from mimrefiner.progress import progress
 from mimrefiner.training.optim import cosine_lr
+
+ADE20K = Labels(150, ignore_zero=True)
+WHOLE_SCENE = SceneCrop(224)
+RESIZED = Window("resized", 224, "scene", 224)
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Settings of the probes; the defaults are the paper's for ADE20K per block.
+
+    Attributes:
+        labels: the classes, and what the masks' numbers mean.
+        blocks: "all" or 0-based blocks.
+        epochs, batch_size: how long the probes are trained, and on how many images at a time.
+        learning_rates: peak rates for 256 images, warm-up over a tenth of the steps, then cosine to
+            1e-6; several are trained together.
+        crop: how training squares are cut.
+        window: how test images are shown.
+        join: one probe on the tokens of all blocks side by side, instead of one per block.
+        cls: for every probe another one that also sees the block's cls token beside every patch.
+        evaluate_every: epochs between two evaluations where the best one is asked for.
+        seed: draws weights, order, flips and squares.
+    """
+
+    labels: Labels = ADE20K
+    blocks: str | tuple[int, ...] = "all"
+    epochs: float = 50
+    batch_size: int = 16
+    learning_rates: tuple[float, ...] = (0.1,)
+    crop: SceneCrop = WHOLE_SCENE
+    window: Window = RESIZED
+    join: bool = False
+    cls: bool = False
+    evaluate_every: int = 10
+    seed: int = 0
+
+    def at(self, size: int) -> "DenseConfig":
+        """The same for an encoder whose input is ``size`` pixels wide.
+
+        >>> DenseConfig().at(64).window.size
+        64
+        """
+        return replace(self, crop=self.crop.at(size), window=self.window.at(size))
 
 
 def ade20k() -> DenseConfig:
     """ADE20K per block: 150 classes, 20,210 training images, 224 px, 50 epochs.
 
-    Test images are resized to 224 px, so that the window of 224 px which the released settings
-    slide by 170 is the whole image. Enlarging bilinearly is ours, the settings do not say.
+    ``y/analysis/ade20k_per_block`` of the released code. Test images are resized to 224 px, so that
+    the window of 224 px which its settings slide by 170 is the whole image. Enlarging logits
+    bilinearly is ours, the settings do not say.
+
+    >>> ade20k().learning_rates
+    (0.1,)
     """
-    return DenseConfig(150, ignore_zero=True)
+    return DenseConfig()
 
 
 def ade20k_transfer(depth: int) -> DenseConfig:
     """ADE20K as the paper's linear-probe transfer, for an encoder of ``depth`` blocks.
 
-    Every fourth block counted from the end, four of them, with and without cls token, nine learning
-    rates, random squares of images of half to double size, full-size test images under a window of
-    224 px that slides by 170 px. Our reading: validation images choose the rate, fewer blocks are
-    joined where there are fewer than 13, and logits are enlarged by their nearest neighbours in
-    training too.
+    ``y/eval/probe_transfer/ade20k`` of the released code: every fourth block counted from the end,
+    four of them, with and without cls token, nine learning rates, random squares of images of half
+    to double size, full-size test images under a window of 224 px that slides by 170 px. Fewer
+    blocks are joined where there are fewer than 13.
+
+    >>> ade20k_transfer(24).blocks
+    (11, 15, 19, 23)
     """
     return DenseConfig(
-        150,
         blocks=tuple(block for block in range(depth - 13, depth, 4) if block >= 0),
         learning_rates=(1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
-        ignore_zero=True,
-        scale=(0.5, 2.0),
-        max_share=0.75,
-        stride=170,
-        enlarge="nearest",
+        crop=SceneCrop(224, long=448, short=224),
+        window=Window("sliding", 224, "keep", 170, "nearest"),
         join=True,
         cls=True,
     )
@@ -78,8 +126,11 @@ class DenseProbes(nn.Module):
         with seeded(config.seed):
             dims = [encoder.embed_dim * len(group) * (1 + cls) for group, cls in self.kinds]
             self.norms = nn.ModuleList(nn.BatchNorm2d(dim, affine=False) for dim in dims)
+            # Each is drawn in turn, so that further rates change none before them
             self.layers = nn.ModuleList(
-                nn.Conv2d(dim, config.classes, 1) for dim in dims for _ in config.learning_rates
+                _classifier(dim, config.labels.classes)
+                for dim in dims
+                for _ in config.learning_rates
             )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -94,6 +145,13 @@ class DenseProbes(nn.Module):
         return torch.stack(logits)
 
 
+def _classifier(dim: int, classes: int) -> nn.Conv2d:
+    layer = nn.Conv2d(dim, classes, 1)
+    nn.init.trunc_normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def dense_probe(
     encoder: nn.Module,
     train: Dataset,
@@ -101,6 +159,7 @@ def dense_probe(
     config: DenseConfig,
     *,
     val: Dataset | None = None,
+    best_on_test: bool = False,
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> pd.DataFrame:
@@ -109,103 +168,116 @@ def dense_probe(
     Args:
         encoder: a timm ViT; frozen.
         train, test: data sets of (RGB image, mask), such as
-            :class:`~mimrefiner.probes.segmentation.SegmentationFolder`; pixels with the mask value
-            255 do not count.
-        config: the classes, the blocks and how the probes are trained.
+            :class:`~mimrefiner.data.scenes.SegmentationFolder`; pixels with the mask value 255 do
+            not count.
+        config: the classes, the blocks and how the probes are trained, for the encoder's input size
+            (:meth:`DenseConfig.at`).
         val: chooses among several learning rates; needed for that only.
+        best_on_test: report the best rate and evaluation on the test images instead, as the paper
+            does: an optimistic number, which says so in its row.
         device: where encoder and probes run.
         num_workers: processes that load images.
 
     Returns:
         One row per block (per cls or not), metric "mIoU" over the classes that occur, columns as
         :data:`mimrefiner.probes.checks.COLUMNS`; ``block`` is the last of joined ones, ``setting``
-        the learning rate and the blocks that were joined.
+        the learning rate, the blocks that were joined, and how they were chosen.
 
     Raises:
-        InputError: a class in a mask that is not below ``config.classes``; a block out of range;
-            several learning rates without ``val``; cls tokens of a model that has none.
+        InputError: a class in a mask that is not below ``config.labels.classes``; a block out of
+            range; several learning rates without ``val``; cls tokens of a model that has none; a
+            window that the patch size does not divide.
     """
-    _check(config, encoder, val)
-    device, several = torch.device(device), len(config.learning_rates) > 1
+    _check(config, encoder, None if best_on_test else val, best_on_test)
+    for part in (train, test, *([] if val is None else [val])):
+        config.labels.check(part)
+    device = torch.device(device)
     with frozen(encoder, device):
         model = DenseProbes(encoder, config).to(device)
-        _train(model, train, config, device, num_workers)
-        model.eval()
-        best = torch.zeros(len(model.kinds), dtype=torch.long)
-        if several:
-            best = _measured(model, val, config, device, num_workers).argmax(1)
-        values = _measured(model, test, config, device, num_workers).gather(1, best[:, None])[:, 0]
+
+        def measured(part: Dataset) -> Tensor:  # (kinds, learning rates)
+            how = {"device": device, "num_workers": num_workers}
+            normalise = normalisation(encoder)
+            found = mean_iou(model.eval(), part, config.labels, config.window, normalise, **how)
+            return found.unflatten(0, (len(model.kinds), -1))
+
+        seen = []  # evaluations on test images, where the best one is reported
+        during = (lambda: seen.append(measured(test))) if best_on_test else None
+        _train(model, train, config, device, num_workers, during)
+        if best_on_test:
+            on_test = torch.stack(seen).amax(0)
+            best = on_test.argmax(1)
+        else:
+            several = len(config.learning_rates) > 1
+            best = measured(val).argmax(1) if several else torch.zeros(len(model.kinds)).long()
+            on_test = measured(test)
+    values = on_test.gather(1, best[:, None])[:, 0]
+    rows = _rows(model.kinds, values, best, config, best_on_test)
+    return tidy([{**row, "n_train": len(train), "n_test": len(test)} for row in rows])
+
+
+def _rows(kinds, values: Tensor, best: Tensor, config: DenseConfig, best_on_test: bool):
     common = {"protocol": "dense_linear", "metric": "mIoU", "seed": config.seed}
-    common |= {"n_train": len(train), "n_test": len(test)}
-    rows = []
-    for (group, cls), value, rate in zip(model.kinds, values.tolist(), best.tolist(), strict=True):
+    how = " best rate and evaluation on test" if best_on_test else ""
+    for (group, cls), value, rate in zip(kinds, values.tolist(), best.tolist(), strict=True):
         joined = f" blocks={'+'.join(map(str, group))}" if config.join else ""
         where = {"block": group[-1], "pool": "tokens+cls" if cls else "tokens"}
-        setting = f"lr={config.learning_rates[rate]:g}{joined}"
-        rows.append({**common, **where, "value": value, "setting": setting})
-    return tidy(rows)
+        setting = f"lr={config.learning_rates[rate]:g}{joined}{how}"
+        yield {**common, **where, "value": value, "setting": setting}
 
 
-def _measured(
-    model: DenseProbes, part: Dataset, config: DenseConfig, device: torch.device, num_workers: int
-) -> Tensor:
-    """Mean intersection over union, (kinds, learning rates)."""
-    # Full-size images differ in size
-    batch_size = 1 if config.stride else config.batch_size
-    prepared = Prepared(part, model.encoder, config)
-    batches = DataLoader(prepared, batch_size, num_workers=num_workers)
-    found = mean_iou(model, batches, config, window=prepared.size, device=device)
-    return found.unflatten(0, (len(model.kinds), -1))
-
-
-def _check(config: DenseConfig, encoder: nn.Module, val: Dataset | None) -> None:
-    if len(config.learning_rates) > 1 and val is None:
+def _check(config: DenseConfig, encoder: nn.Module, val, best_on_test: bool) -> None:
+    if len(config.learning_rates) > 1 and val is None and not best_on_test:
         raise InputError(
             f"choosing among {len(config.learning_rates)} learning rates needs validation images: "
             "pass val="
         )
     if config.cls:
         check_pools(encoder, ("cls",))
-    if config.enlarge not in ("bilinear", "nearest"):
-        raise InputError(f"enlarge must be bilinear or nearest, got {config.enlarge!r}")
-    size = encoder.pretrained_cfg["input_size"][-1]
-    if config.stride is not None and not 1 <= config.stride <= size:
+    size, patch = config.window.size, encoder.patch_embed.patch_size[0]
+    expected = encoder.pretrained_cfg["input_size"][-1]
+    if config.crop.size != size or size != expected:
         raise InputError(
-            f"stride must be between 1 and the window of {size} pixels, got {config.stride}"
+            f"squares of {config.crop.size} px for training and of {size} px for tests do not fit "
+            f"the encoder's input of {expected} px: use config.at({expected})"
         )
+    if size % patch:
+        raise InputError(f"squares of {size} px are not divisible by the patch size {patch}")
 
 
 def _train(
-    model: DenseProbes, train: Dataset, config: DenseConfig, device: torch.device, num_workers: int
+    model: DenseProbes,
+    train: Dataset,
+    config: DenseConfig,
+    device: torch.device,
+    num_workers: int,
+    evaluate: Callable[[], None] | None = None,
 ) -> None:
+    """Train all probes; ``evaluate`` is called every so many epochs and at the end."""
     batch_size = min(config.batch_size, len(train))
     per_epoch = len(train) // batch_size
     steps = max(1, round(config.epochs * per_epoch))
-    peaks = [
-        config.learning_rates[i % model.rates] * batch_size / 16 for i in range(len(model.layers))
-    ]
+    rates = [config.learning_rates[i % model.rates] for i in range(len(model.layers))]
     groups = [
-        {"params": layer.parameters(), "peak": peak}
-        for layer, peak in zip(model.layers, peaks, strict=True)
+        {"params": layer.parameters(), "peak": rate * batch_size / 256}
+        for layer, rate in zip(model.layers, rates, strict=True)
     ]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    order = []
-    for step in range(steps):
-        epoch, batch = divmod(step, per_epoch)
-        rows = epoch_order(len(train), epoch, config.seed)[batch * batch_size :][:batch_size]
-        order.append([(epoch, int(i)) for i in rows])
-    prepared = Prepared(train, model.encoder, config, random=True)
-    loader = DataLoader(prepared, batch_sampler=order, num_workers=num_workers)
-    generator = torch.Generator().manual_seed(config.seed)
-    for step, (images, masks) in enumerate(progress(loader, "dense probe", steps)):
+    how = config.labels, config.crop, normalisation(model.encoder), config.seed
+    scenes = SceneBatches(train, *how)
+    keys = Order(batch_size, steps, config.seed).batches(len(train))
+    batches = loaded(scenes, keys, scenes.collate, num_workers, pin=device.type == "cuda")
+    for step, batch in enumerate(progress(batches, "dense probe", steps), 1):
+        model.norms.train()
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, steps, 0.1 * steps, group["peak"], 1e-6)
-        if config.flip:
-            flipped = torch.rand(len(images), generator=generator) < 0.5
-            images[flipped], masks[flipped] = images[flipped].flip(-1), masks[flipped].flip(-1)
+            group["lr"] = cosine_lr(step - 1, steps, 0.1 * steps, group["peak"], 1e-6)
         optimizer.zero_grad()
-        _backward(model, images.to(device), masks.to(device), config.enlarge)
+        images, masks = (x.to(device, non_blocking=True) for x in batch)
+        _backward(model, images, masks, config.window.enlarge)
         optimizer.step()
+        due = step % (config.evaluate_every * per_epoch) == 0 or step == steps
+        if evaluate is not None and due:
+            evaluate()
 
 
 def _backward(model: DenseProbes, images: Tensor, masks: Tensor, enlarge: str) -> None:
@@ -213,77 +285,10 @@ def _backward(model: DenseProbes, images: Tensor, masks: Tensor, enlarge: str) -
     logits = model(images)
     leaf = logits.detach().requires_grad_()
     for probe in leaf:
-        per_pixel = _enlarge(probe, masks.shape[-1], enlarge)
+        per_pixel = to_size(probe, masks.shape[-2:], enlarge)
         loss = F.cross_entropy(per_pixel, masks, ignore_index=IGNORE, reduction="sum")
         (loss / (masks != IGNORE).sum().clamp_min(1)).backward()
     logits.backward(leaf.grad)
-
-
-@torch.no_grad()
-def mean_iou(
-    model: nn.Module,
-    batches: Iterable,
-    config: DenseConfig,
-    *,
-    window: int,
-    device: torch.device | str,
-) -> Tensor:
-    """Mean intersection over union of every probe, (probes,).
-
-    Args:
-        model: images (batch, 3, window, window) -> logits per patch, (probes, batch, classes, rows,
-            columns).
-        batches: (images, masks) of any size; classes count that occur in masks or predictions.
-    """
-    table, classes = 0, config.classes
-    stride = config.stride or window
-    for images, masks in batches:
-        counted = masks != IGNORE
-        found = []
-        for logits in slide(model, images.to(device), window, stride, config.enlarge):
-            pairs = masks[counted] * classes + logits.argmax(1).cpu()[counted]
-            found.append(torch.bincount(pairs, minlength=classes * classes))
-        table += torch.stack(found)
-    table = table.view(-1, classes, classes).double()
-    right = table.diagonal(dim1=1, dim2=2)
-    union = table.sum(1) + table.sum(2) - right
-    return torch.where(union > 0, right / union.clamp_min(1), 0.0).sum(1) / (union > 0).sum(1)
-
-
-def slide(
-    model: nn.Module, images: Tensor, window: int, stride: int, enlarge: str
-) -> Iterator[Tensor]:
-    """Logits per pixel, (batch, classes, height, width), of one probe after the other.
-
-    A window of ``window`` pixels slides over the images by ``stride``; the last one of a row or
-    column is moved back to end with the image. Logits are averaged where windows overlap. Images
-    smaller than the window are padded with the mean colour.
-
-    Args:
-        model: images (batch, 3, window, window) -> logits per patch (probes, batch, classes, rows,
-            columns).
-        images: normalised, (batch, 3, height, width).
-        enlarge: "bilinear" or "nearest".
-    """
-    height, width = images.shape[-2:]
-    images = F.pad(images, (0, max(0, window - width), 0, max(0, window - height)))
-    tops, lefts = (
-        [min(start, side - window) for start in range(0, side - window + stride, stride)]
-        for side in images.shape[-2:]
-    )
-    places = [
-        (..., slice(top, top + window), slice(left, left + window))
-        for top in tops
-        for left in lefts
-    ]
-    patches = [model(images[place]) for place in places]  # small: per patch
-    for probe in range(len(patches[0])):
-        total = patches[0].new_zeros(len(images), patches[0].shape[2], *images.shape[-2:])
-        times = total.new_zeros(images.shape[-2:])
-        for place, logits in zip(places, patches, strict=True):
-            total[place] += _enlarge(logits[probe], window, enlarge)
-            times[place] += 1
-        yield (total / times)[..., :height, :width]
 
 
 @torch.no_grad()
@@ -308,10 +313,3 @@ def token_maps(
     with hooked([encoder.blocks[block] for block in blocks], keep):
         encoder.forward_features(images)
     return maps, first
-
-
-def _enlarge(logits: Tensor, size: int, mode: str) -> Tensor:
-    """(batch, classes, rows, columns) -> (batch, classes, size, size)."""
-    return F.interpolate(
-        logits, size=(size, size), mode=mode, align_corners=False if mode == "bilinear" else None
-    )

@@ -74,6 +74,12 @@ PROTOCOLS = {  # name of our protocol, metric -> what the paper calls it
 }
 # They differ from seed to seed on the same weights and images
 BEGIN_AT_RANDOM = (LINEAR.name, KMEANS.name)
+SIX_NAMES = {  # as the paper names data sets of VTAB-6 -> as mimrefiner vtab does
+    "OxfordPets": "pets",
+    "CIFAR-100": "cifar100",
+    "SUN397": "sun397",
+    "Caltech-101": "caltech101",
+}
 NOT_BUILT_IN = ("fine-tune", "fine-tuned", "UperNet", "attentive", "header: fine-tuning")
 
 
@@ -186,14 +192,14 @@ def needs(number: dict) -> str:
         return "the best of a group of models, which are measured one by one"
     if number["metric"] == "params(M)":
         return f"no measurement: mimrefiner plan {name} imagenet counts them"
+    if name in BY_NAME and (command := _transfer_command(dataset, protocol, name)):
+        return f"possible (tried at small size) with {name} and this data set: {command}"
     if any(word in protocol for word in NOT_BUILT_IN):
         return (
             "not possible: the paper's fine-tuning, UperNet and attentive probes are not built in"
         )
     if name not in BY_NAME:
         return "not possible: no weights of it in the table of models"
-    if dataset == "ADE20K":
-        return f"possible with {name} and ADE20K: mimrefiner.probes.dense"
     if dataset.split()[0] != "IN1K":
         return f"possible with {name} and this data set: {probe} --probes linear"
     notebook = "07" if "clustering" in protocol or protocol == "class separation" else "06"
@@ -202,3 +208,18 @@ def needs(number: dict) -> str:
             run = f"mimrefiner run {notebook} --preset paper-{preset}"
             return f"possible with released weights and ImageNet-1K: {run}"
     return f"possible with {name} and ImageNet-1K: {probe}"
+
+
+def _transfer_command(dataset: str, protocol: str, name: str) -> str:
+    """The command that measures a number on one of the transfer benchmarks; "" for no such one."""
+    if dataset == "ADE20K" and protocol != "k-NN segmentation":
+        return f"mimrefiner segment {name} ADE20K" + " --probe linear" * ("frozen" in protocol)
+    if dataset == "VTAB-1K mean":
+        return f"mimrefiner vtab {name} --data vtab-1k"
+    if dataset == "VTAB-6 mean":
+        return f"mimrefiner vtab {name} --six --best-on-test"
+    if dataset in SIX_NAMES and protocol == "linear probe":
+        return f"mimrefiner vtab {name} --six --best-on-test --datasets {SIX_NAMES[dataset]}"
+    if "robustness" in protocol or "robustness" in dataset:
+        return f"mimrefiner finetune {name} and, on the folder that it writes, mimrefiner robustness"
+    return ""

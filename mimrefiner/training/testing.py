@@ -111,6 +111,6 @@ def preparation(encoder: nn.Module, squeeze: bool) -> Callable[[Image.Image], Te
 
 
 def _squeezed(size: int, mean: Sequence[float], std: Sequence[float], image: Image.Image) -> Tensor:
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
     return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std

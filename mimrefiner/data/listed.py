@@ -1,0 +1,110 @@
+"""Labelled images by their files: folders of classes as they are, and lists in text files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from mimrefiner.errors import InputError
+
+
+class ListedImages(Dataset):
+    """Map-style data set of (RGB image, int label) from files, nothing drawn and nothing split.
+
+    Args:
+        name: what it is called.
+        files: paths of images.
+        labels: one number for each.
+        classes: names of the classes, where they are known.
+        drawn: where the images come from, in words, if they are a choice among more.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[Path],
+        labels: Sequence[int],
+        classes: Sequence[str] | None = None,
+        drawn: str = "",
+    ):
+        self.name, self.files, self.drawn = name, list(files), drawn
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = None if classes is None else list(classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        try:
+            with Image.open(self.files[i]) as image:
+                return image.convert("RGB"), int(self.labels[i])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{self.files[i]} cannot be decoded as an image: {error}") from error
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file's name ends as those of images do.
+
+    >>> is_image(Path("a/b.JPEG")), is_image(Path("a/b.txt"))
+    (True, False)
+    """
+    return file.suffix.lower() in Image.registered_extensions()
+
+
+def class_folders(path: Path) -> list[str]:
+    """The names of the folders in ``path``, sorted; InputError where there is none."""
+    found = sorted(f.name for f in path.iterdir() if f.is_dir()) if path.is_dir() else []
+    if not found:
+        raise InputError(f"{path} holds no folders of classes: expected {path}/CLASS/IMAGE")
+    return found
+
+
+def read_classes(path: Path, classes: Sequence[str]) -> ListedImages:
+    """The images of ``path``/CLASS/IMAGE, whose labels are places in ``classes``.
+
+    Not every class needs a folder.
+
+    Raises:
+        InputError: a folder that ``classes`` does not name, or no images.
+    """
+    place = {name: i for i, name in enumerate(classes)}
+    files, labels = [], []
+    for name in class_folders(path):
+        if name not in place:
+            raise InputError(
+                f"{path} has a folder {name}, which is none of the model's {len(place)} classes: "
+                "test sets need folders named as those of training"
+            )
+        found = sorted(f for f in (path / name).iterdir() if is_image(f))
+        files += found
+        labels += [place[name]] * len(found)
+    if not files:
+        raise InputError(f"{path} holds no images: expected {path}/CLASS/IMAGE")
+    return ListedImages(path.name, files, labels, classes)
+
+
+def read_list(file: Path, folder: Path, name: str) -> ListedImages:
+    """The images that a text file lists, one ``PATH LABEL`` a line, paths relative to ``folder``.
+
+    Raises:
+        InputError: a missing or empty file, a line of another form, or a missing image.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: expected a list of PATH LABEL lines")
+    files, labels = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdigit():
+            raise InputError(f"{file}, line {number}: expected PATH LABEL, got {line!r}")
+        files.append(folder / path)
+        labels.append(int(label))
+    if not files:
+        raise InputError(f"{file} lists no images")
+    for image in (files[0], files[-1]):  # all would take minutes on a network disk
+        if not image.is_file():
+            raise InputError(f"{file} lists {image}, which does not exist")
+    return ListedImages(name, files, labels)
