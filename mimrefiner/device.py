@@ -59,8 +59,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Send ``x`` from the CPU to ``device``; a GPU reads page-locked memory, so nothing waits."""
-    if device.type == "cuda":
+    """Send ``x`` to ``device``; from the CPU a GPU reads page-locked memory, so nothing waits."""
+    if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 

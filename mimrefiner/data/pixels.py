@@ -26,8 +26,12 @@ def crop_batch(images: Tensor, size: int, where: Tensor) -> Tensor:
         (views, batch, 3, size, size) in 0..1.
     """
     height, width = images.shape[2:]
-    left, top, right, bottom, flipped = where.unbind(-1)
-    columns, rows = _weights(left, right, size, width), _weights(top, bottom, size, height)
+    start, stop, flipped = where[..., 0:2], where[..., 2:4], where[..., 4]
+    if height == width:  # columns and rows in one go: a GPU spends its time on the number of calls
+        columns, rows = _weights(start, stop, size, width).unbind(-3)
+    else:
+        columns = _weights(start[..., 0], stop[..., 0], size, width)
+        rows = _weights(start[..., 1], stop[..., 1], size, height)
     columns = torch.where(flipped[..., None, None] > 0, columns.flip(-2), columns)
     x = images @ columns.mT[:, :, None]  # (views, batch, 3, height, size)
     # Rounded in between, halves up, as Pillow does

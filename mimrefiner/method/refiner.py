@@ -3,8 +3,9 @@
 ``refiner(views)`` gives projections and predictions, ``refiner.step(...)`` the loss of every head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
 
 import torch
@@ -27,6 +28,7 @@ class StepResult:
 
     Attributes:
         loss: one for each head, (heads,), with gradient.
+        measure: computes ``metrics``.
         metrics: of each head, (heads,), without gradient. ``nn_accuracy``: share of neighbours that
             have the query's class, among those where both are known. ``nn_similarity``: cosine of
             query and neighbour. ``nn_age``: images enqueued since the neighbour was. ``alignment``:
@@ -34,7 +36,12 @@ class StepResult:
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    measure: Callable[[], dict[str, Tensor]]
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        """Computed when first asked for, by all processes together: few steps are logged."""
+        return self.measure()
 
 
 class MIMRefiner(nn.Module):
@@ -135,32 +142,48 @@ class MIMRefiner(nn.Module):
             offset=rank * z.shape[1],
         )
         with torch.no_grad():
-            metrics = self._metrics(z, neighbours, slots, terms, label)
+            # Read now: the queue goes on
+            age, found = self.queue.age[slots], self.queue.label[slots]
+            measure = partial(
+                _metrics,
+                z,
+                neighbours,
+                terms.detach(),
+                age,
+                None if label is None else (found, label),
+            )
             labels = None if label is None else distributed.gather(label)
             first = _of_all_processes(z[:, :, 0])
             self.queue.enqueue(first, distributed.gather(index), labels)
-        return StepResult(average_pairs(terms, config.pairing), metrics)
+        return StepResult(average_pairs(terms, config.pairing), measure)
 
-    def _metrics(
-        self, z: Tensor, neighbours: Tensor, slots: Tensor, terms: Tensor, label: Tensor | None
-    ) -> dict[str, Tensor]:
-        views = z.shape[2]
-        alignment = terms[:, :, :views].neg().exp().mean(-1)  # (heads, views, views)
-        different = ~torch.eye(views, dtype=torch.bool, device=z.device)
-        metrics = {
-            "nn_similarity": F.cosine_similarity(z, neighbours, dim=-1).mean((1, 2)),
-            "nn_age": self.queue.age[slots].float().mean((1, 2)),
-            "alignment": (alignment * different).sum((1, 2)) / (views * (views - 1)),
-        }
-        if label is not None:
-            found = self.queue.label[slots]  # (heads, batch, views)
-            known = (found >= 0) & (label[:, None] >= 0)
-            right = (found == label[:, None]) & known
-            counts = torch.stack([right.sum((1, 2)), known.sum((1, 2))])
-            # Over all processes, because one alone may know no label at all
-            right, known = distributed.mean(counts.float())
-            metrics["nn_accuracy"] = right / known
-        return metrics
+
+@torch.no_grad()
+def _metrics(
+    z: Tensor,
+    neighbours: Tensor,
+    terms: Tensor,
+    age: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+) -> dict[str, Tensor]:
+    """See :class:`StepResult`; ``labels`` are those of the neighbours and of the batch."""
+    views = z.shape[2]
+    alignment = terms[:, :, :views].neg().exp().mean(-1)  # (heads, views, views)
+    different = ~torch.eye(views, dtype=torch.bool, device=z.device)
+    metrics = {
+        "nn_similarity": F.cosine_similarity(z, neighbours, dim=-1).mean((1, 2)),
+        "nn_age": age.float().mean((1, 2)),
+        "alignment": (alignment * different).sum((1, 2)) / (views * (views - 1)),
+    }
+    if labels is not None:
+        found, label = labels  # (heads, batch, views), (batch,)
+        known = (found >= 0) & (label[:, None] >= 0)
+        right = (found == label[:, None]) & known
+        counts = torch.stack([right.sum((1, 2)), known.sum((1, 2))])
+        # Over all processes, because one alone may know no label at all
+        right, known = distributed.mean(counts.float())
+        metrics["nn_accuracy"] = right / known
+    return metrics
 
 
 def _of_all_processes(x: Tensor) -> Tensor:

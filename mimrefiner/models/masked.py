@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimrefiner.config import PretrainConfig
-from mimrefiner.device import seeded
+from mimrefiner.device import seeded, to_device
 from mimrefiner.errors import InputError
 
 
@@ -86,7 +86,7 @@ class SimMIM(nn.Module):
             images: normalised images, (batch, 3, height, width).
             mask: see :func:`random_mask`; on the CPU nothing waits for the GPU.
         """
-        mask = mask.to(images.device, non_blocking=True)
+        mask = to_device(mask, images.device)
         error = (self.predict(images, mask).float() - patchify(images, self.patch)).abs().mean(-1)
         return (error * mask).sum() / mask.sum()
 
@@ -178,7 +178,7 @@ class MAE(nn.Module):
             mask: see :func:`random_mask`; on the CPU nothing waits for the GPU.
         """
         predicted = self.predict(images, mask)
-        mask = mask.to(images.device, non_blocking=True)
+        mask = to_device(mask, images.device)
         return masked_pixel_loss(predicted, images, mask, self.patch)
 
 
@@ -192,7 +192,7 @@ def visible_tokens(encoder: nn.Module, images: Tensor, mask: Tensor) -> tuple[Te
     prefix = encoder.num_prefix_tokens
     x = encoder._pos_embed(encoder.patch_embed(images))  # (batch, prefix + patches, dim)
     # Visible patches first
-    order = mask.to(images.device, non_blocking=True).int().argsort(dim=1, stable=True)
+    order = to_device(mask, images.device).int().argsort(dim=1, stable=True)
     visible = order[:, : int((~mask[0]).sum())]
     patches = x[:, prefix:].gather(1, visible[:, :, None].expand(-1, -1, x.shape[-1]))
     return encoder.norm_pre(torch.cat([x[:, :prefix], patches], 1)), visible

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimrefiner.data.augment import plain_views
 from mimrefiner.data.views import Order, view_batches
-from mimrefiner.device import frozen, seeded
+from mimrefiner.device import frozen, seeded, to_device
 from mimrefiner.models.encoders import eval_transform, normalisation
 from mimrefiner.models.masked import Decoder, masked_pixel_loss, random_mask, visible_tokens
 from mimrefiner.probes.checks import tidy
@@ -84,7 +84,7 @@ class DecoderPerBlock(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """MAE's loss per block, (blocks,); with ``mask`` on the CPU nothing waits for the GPU."""
         predicted = self.predict(images, mask)
-        mask = mask.to(images.device, non_blocking=True)
+        mask = to_device(mask, images.device)
         return torch.stack([masked_pixel_loss(p, images, mask, self.patch) for p in predicted])
 
 

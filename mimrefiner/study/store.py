@@ -42,6 +42,7 @@ from mimrefiner.training.pretrain import PretrainResult, pretrain
 from mimrefiner.training.refine import RefineResult, refine, refinement_flops
 from mimrefiner.training.run import HISTORY_FILE, NUMERICS
 
+MINUTES = 5  # between checkpoints
 # preset -> names, in the catalogue, of the released weights before and after refinement
 PUBLISHED = {
     f"paper-{model}": (model.replace("-", "_"), model.replace("-", "_refined_"))
@@ -247,7 +248,7 @@ def _train(entry: Entry, dataset: ImageDataset, train: Callable[[Path, dict], di
     if default_device().type == "cuda":  # a GPU cuts its own crops, and presets' images are small
         dataset = dataset.in_memory()
     how = {"dataset": dataset, "num_workers": loader_workers()}
-    how["saving"] = Saving(unfinished, resume=True)
+    how["saving"] = Saving(unfinished, every=None, resume=True, minutes=MINUTES)
     facts = None
     if distributed.rank() > 0:
         with tempfile.TemporaryDirectory() as folder:

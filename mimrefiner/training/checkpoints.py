@@ -24,19 +24,27 @@ class Saving:
 
     Attributes:
         folder: the checkpoints' folder.
-        every: steps between two; one more is written at the end of every stage and on SIGTERM.
+        every: steps between two; one more is written at the end of every stage and on SIGTERM. None
+            leaves it to ``minutes``.
         resume: go on from the newest valid one, if there is any.
         keep: steps whose checkpoints stay; of the others only the last :data:`KEEP` do.
+        minutes: one is also written when so many minutes are over since the last; None does not.
+
+    >>> Saving(Path("checkpoints"), every=None, minutes=5).resume
+    False
     """
 
     folder: Path
-    every: int = 500
+    every: int | None = 500
     resume: bool = False
     keep: tuple[int, ...] = ()
+    minutes: float | None = None
 
     def __post_init__(self):
-        if self.every < 1:
+        if self.every is not None and self.every < 1:
             raise InputError(f"steps between checkpoints must be at least 1, got {self.every}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"minutes between checkpoints must be > 0, got {self.minutes}")
 
 
 class Checkpoints:

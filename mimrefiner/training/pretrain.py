@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from mimrefiner import distributed
 from mimrefiner.config import PretrainConfig
 from mimrefiner.data.augment import plain_views
+from mimrefiner.data.loaders import ahead
 from mimrefiner.device import autocast, default_device, plain_attention
 from mimrefiner.models.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.training import engine
@@ -123,12 +124,16 @@ def _masked_stage(
     patches = (size // model.patch) ** 2
     views = plain_views(size, config.crop_scale, config.flip)
     batches = run.steps(f"pretrain ({config.method})", dataset, views, config.seed)
-    generator = torch.Generator()
+
+    def drawn(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step_seed(config.seed, 1, step))
+        mask = random_mask(config.batch_size, patches, config.mask_ratio, generator)
+        return mask.chunk(distributed.world())[distributed.rank()]
+
+    masks = map(drawn, range(run.first, steps))
+    masks = ahead(masks) if device.type == "cuda" else masks
     with sigterm_stops(), advice_on_memory(PRETRAIN_ADVICE), plain_attention(model, device):
-        for step, ((images,), _, _) in batches:
-            generator.manual_seed(step_seed(config.seed, 1, step))
-            mask = random_mask(config.batch_size, patches, config.mask_ratio, generator)
-            mask = mask.chunk(distributed.world())[distributed.rank()]
+        for (step, ((images,), _, _)), mask in zip(batches, masks, strict=False):
             with run.counted(step):
                 with autocast(device, model.encoder):
                     loss = through(partial(model, images, mask))

@@ -93,6 +93,7 @@ class TrainingRun:
         self.epochs: list[dict] = []
         self.flops = 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
+        self._saved = time.monotonic()
         self.found = None
         if saving is not None:
             self.settings = settings()
@@ -198,13 +199,15 @@ class TrainingRun:
             engine.clip_gradients(self.trained.parameters(), self.stage.clip_norm)
         self.optimizer.step()
 
-    def end_step(self, step: int, losses: Tensor, metrics: dict[str, Tensor] | None = None) -> None:
+    def end_step(
+        self, step: int, losses: Tensor, measure: Callable[[], dict[str, Tensor]] = dict
+    ) -> None:
         """End a step: history, monitor, checkpoint, and a look at whether to stop.
 
         Args:
             step: 0-based.
             losses: this process's loss (), or those of the heads (heads,).
-            metrics: name -> this process's values (heads,).
+            measure: gives name -> this process's values (heads,); called where the step is logged.
 
         Raises:
             FloatingPointError: a loss, or a weight about to be saved, is not finite.
@@ -214,7 +217,7 @@ class TrainingRun:
         self.watch(step, losses)
         if self.stage.is_logged(step):
             self.check_finite()
-            means = {name: distributed.mean(x) for name, x in (metrics or {}).items()}
+            means = {name: distributed.mean(x) for name, x in measure().items()}
             self._log(step, {"loss": losses, **means})
         if self.monitor is not None and self.stage.ends_epoch(step):
             epoch = self.stage.epoch(step + 1)
@@ -271,7 +274,7 @@ class TrainingRun:
     def _save_or_stop(self) -> None:
         """Save finite losses and weights if it is time to; stop once SIGTERM has come."""
         last = self._next == self.stage.steps
-        due = self.saving is not None and (last or self._next % self.saving.every == 0)
+        due = self.saving is not None and (last or self._is_due())
         agree = distributed.world() == 1 or last or due or self._next % CHECK_EVERY == 0
         stop = agree and distributed.any_process(_Terminated.asked)
         if self.saving is not None and (due or stop):
@@ -285,11 +288,22 @@ class TrainingRun:
             kept = f"resume from {self.saving.folder}" if self.saving else "nothing was saved"
             raise Stopped(where + kept)
 
+    def _is_due(self) -> bool:
+        """Whether so many steps or minutes are over; processes agree on the latter now and then."""
+        every, minutes = self.saving.every, self.saving.minutes
+        if every is not None and self._next % every == 0:
+            return True
+        if minutes is None or (distributed.world() > 1 and self._next % CHECK_EVERY):
+            return False
+        return distributed.any_process(time.monotonic() - self._saved >= 60 * minutes)
+
     def _check_weights(self) -> None:
         """Raise FloatingPointError for weights that are not finite, even where the losses are."""
         modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
         weights = [named for part in modules for named in part.named_parameters()]
-        bad = [name for name, x in weights if not engine.local(x).isfinite().all()]
+        fine = [engine.local(x).isfinite().all() for _, x in weights]
+        fine = torch.stack(fine).tolist() if fine else []  # the GPU waits once, not for each
+        bad = [name for (name, _), finite in zip(weights, fine, strict=True) if not finite]
         if distributed.any_process(bool(bad)):
             raise FloatingPointError(
                 f"weights became nan or infinite by step {self._next - 1} "
@@ -301,6 +315,7 @@ class TrainingRun:
 
         The first process writes; the others hold the same state, or give it their shards.
         """
+        self._saved = time.monotonic()
         first = distributed.rank() == 0
         parts = {
             name: engine.whole(part.state_dict(), keep=first) for name, part in self.parts.items()
