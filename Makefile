@@ -2,10 +2,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/figures
+MINUTES ?= 9
+GPU_OUT ?= runs/gpu
 
 export MIMREFINER_CACHE ?= $(CURDIR)/runs/cache
 
-.PHONY: help reproduce test figures publish browser docs lint lock clean
+.PHONY: help reproduce test gpu figures publish browser docs lint lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +23,9 @@ reproduce: $(VENV)/installed  ## execute all notebooks at preset tiny; everythin
 
 test: $(VENV)/installed  ## unit tests, golden tests and every notebook at preset smoke
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+gpu: $(VENV)/installed  ## on a machine with a GPU: is it right there, how fast is it; a table in runs/gpu
+	$(BIN)/python -m experiments.gpu --minutes $(MINUTES) --out $(GPU_OUT)
 
 figures: $(VENV)/installed  ## publish RUN (default: tiny with seeds 0,1,2, made if missing) into figures/
 	test -f $(RUN)/claims.md || $(BIN)/python -m mimrefiner run --preset tiny --seeds 0,1,2 --workers 2 --out $(RUN)

@@ -1,8 +1,8 @@
 """How fast training is, as ratios measured side by side in one run, and what bounds it.
 
-    python tests/benchmarks/training.py loss|step|refine|augment|memory|attention|compiled
+    python -m tests.benchmarks.training loss|step|refine|augment|memory|attention|compiled
         [--device cuda] [--small] [--vit l16]
-    torchrun --nproc-per-node 2 tests/benchmarks/training.py processes [--device cuda] [--small]
+    torchrun --nproc-per-node 2 -m tests.benchmarks.training processes [--device cuda] [--small]
 
 Each comparison alternates between the ways and prints medians. ``--small`` is for machines with
 little memory or time; the sizes in use are printed. ``refine`` compares with lightly's parts where
@@ -22,7 +22,6 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from harness import own_peak
 from PIL import Image
 
 import mimrefiner as mr
@@ -48,6 +47,7 @@ from mimrefiner.training import cost, engine
 from mimrefiner.training.memory import recomputed
 from mimrefiner.training.optim import layer_decay_groups
 from mimrefiner.training.refine import forward_backward
+from tests.benchmarks.harness import own_peak
 
 LIGHTLY = "lightly's NNCLR parts"
 # Those of "refine"
@@ -180,6 +180,20 @@ def separate_heads(refiner, device: str) -> list[Heads]:
 def step(device: str, small: bool, repeats: int) -> None:
     """(b) Whole stage-2 and stage-3 steps."""
     refiner, views, index = refiner_and_views(device, small)
+    ways = step_ways(refiner, views, index, device)
+    for stage in (2, 3):
+        refiner.encoder.requires_grad_(stage == 3)
+        encoder = refiner.encoder
+        title = (
+            f"(b) stage-{stage} step, ViT dim {encoder.embed_dim}, depth {len(encoder.blocks)}, "
+            f"{views[0].shape[-1]} px, {len(refiner.blocks)} heads, batch {len(index)}, 12 views, "
+            f"queue {refiner.queue.size}, {device}"
+        )
+        table(title, compare(ways, device, repeats))
+
+
+def step_ways(refiner, views, index, device: str) -> dict:
+    """Forward and backward of one step, batched, and by loops over heads and pairs of views."""
     single = separate_heads(refiner, device)
 
     def ours():
@@ -206,18 +220,7 @@ def step(device: str, small: bool, repeats: int) -> None:
             ).sum()
         total.backward()
 
-    for stage in (2, 3):
-        refiner.encoder.requires_grad_(stage == 3)
-        encoder = refiner.encoder
-        title = (
-            f"(b) stage-{stage} step, ViT dim {encoder.embed_dim}, depth {len(encoder.blocks)}, "
-            f"{views[0].shape[-1]} px, {len(refiner.blocks)} heads, batch {len(index)}, 12 views, "
-            f"queue {refiner.queue.size}, {device}"
-        )
-        table(
-            title,
-            compare({"mimrefiner": ours, "one head and pair at a time": looped}, device, repeats),
-        )
+    return {"mimrefiner": ours, "one head and pair at a time": looped}
 
 
 def processes(device: str, small: bool, repeats: int) -> None:
@@ -341,7 +344,8 @@ def peak_of(name: str, device: str, vit: str, small: bool) -> float:
     """Peak memory in MiB of one step of one way, in a process of its own."""
     call = [
         sys.executable,
-        __file__,
+        "-m",
+        "tests.benchmarks.training",
         "refine",
         "--device",
         device,

@@ -1,0 +1,204 @@
+"""The kit for whoever has a GPU: parts end in time and tell, the table shows what there is."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_gpu import pretend_gpu
+
+from experiments import gpu, gpu_parts, gpu_table
+from mimrefiner.errors import InputError
+from mimrefiner.files import CHECKOUT
+
+
+@pytest.fixture
+def kit(tmp_path):
+    return gpu_parts.Kit.opened(tmp_path / "kit", "smoke", None)
+
+
+def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match=r"no GPU here .*--preset smoke"):
+        gpu_parts.Kit.opened(tmp_path / "kit", "gpu", None)
+    assert not (tmp_path / "kit").exists()
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Parts are short scripts, by name."""
+    scripts = {}
+    monkeypatch.setattr(
+        gpu, "command", lambda kit, name, *_: [sys.executable, "-S", "-c", scripts[name]]
+    )
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    return scripts
+
+
+def test_parts_run_at_once_and_each_ends_in_its_own_way(kit, scripted):
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    scripted |= {
+        "fine": "import time; time.sleep(0.2)",
+        "wrong": "raise ValueError('no such thing')",
+        "late": "import time; time.sleep(60)",
+        "stubborn": stubborn + "time.sleep(60)",
+    }
+    began = time.monotonic()
+    known = gpu.side_by_side(kit, list(scripted), limit=2, left=2)
+    assert time.monotonic() - began < 10
+    ended = {part["part"]: part["ended"] for part in known}
+    assert ended == {
+        "fine": "finished",
+        "wrong": "failed: ValueError: no such thing",
+        "late": "cut off after 2 s",
+        "stubborn": "cut off after 2 s",
+    }
+
+
+def test_what_a_part_started_ends_with_it(kit, scripted, tmp_path):
+    note = tmp_path / "pid"
+    child = "import time; time.sleep(60)"
+    scripted["parent"] = (
+        "import subprocess, sys, time, pathlib\n"
+        f"child = subprocess.Popen([sys.executable, '-S', '-c', {child!r}])\n"
+        f"pathlib.Path({str(note)!r}).write_text(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    gpu.side_by_side(kit, ["parent"], limit=1.5, left=2)
+    pid = note.read_text()
+    assert any(has_ended(pid) or time.sleep(0.05) for _ in range(50))
+
+
+def has_ended(pid: str) -> bool:
+    """Whether a process is gone, or waits only for somebody to ask how it ended (Linux)."""
+    status = Path("/proc") / pid / "stat"
+    return not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_time_that_is_over_leaves_parts_out_and_the_table_says_so(kit, scripted, monkeypatch):
+    scripted |= {name: "import time; time.sleep(1)" for names, _ in gpu.SCHEDULE for name in names}
+    monkeypatch.setattr(gpu, "RESERVE", 0)
+    monkeypatch.setattr(gpu, "LEAST", 0.1)
+    text = gpu.run_kit(kit, minutes=2.5 / 60)
+    known = {
+        part["part"]: part["ended"] for part in json.loads((kit.out / "parts.json").read_text())
+    }
+    assert set(known) == {name for names, _ in gpu.SCHEDULE for name in names}
+    assert known["card"].startswith("cut off after 0 s") and "left out: no time" in known.values()
+    assert text == (kit.out / "table.md").read_text() and "left out: no time" in text
+
+
+def test_the_rung_is_the_largest_that_fits(kit):
+    """Preset smoke on 128 images: 4 epochs of MAE, 1 + 1 of refinement, 2 steps each."""
+    kit.write("data", {"train": 128, "test": 64})
+    alone = [{"stage": stage, "ms": 100.0} for stage in (1, 2, 3)]
+    kit.write("pace-alone", alone)
+    for i, name in enumerate(gpu_parts.PACES):
+        kit.write(name, [{"stage": stage, "ms": 100.0 + 50 * i} for stage in (1, 2, 3)])
+    whole = 8 * 0.1 + 4 * 0.3  # the slowest of those at once counts
+    for seconds, share in ((whole / 0.8, 1.0), (0.99 * whole / 0.8, 0.8), (0.0, 0.01)):
+        chosen = gpu_parts.rung(kit, seconds)
+        assert chosen["share"] == share
+        assert chosen["planned_seconds"] == pytest.approx(share * whole, abs=0.06)
+    training = kit.training(0.5, seed=2)
+    assert (training.pretrain.epochs, training.refine.refine_epochs) == (2, 0.5)
+    assert training.refine.seed == 2 and training.refine.warmup_epochs == 0.125
+
+
+def test_clock_counts_optimiser_steps():
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    with gpu_parts.Clock((2, 4), torch.device("cpu")) as clock:
+        for step in range(5):
+            time.sleep(0.02 if step in (2, 3) else 0)
+            optimizer.step()
+    optimizer.step()
+    assert clock.done == 5 and list(clock.times) == [2, 4]
+    assert 0.02 <= clock.seconds(2, 4) < 0.2
+
+
+def test_table_tells_of_tests_that_were_cut_off(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "tests.txt").write_text(
+        "collected 3 items\n"
+        "tests/test_cuda.py::test_a[x] PASSED    [ 33%]\n"
+        "tests/test_cuda.py::test_b FAILED       [ 66%]\n"
+        "tests/test_cuda.py::test_c "
+    )
+    text = gpu_table.table(tmp_path)
+    assert "1 passed, 1 failed" in text and "- test_b: failed" in text and "test_c" not in text
+
+
+def test_rehearsal_of_every_part(kit, monkeypatch):
+    """In this process, with little data: what each writes, and the table of it."""
+    monkeypatch.setattr(gpu_parts, "WARM", 1)
+    monkeypatch.setattr(gpu_parts, "TIMED", 1)
+    gpu_parts.PARTS["data"](kit, 10)
+    sizes = kit.read("data")
+    assert sizes == {"train": 256, "test": 128}
+    for name in ("card", "pace-alone"):
+        gpu_parts.PARTS[name](kit, 10)
+    for name in gpu_parts.PACES:
+        kit.write(name, kit.read("pace-alone"))
+    assert [row["stage"] for row in kit.read("pace-alone")] == [1, 2, 3]
+    for name in ("mae", "refined-1", "masked", "labels"):
+        gpu_parts.PARTS[name](kit, 1000)
+        facts = kit.read(name)
+        assert len(facts["knn_cls"]) == 4 and 0 <= facts["five_shot"] <= 1
+    kept = {file.stem: file.stat().st_size for file in (kit.out / "encoders").iterdir()}
+    assert set(kept) == {"before", "refined-1", "masked", "labels"}
+    parameters = 4 * 12 * 32**2  # of the blocks' products
+    assert all(2 * parameters < size < 4 * parameters for size in kept.values())  # half precision
+    text = gpu_table.table(kit.out)
+    for title in ("## Card", "## Pace of training", "## Training"):
+        assert title in text
+    assert "ms, 5 at once" in text and "100% of the preset's" in text
+
+
+def test_rehearsal_under_the_pretend_gpu(kit, monkeypatch):
+    """Trainings of a few steps; the profiler alone knows no pretence."""
+    monkeypatch.setattr(gpu_parts, "WARM", 1)
+    monkeypatch.setattr(gpu_parts, "TIMED", 1)
+    monkeypatch.setattr(gpu_parts, "COPIED", 2**16)
+    monkeypatch.setitem(gpu_parts.SIDE, "cuda", 16)
+    monkeypatch.setattr(gpu_parts, "_profiled", lambda *_: {"kernels_a_step": 1})
+    gpu_parts.PARTS["data"](kit, 10)
+    with pretend_gpu() as gpu:
+        assert kit.device == "cuda"
+        gpu.peak = 2**30
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+        for name in ("card", "pace-alone"):
+            gpu_parts.PARTS[name](kit, 10)
+        for name in ("mae", "refined-2", "labels"):
+            gpu_parts.PARTS[name](kit, 0)
+    assert kit.read("card")["card"] == "pretend GPU"
+    assert "pageable_128_kib_behind_a_kernel_ms" in kit.read("card")
+    assert all(row["peak_gib"] == 1 for row in kit.read("pace-alone"))
+    assert kit.read("rung")["share"] == gpu_parts.LADDER[0]
+    assert kit.read("refined-2")["seed"] == 2 and 0 <= kit.read("labels")["linear"] <= 1
+
+
+def test_little_has_to_be_installed():
+    """Packages for notebooks and pictures may be missing where the kit runs."""
+    missing = ("papermill", "nbformat", "umap", "matplotlib", "seaborn", "IPython", "pyarrow")
+    code = f"import sys; sys.modules |= dict.fromkeys({missing!r}); "
+    code += "import experiments.gpu, tests.benchmarks.ratios, mimrefiner as mr; "
+    code += "mr.refine, mr.pretrain, mr.extract_features, mr.low_shot, mr.linear_probe"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["tests", "ratios", "mae"])
+def test_commands_of_parts(kit, name):
+    command = gpu.command(kit, name, 100, 200)
+    assert command[0] == sys.executable and command[1] == "-m"
+    expected = {
+        "tests": ["pytest", "pretend", "tests/test_cuda.py"],
+        "ratios": ["tests.benchmarks.ratios", "--small", "80", kit.file("ratios")],
+        "mae": ["experiments.gpu_parts", "mae", "200", str(kit.out), "smoke", "digits"],
+    }
+    assert set(expected[name]) <= set(command)
