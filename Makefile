@@ -7,7 +7,7 @@ GPU_OUT ?= runs/gpu
 
 export MIMREFINER_CACHE ?= $(CURDIR)/runs/cache
 
-.PHONY: help reproduce test gpu figures publish browser docs lint lock clean
+.PHONY: help demo reproduce test gpu figures publish browser docs lint lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	touch $@
+
+demo: $(VENV)/installed  ## half a minute: the packaged model, block by block
+	$(BIN)/python -m mimrefiner demo
 
 reproduce: $(VENV)/installed  ## execute all notebooks at preset tiny; everything lands under runs/tiny
 	$(BIN)/python -m mimrefiner run --preset tiny --workers 2 --out runs/tiny

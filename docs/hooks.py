@@ -1,11 +1,14 @@
-"""The site shows the project's own notebooks (the executed copy where one was made of this source,
-else the source) and the pages of the root.
+"""The site shows README's first screen, the project's own notebooks (the executed copy where there
+is one, else the source) and the pages of the root; nothing on it is loaded from elsewhere.
 """
 
+import base64
+import html
 import json
 import re
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -14,39 +17,136 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+LEAVES_OUT = ("figures", "mimrefiner", "tests", "examples", "experiments", "LICENSE", "CITATION")
+HOME_ENDS = "## Your own encoder"  # the home page has README down to this heading
+CDN = re.compile(r"<script[^>]*?(?:src=\"https?://[^>]*>.*?|type=\"module\".*?)</script>", re.S)
+MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", re.S)
 
 
-def same_text(*notebooks):
-    """Whether the notebooks have the same prose, and so belong together."""
-    cells = [json.loads(notebook.read_text())["cells"] for notebook in notebooks]
-    one, other = (["".join(c["source"]) for c in x if c["cell_type"] == "markdown"] for x in cells)
-    return one == other
+def notebooks() -> list[Path]:
+    """The sources of the lessons, in order."""
+    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def shown(source: Path) -> Path:
+    """The executed copy of a lesson, else its source."""
+    executed = source.parent / "executed" / source.name
+    return executed if executed.is_file() else source
+
+
+def on_config(config):
+    """The lessons stand in the menu as they are numbered, and a page that no one put there is a
+    guide.
+    """
+    lessons = [f"notebooks/{source.name}" for source in notebooks()]
+    config.nav.insert(1, {"Lessons": lessons})
+    (guides,) = (part["Guides"] for part in config.nav if "Guides" in part)
+    named = json.dumps(config.nav)
+    guides += sorted(p.name for p in (ROOT / "docs").glob("*.md") if f'"{p.name}"' not in named)
+    return config
 
 
 def on_files(files, config):
-    for source in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        executed = source.parent / "executed" / source.name
-        shown = executed if executed.is_file() and same_text(source, executed) else source
-        files.append(File.generated(config, f"notebooks/{source.name}", abs_src_path=str(shown)))
+    for source in notebooks():
+        path = f"notebooks/{source.name}"
+        files.append(File.generated(config, path, abs_src_path=str(shown(source))))
+        if picture := first_picture(shown(source)):
+            files.append(File.generated(config, f"cards/{source.stem}.png", content=picture))
     for name, page in PAGES.items():
-        text = (ROOT / name).read_text().replace("](docs/", "](")
-        # Not part of the site
-        text = re.sub(r"\[([^\]]+)\]\((?:figures|mimrefiner|tests|examples)[^)]*\)", r"\1", text)
-        files.append(File.generated(config, page, content=text))
+        files.append(File.generated(config, page, content=of_site((ROOT / name).read_text())))
     return files
+
+
+def of_site(text: str) -> str:
+    """A page of the root as a page of the site: links as they are there, or none."""
+    text = text.replace("](docs/", "](")
+    for name, page in PAGES.items():
+        text = text.replace(f"]({name}", f"]({page}")
+    left_out = "|".join(LEAVES_OUT)
+    return re.sub(rf"\[([^\]]+)\]\((?:{left_out}|notebooks/executed)[^)]*\)", r"\1", text)
+
+
+def first_picture(notebook: Path) -> bytes | None:
+    """The first picture among the outputs of a notebook; None where there is none."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                return base64.b64decode("".join(output["data"]["image/png"]))
+    return None
+
+
+def home(readme: str) -> str:
+    """README's first screens."""
+    above = readme.partition(HOME_ENDS)[0]
+    return of_site(re.sub(r"<!-- .*? -->\n", "", above))
+
+
+def cards(files) -> str:
+    """The lessons as cards: picture and title."""
+    there, parts = {file.src_uri for file in files}, []
+    for source in notebooks():
+        heading = json.loads(source.read_text(encoding="utf-8"))["cells"][0]["source"]
+        number, _, title = "".join(heading).splitlines()[0].lstrip("# ").partition(" · ")
+        link, picture = f"notebooks/{source.name}", f"cards/{source.stem}.png"
+        drawn = f"[![{title}]({picture})]({link})\n\n    " if picture in there else ""
+        parts.append(f"-   {drawn}**{number}** [{title}]({link})")
+    return '<div class="grid cards" markdown>\n\n' + "\n\n".join(parts) + "\n\n</div>\n"
 
 
 def on_page_markdown(markdown, page, config, files):
     """Pages in ``docs/`` link to the notebooks' place in the repository; on the site they lie among
     the pages.
     """
+    if page.file.src_uri == "index.md":
+        readme = home((ROOT / "README.md").read_text(encoding="utf-8"))
+        markdown = markdown.replace("<!-- README -->", readme).replace(
+            "<!-- lessons -->", cards(files)
+        )
     return markdown.replace("](../notebooks/", "](notebooks/")
 
 
+def math(text: str) -> str:
+    """LaTeX between dollars as MathML, which browsers draw by themselves.
+
+    >>> math("no dollars")
+    'no dollars'
+    """
+
+    def drawn(found) -> str:
+        block, inline = found.groups()
+        return convert(html.unescape(block or inline), display="block" if block else "inline")
+
+    return MATH.sub(drawn, text)
+
+
+def in_words(page: str) -> str:
+    """:func:`math` on the paragraphs, lists and tables of a page, not on its code."""
+    code = re.compile(r"(<(pre|code|script|style|clipboard-copy)\b.*?</\2>)", re.S)
+    parts, at = [], 0
+    for found in code.finditer(page):
+        parts += [math(page[at : found.start()]), found[0]]
+        at = found.end()
+    return "".join([*parts, math(page[at:])])
+
+
+def colab(repo_url: str, name: str) -> str:
+    """A line that opens a notebook in Colab; "" where the repository is not on GitHub."""
+    found = re.match(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git|/)?$", repo_url or "")
+    if not found:
+        return ""
+    link = f"https://colab.research.google.com/github/{found[1]}/blob/main/notebooks/{name}"
+    install = f"<code>%pip install git+https://github.com/{found[1]}</code>"
+    return f'<p class="colab"><a href="{link}">Open in Colab</a>; its first cell: {install}</p>'
+
+
 def on_post_page(output, page, config):
-    """Links between notebooks lead to pages of the site; mkdocs-jupyter leaves them as they are."""
+    """Notebooks: links between them lead to pages of the site, math is drawn without a network."""
     if not page.file.src_uri.startswith("notebooks/"):
         return output
+    output = CDN.sub("", output)
+    before, wrapper, inside = output.partition('<div class="jupyter-wrapper">')
+    line = colab(config.repo_url, Path(page.file.src_uri).name)
+    output = before + line + wrapper + in_words(inside)
     return re.sub(
         r'href="(?!https?:)([^"#]*/)?(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="../\2/\3"', output
     )

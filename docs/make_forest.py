@@ -1,20 +1,21 @@
 """Draw what was measured as a forest plot: ``python docs/make_forest.py`` writes docs/forest.svg.
 
-Five questions, about three claims each, read from ``figures/claims.csv``; the sentences that answer
-them are made of the same rows. ``docs/make_results.py`` puts both on the page of results and into
-README.
+Five questions, about three claims each, read from ``figures/claims.csv`` and from what
+``experiments/collect.py`` has written of a study, where there is one. The sentences that answer the
+questions are made of the same rows; ``docs/make_results.py`` and ``make_readme.py`` use both.
 """
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from make_schematic import FAINT, INK, text
 
 ROOT = Path(__file__).parent.parent
-CLAIMS, PICTURE = ROOT / "figures" / "claims.csv", Path(__file__).with_name("forest.svg")
+PICTURE = Path(__file__).with_name("forest.svg")
+STUDIES = ("real", "cifar")  # NAME of experiments/evidence_NAME_claims.csv
 COLOURS = {"seen": "#0064a8", "opposite": "#b0124f", "not seen": "#8c959f", "open": "#8c959f"}
 WORDS = {
     "seen": "seen: the interval lies above zero",
@@ -25,6 +26,7 @@ DIGITS, FASHION = {"dataset": "digits"}, {"dataset": "fashion_mnist"}
 FRUIT = {"dataset": "fruit64", "model": "mae_tiny_64"}
 MAE = {"dataset": "tiny-imagenet", "model": "MAE", "pool": "cls"}
 MEAN, SIMMIM = MAE | {"pool": "mean"}, MAE | {"model": "SimMIM"}
+REAL, CIFAR = ({"study": name, "dataset": "cifar10", "pool": "cls"} for name in STUDIES)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Row:
     Attributes:
         label: what it is called.
         claim: how the claim's sentence begins.
-        about: the columns of the claim that must agree.
+        about: the columns of the claim that must agree; of a study that is not there, rows are left
+            out without a word.
         headline: whether the row is one of the headline claims of the page of results.
     """
 
@@ -49,12 +52,21 @@ LIFTS = "refinement lifts the last block"
 LONGER = "refinement beats as much computation spent on masked pre-training"
 QUESTIONS: dict[str, tuple[Row, ...]] = {
     "Is an earlier block better than the last one before refinement?": (
+        Row("CIFAR-10 (released ViT-S/14)", PEAK, REAL),
+        Row("CIFAR-10 (our MAE)", PEAK, CIFAR),
         Row("digits", f"{PEAK} (cls)", DIGITS),
-        Row("fruit photos", "photographs: the best block (cls) of the MAE comes before", FRUIT),
+        Row(
+            "fruit photos",
+            "photographs: the best block (cls) of the MAE comes before",
+            FRUIT,
+            headline=False,
+        ),
         Row("Tiny-ImageNet (MAE)", PEAK, MAE, headline=False),
         Row("Tiny-ImageNet (SimMIM)", PEAK, SIMMIM, headline=False),
     ),
     "Does refinement lift the last block?": (
+        Row("CIFAR-10 (released ViT-S/14)", LIFTS, REAL),
+        Row("CIFAR-10 (our MAE)", LIFTS, CIFAR),
         Row("digits", LIFTS, DIGITS),
         Row("Fashion-MNIST", LIFTS, FASHION),
         Row("Tiny-ImageNet (MAE)", LIFTS, MAE),
@@ -62,6 +74,8 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         Row("fruit photos (never trained on)", f"photographs: {LIFTS}", FRUIT),
     ),
     "Does it beat the same computation spent on more pre-training?": (
+        Row("CIFAR-10 (released ViT-S/14)", LONGER, REAL),
+        Row("CIFAR-10 (our MAE)", LONGER, CIFAR),
         Row("digits", LONGER, DIGITS),
         Row("Tiny-ImageNet (cls token)", LONGER, MAE),
         Row("Tiny-ImageNet (patch mean)", LONGER, MEAN),
@@ -109,15 +123,28 @@ class Found:
         return self.claim["verdict"]
 
     @property
+    def full_verdict(self) -> str:
+        """The verdict, and where a single seed decided against the interval of the mean, that."""
+        excludes_zero = self.number("low") > 0 or self.number("high") < 0
+        doubtful = excludes_zero and self.verdict == "not seen"
+        return "not seen: not in every seed" if doubtful else self.verdict
+
+    @property
     def by_seed(self) -> list[float]:
         """The difference of every seed."""
         return [float(x) for x in self.claim["by_seed"].split()]
 
 
-def read_claims(file: Path = CLAIMS) -> list[dict[str, str]]:
-    """The rows of a table of claims, all as text."""
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+def read_claims(root: Path = ROOT) -> list[dict[str, str]]:
+    """All claims as text, with the column ``study``: "" for those of the notebooks."""
+    files = {"": root / "figures" / "claims.csv"}
+    files |= {name: root / "experiments" / f"evidence_{name}_claims.csv" for name in STUDIES}
+    claims = []
+    for study, file in files.items():
+        if file.is_file():
+            with file.open(newline="", encoding="utf-8") as stream:
+                claims += [{**row, "study": study} for row in csv.DictReader(stream)]
+    return claims
 
 
 def find(claims: Sequence[dict[str, str]]) -> list[Found]:
@@ -130,8 +157,8 @@ def find(claims: Sequence[dict[str, str]]) -> list[Found]:
                 for claim in claims
                 if claim["claim"].startswith(row.claim)
                 and claim["difference"]
-                and all(claim[name] == value for name, value in row.about.items())
-                and ("model" in row.about or not claim["model"])
+                and all(claim[name] == value for name, value in ({"study": ""} | row.about).items())
+                and ("model" in row.about or claim["study"] or not claim["model"])
             ]
             if fits:
                 found.append(Found(question, row, max(fits, key=lambda c: int(c["n_seeds"]))))
@@ -139,13 +166,14 @@ def find(claims: Sequence[dict[str, str]]) -> list[Found]:
 
 
 def missing(claims: Sequence[dict[str, str]]) -> list[str]:
-    """The rows of the picture that ``claims`` do not have, in words."""
+    """The rows of the picture that ``claims`` should have and do not, in words."""
     there = {(found.question, found.row.label) for found in find(claims)}
+    studies = {claim["study"] for claim in claims}
     return [
         f"{question} {row.label}"
         for question, rows in QUESTIONS.items()
         for row in rows
-        if (question, row.label) not in there
+        if (question, row.label) not in there and row.about.get("study", "") in studies
     ]
 
 
@@ -161,23 +189,19 @@ def points(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
-def listed(found: Iterable[Found]) -> str:
+def listed(found: Sequence[Found]) -> str:
     """Labels with their differences, as part of a sentence."""
-    words = [f"{f.row.label} ({points(f.number('difference'))})" for f in found]
+    words = [f"{f.row.label} {points(f.number('difference'))}" for f in found]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def answer(found: Sequence[Found]) -> str:
-    """What the verdicts of one question say, as a sentence.
-
-    Differences are in points of k-NN accuracy.
-    """
+    """What the verdicts of one question say, as a sentence; differences are in points."""
     by = {verdict: [f for f in found if f.verdict == verdict] for verdict in WORDS}
-    parts = [f"yes on {listed(by['seen'])}"] if by["seen"] else []
-    parts += [f"not seen on {listed(by['not seen'])}"] if by["not seen"] else []
-    parts += [f"the opposite on {listed(by['opposite'])}"] if by["opposite"] else []
     if not by["seen"] and not by["opposite"]:
-        return f"This cannot be told at this scale: {listed(found)} all lie within their intervals."
+        return f"This cannot be told at this scale; nothing was seen ({listed(found)})."
+    named = (("yes", "seen"), ("not seen", "not seen"), ("the opposite", "opposite"))
+    parts = [f"{words}: {listed(by[verdict])}" for words, verdict in named if by[verdict]]
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -198,13 +222,15 @@ def summary(claims: Sequence[dict[str, str]]) -> str:
     lifted, longer = (
         [f for f in found if f.question == question] for question in list(QUESTIONS)[1:3]
     )
-    seen = [f for f in lifted if f.verdict == "seen"]
-    beats = [f for f in longer if f.verdict == "seen"]
+    seen, beats = ([f for f in part if f.verdict == "seen"] for part in (lifted, longer))
+    sentence = f"Refinement lifts the last block in {len(seen)} of {len(lifted)} settings"
+    if seen:
+        most = max(seen, key=lambda f: f.number("difference"))
+        gain = f"{most.number('difference'):.1f} points of k-NN accuracy on {most.row.label}"
+        sentence += f", at most by {gain}"
     return (
-        f"Refinement lifts the last block in {len(seen)} of {len(lifted)} settings, by "
-        f"{', '.join(points(f.number('difference')) for f in seen)} points of k-NN accuracy "
-        f"({', '.join(f.row.label for f in seen)}), and beats the same computation spent on more "
-        f"pre-training in {len(beats)} of {len(longer)} ({', '.join(f.row.label for f in beats)})."
+        f"{sentence}; it beats the same computation spent on more pre-training in {len(beats)} of "
+        f"{len(longer)}."
     )
 
 

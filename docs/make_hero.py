@@ -4,10 +4,11 @@
 
     python docs/make_hero.py                         # from the digits in figures/
     python docs/make_hero.py experiments/real        # from the rows of experiments/trials.py
+    python docs/make_hero.py experiments/evidence_real.csv    # the same, collected
 
-The second form reads ``rows/MODEL-SEED.csv`` under the folder: before, refined, masked (the same
-computation spent on more masked pre-training) and raw_pixels. Both write docs/hero.svg and, beside
-it, the numbers that were drawn as docs/hero.csv.
+The second form reads ``rows/MODEL-SEED.csv`` under the folder, the third one table of all: before,
+refined, masked (the same computation spent on more masked pre-training) and raw pixels. All write
+docs/hero.svg and, beside it, the numbers that were drawn as docs/hero.csv.
 """
 
 import csv
@@ -54,24 +55,26 @@ class Point:
 def from_trials(folder: Path, pool: str = "cls") -> list[Point]:
     """What ``experiments/trials.py`` has written: the data set that the models were trained on.
 
+    Args:
+        folder: of the study, or the file that ``experiments/collect.py`` makes of it.
+        pool: the pooling of the features.
+
     Raises:
         SystemExit: the rows of the encoder before refinement, or of the refined one, are missing.
     """
-    before = _rows(folder / "rows" / "before-0.csv")
-    dataset = before[0]["dataset"]
-    found = []
-    for file in sorted((folder / "rows").glob("*.csv")):
-        for row in _rows(file):
-            if (
-                row.get("model") in NAMES
-                and row["dataset"] == dataset
-                and row["protocol"] == PROTOCOL
-                and row["pool"] in (pool, "pixels")
-            ):
-                found.append(_point({**row, "model": NAMES[row["model"]]}))
-    if "refined" not in {point.model for point in found}:
-        sys.exit(f"make_hero: {folder / 'rows'} has no refined-SEED.csv")
-    return found
+    is_table = folder.suffix == ".csv"
+    files = [folder] if is_table else sorted((folder / "rows").glob("*.csv"))
+    rows = [row for file in files for row in _rows(file) if row.get("model") in NAMES]
+    for model in ("before", "refined"):
+        if model not in {row["model"] for row in rows}:
+            sys.exit(f"make_hero: {folder} has no rows of the model {model}")
+    dataset = next(row["dataset"] for row in rows if row["model"] == "before")
+    asked = {"dataset": dataset, "protocol": PROTOCOL}
+    return [
+        _point({**row, "model": NAMES[row["model"]]})
+        for row in rows
+        if row["pool"] in (pool, "pixels") and asked.items() <= row.items()
+    ]
 
 
 def from_digits(figures: Path) -> list[Point]:

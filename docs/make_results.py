@@ -1,11 +1,13 @@
-"""Write the page of results from the measured tables: ``python docs/make_results.py``.
+"""Write the page of results: ``python docs/make_results.py``.
 
-No measured number is typed in here.
+No measured number is typed in here. Run ``python docs/make_forest.py`` first, which draws the
+picture that it shows.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import make_forest
 import pandas as pd
 
 from experiments import measure
@@ -30,73 +32,86 @@ PAGE = ROOT / "docs" / "results.md"
 
 HEAD = """# Results
 
-What was measured with this package, claim by claim. This page is written by
-`python docs/make_results.py` from the committed tables.
+{summary}
 
-**Verdicts.** Where it is known for every test image which model is right, a claim is *seen* when
-the 95 % interval of the difference over images (paired bootstrap) lies above zero for every
-single seed, and *opposite* when it lies below zero for every seed; of one model this speaks of
-that model. Where there is only a value per seed (clusters, ablations, probes in the notebooks),
-it is the interval over seeds (Student's t) that must lie above or below zero, for accuracies of
-one data set together with their binomial error: as if the two models had seen different images,
-so that it is wider than need be and small effects are missed. *Not seen*: neither. *Open*:
-nothing to judge by, as of one seed without images.
+![Forest plot: eighteen differences with their intervals, by five questions](forest.svg)
 
-**Many claims.** No interval is corrected for their number: of a hundred claims about single
-models without any effect, about five are expected outside of theirs. Three seeds that must agree
-make chance rarer, but they share one pre-trained model and one set of test images. Read the sizes
-of the differences, and whether related claims agree.
+{sentences}
 
-**How to read it.** The paper refines models of 303 M to 1.9 B parameters on ImageNet-1K; here a
-ViT of 5 M is refined on 64-pixel images and one of 0.6 M on digits. The authors expect the
-benefit of several heads, and much of the drop behind the peak, only from about 300 M parameters
-on. Agreement at this scale does not prove theirs, and disagreement does not refute them.
+The picture has one line for each claim: a diamond is the mean difference, circles are seeds, and
+the colour is the verdict. Every model behind it is small: the paper refines models of 303 M to
+1.9 B parameters on ImageNet-1K, and these have 0.6 M (digits, Fashion-MNIST) and 5 M
+(Tiny-ImageNet after six epochs). The authors expect much of the drop behind the peak, and the
+benefit of several heads, only from about 300 M parameters on. Agreement at this scale does not
+prove their results, and disagreement does not refute them.
+
+## Headline claims
+
+{headlines}
+This page is written by `python docs/make_results.py` from the committed tables.
+
+## Before you read on
+
+[The rule of verdicts](verdicts.md) says how *seen*, *opposite*, *not seen* and *open* come about.
+{caution}
 """
+CAUTION = """Two things need care:
 
-NATURAL = """
-## Natural images, preset `{preset}`
+- Claims that were measured before the shown interval became the deciding one (Tiny-ImageNet, and
+  digits until the notebooks are published again) show the interval of the mean over seeds. Where
+  that excludes zero and a single seed's does not, the verdict says *not in every seed*.
+- No interval is corrected for the number of claims: of a hundred claims about single models
+  without any effect, about five are expected outside theirs. Three seeds that must agree make
+  chance rarer, but they share one pre-trained model and one set of test images. Read the sizes of
+  the differences, and whether related claims agree."""
 
-{models} ({blocks} blocks, width {dim}, patch {patch}), pre-trained on {data}'s training images at
-{size} px without labels: {epochs}. {weak}{chosen} Features are computed in bfloat16. One
-pre-training per model; ± is the standard deviation over seeds of refinement, and all models meet
-the same probes (orders, draws of labelled images, starts of k-means). *{data}*: {n_test}
-validation images, which no model and no choice has seen, classified with {n_train} training
-images; *fruit64*: photos of {kinds} kinds of fruit, a data set the models were not trained on.
-Accuracies in %; linear, few-shot (mean of {draws} draws of the labelled images) and clusters of
-the last block's cls token; *within a kind*: k-NN of that token where only photos of the same kind
-(pears, melons, apples, citrus fruit) vote, so that fine differences decide. The best block is the
-best on these test images, for orientation; the claims use a block chosen on held-out training
-images of {data}, also those about fruit64, whose own validation photos show the heaps of its
-training photos (they choose the rate of its linear probes only). Refined models are weight
-averages (EMA), the others are not. Raw pixels are those of images shrunk to 32 px. The labels'
-control spends what refinement does on fine-tuning: it has seen the labels of the images that
-vote, and is no upper bound of what labels can do. Random weights are one draw. Compare a model
-with them before reading its claims: where the two are alike, it has not learnt enough to say
-anything. Device: {device}.
+NATURAL = """{models} ({blocks} blocks, width {dim}, patch {patch}) were pre-trained without
+labels on {data}'s training images at {size} px: {epochs}. {weak}{chosen} There is one
+pre-training per model; ± is the standard deviation over seeds of refinement. All models meet the
+same probes (orders, draws of labelled images, starts of k-means), on features in bfloat16.
+Device: {device}.
+
+- *{data}*: {n_test} validation images, which no model and no choice has seen, classified with
+  {n_train} training images. *fruit64*: photos of {kinds} kinds of fruit; no model was trained on
+  them.
+- Accuracies are in %. Linear, few-shot (mean of {draws} draws of the labelled images) and
+  clusters use the last block's cls token. *Within a kind*: only photos of the same kind (pears,
+  melons, apples, citrus fruit) vote, so that fine differences decide.
+- The tables show the best block on these test images, for orientation. The claims use a block
+  chosen on held-out training images of {data}, also those about fruit64, whose own validation
+  photos show the heaps of its training photos.
+- Refined models are weight averages (EMA), the others are not. Raw pixels are those of images
+  shrunk to 32 px. Random weights are one draw: where a model is no better than they are, it has
+  not learnt enough to say anything.
+- *Fine-tuned with labels* spends what refinement does on training with labels. It has seen the
+  labels of the images that vote, and it is no upper bound of what labels can do.
 """
-ABLATIONS = """k-NN accuracy (%) of the last block's cls token. The variants of one seed are
-exploratory: they say which would be worth more seeds, and nothing else. What they change is in
-`experiments/ablations.py`.
+ABLATIONS = """k-NN accuracy (%) of the last block's cls token. Variants with one seed are
+exploratory: they only say which would be worth more seeds. `experiments/ablations.py` lists what
+each one changes.
 
 """
 TOY = "A ViT of 0.6 M parameters, preset `tiny`, as drawn in `figures/`.\n\n"
-PHOTOGRAPHS = """The packaged `mae_tiny_64` and `mae_tiny_64_refined` on fruit64, as notebooks
-show them: half precision, one seed, and the best block chosen on fruit64's own validation photos,
-which show the heaps of its training photos.
+PHOTOGRAPHS = """The packaged `mae_tiny_64` and `mae_tiny_64_refined` on fruit64, as the
+notebooks show them: half precision, one seed, and the best block chosen on fruit64's own
+validation photos, which show the heaps of its training photos.
 
 """
-CHOSEN = """The learning rate of stage 3 was chosen for the MAE by validation images (below);
-everything else, the rates of SimMIM's refinement and of the controls too, was set beforehand."""
-CHOICE = """The MAE, one seed, a tenth of the training images held out for choices; k-NN of the
-last block's cls token, share of images. The measurements above are those of the preset's rate,
-{rate:g}.
+CHOSEN = """Validation images chose the learning rate of stage 3 for the MAE (below); everything
+else, the rates of SimMIM's refinement and of the controls too, was set beforehand."""
+CHOICE = """The MAE, one seed, with a tenth of the training images held out for choices; k-NN of
+the last block's cls token, share of images. The preset, and so the measurements above, take the
+rate {rate:g}.
 
 """
 TRAINED = "Wall time is that of a machine that did other work too; the computation is counted."
-WEAK = """Epochs are what a few hours of two CPU cores allow: they are weak models. For the same
-reason views are 2 + 4 instead of the paper's 2 + 10, only the MAE has controls, and decoders of
-other depths, a deeper model, other data sets (CIFAR) and training with labels to its end were
-left out; preset `natural-gpu` has all but the last. """
+WEAK = """The epochs are what a few hours of two CPU cores allow, so the models are weak. For the
+same reason there are 2 + 4 views instead of the paper's 2 + 10, and only the MAE has controls.
+Decoders of other depths, a deeper model, other data sets (CIFAR) and training with labels to its
+end were left out; preset `natural-gpu` has all but the last. """
+
+
+STUDIES = {"real": "A released encoder on CIFAR-10", "cifar": "An MAE pre-trained on CIFAR-10"}
 
 
 def models_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -145,30 +160,46 @@ def read(name: str, what: str = "") -> pd.DataFrame | None:
     return pd.read_csv(file) if file.is_file() else None
 
 
+def folded(title: str, *parts: str) -> str:
+    """A section that opens by a click, on the site and on GitHub."""
+    inside = "".join(parts).strip()
+    return f'\n<details markdown="1">\n<summary>{title}</summary>\n\n{inside}\n\n</details>\n'
+
+
+def study_section(name: str) -> str:
+    """The claims of a study that ``experiments/collect.py`` wrote; "" where there is none."""
+    claims = read(name, "_claims")
+    if claims is None:
+        return ""
+    of_data = claims.fillna("").groupby(["model", "dataset", "pool"], sort=False)
+    tables = [
+        folded(f"Claims: {', '.join(filter(None, where))}", markdown_table(claims_table(part)))
+        for where, part in of_data
+    ]
+    return f"\n## {STUDIES[name]}\n{''.join(tables)}"
+
+
 def natural_section(name: str) -> str:
     """What was measured with one preset of natural images; "" where nothing was."""
     rows, choice = read(name), read(name, "_choice")
     if rows is None:
         return ""
-    parts = [natural_text(name, rows, is_chosen=choice is not None)]
+    text = natural_text(name, rows, is_chosen=choice is not None)
+    parts = [f"\n## Natural images, preset `{name}`\n\n", text]
     for dataset, part in rows.groupby("dataset", sort=False):
-        parts.append(f"\n### {dataset}\n\n{markdown_table(models_table(part))}")
+        parts.append(folded(f"All models on {dataset}", markdown_table(models_table(part))))
     if choice is not None:
         rate = load_preset(name).refine.refine_base_lr
-        parts.append(
-            "\n### The learning rate of stage 3, on validation images\n\n"
-            + CHOICE.format(rate=rate)
-            + markdown_table(choice.drop(columns=["preset", "weights_sha256"]))
-        )
+        table = markdown_table(choice.drop(columns=["preset", "weights_sha256"]))
+        title = "The learning rate of stage 3, on validation images"
+        parts.append(folded(title, CHOICE.format(rate=rate), table))
     facts = read(name, "_training")
-    parts.append(
-        f"\n### What was trained\n\n{TRAINED}\n\n"
-        + markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
-    )
+    table = markdown_table(facts.assign(weights_sha256=facts["weights_sha256"].str[:12]))
+    parts.append(folded("What was trained", f"{TRAINED}\n\n", table))
     claims = read(name, "_claims").fillna("")
     for where, part in claims.groupby(["model", "dataset", "pool"], sort=False):
         table = claims_table(part).drop(columns="notebook")
-        parts.append(f"\n### Claims: {', '.join(filter(None, where))}\n\n{markdown_table(table)}")
+        parts.append(folded(f"Claims: {', '.join(filter(None, where))}", markdown_table(table)))
     return "".join(parts)
 
 
@@ -226,16 +257,44 @@ def notebook_claims(dataset: str) -> str:
     return markdown_table(claims_table(claims[claims["dataset"] == dataset]))
 
 
+def headlines(claims: Sequence[dict[str, str]]) -> str:
+    """The headline claims of the picture as a table; a question stands at its first one."""
+    rows, asked = [], set()
+    for found in make_forest.find(claims):
+        if found.row.headline:
+            question = "" if found.question in asked else found.question
+            asked.add(found.question)
+            mean, low, high = map(
+                make_forest.points, map(found.number, ("difference", "low", "high"))
+            )
+            of_row = {"question": question, "on": found.row.label, "points": mean}
+            of_row |= {"95 % interval": f"{low} to {high}", "verdict": found.full_verdict}
+            images = f"{int(found.claim['n_test']):,}"
+            rows.append({**of_row, "seeds": found.claim["n_seeds"], "test images": images})
+    return markdown_table(pd.DataFrame(rows))
+
+
 def page() -> str:
     """The page as Markdown."""
-    parts = [HEAD, *(natural_section(name) for name in ("natural", "natural-gpu"))]
-    parts += ["\n## The toy: digits\n\n", TOY, notebook_claims("digits")]
-    parts += ["\n## Photographs in the notebooks\n\n", PHOTOGRAPHS, notebook_claims("fruit64")]
-    parts += ["\n## Ablations: digits\n\n", ABLATIONS, markdown_table(ablations_table("tiny"))]
-    parts += ["\n## Ablations: Fashion-MNIST\n\n", markdown_table(ablations_table("fashion")), "\n"]
-    return "".join([*parts, notebook_claims("fashion_mnist")])
+    claims = make_forest.read_claims()
+    head = HEAD.format(
+        summary=make_forest.summary(claims),
+        sentences="\n\n".join(make_forest.sentences(claims)),
+        headlines=headlines(claims),
+        caution=CAUTION,
+    )
+    parts = [head, *(study_section(name) for name in make_forest.STUDIES)]
+    parts += [natural_section(name) for name in ("natural", "natural-gpu")]
+    parts += ["\n## The toys, and photographs in the notebooks\n"]
+    parts += [folded("Claims: digits", TOY, notebook_claims("digits"))]
+    parts += [folded("Claims: photographs", PHOTOGRAPHS, notebook_claims("fruit64"))]
+    parts += ["\n## Ablations\n\n", ABLATIONS.strip(), "\n"]
+    parts += [folded("Digits", markdown_table(ablations_table("tiny")))]
+    fashion = markdown_table(ablations_table("fashion"))
+    parts += [folded("Fashion-MNIST", fashion, "\n", notebook_claims("fashion_mnist"))]
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(f"{PAGE.name} written")
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"{PAGE.name} is written")

@@ -35,7 +35,7 @@ def test_demo_shows_every_block_the_advice_and_a_picture(shown):
     assert len(cls) == 12
     for block, value in cls.items():
         assert re.search(rf"^ +{block + 1} +{100 * value:.1f} %", said, re.M)
-    advice = re.search(r"^Take block \d+'s (cls token|patch mean): \+(\S+) points", said, re.M)
+    advice = re.search(r"Take block \d+'s (cls token|patch mean): \+(\S+) points", said)
     assert advice and float(advice[2]) > 5  # the packaged model has its peak inside
     picture = folder / "report.png"
     assert f"The picture: {picture}" in said and picture.stat().st_size > 10_000
@@ -51,6 +51,7 @@ def test_readme_shows_what_the_demo_says(shown):
             shown[1],
         )
     )
+    ours, theirs = (text.replace("*", "").replace("|", "") for text in (ours, theirs))
     assert re.sub(NUMBER, "", ours).split() == re.sub(NUMBER, "", theirs).split()
     numbers = [[float(x) for x in re.findall(NUMBER, text)] for text in (ours, theirs)]
     assert len(numbers[0]) > 24 and numbers[0] == pytest.approx(numbers[1], abs=0.6)
@@ -68,7 +69,7 @@ def test_accuracies_name_the_baselines():
     )
     assert demo.accuracies(rows).splitlines() == [
         "block  cls token  patch mean",
-        "    1     50.0 %      25.0 %  ##########",
+        f"    1     50.0 %      25.0 %  |*{' ' * 24}|",
         "random weights: 40.0 %",
         "raw pixels: 90.0 %",
     ]

@@ -1,0 +1,56 @@
+"""Write what README takes from elsewhere, between its marks: ``python docs/make_readme.py``.
+
+``<!-- result -->`` is the sentence under the first picture, ``<!-- measured -->`` the answers to
+the forest plot's questions, ``<!-- lessons -->`` the notebooks' own titles. Every number comes from
+the committed tables. ``<!-- demo -->`` alone is filled by hand, from ``mimrefiner demo``, and
+compared by a test.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import make_forest
+import make_hero
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def parts() -> dict[str, str]:
+    """The name of a place in README -> its Markdown."""
+    claims = make_forest.read_claims()
+    return {
+        "result": make_hero.finding(make_hero.read()),
+        "measured": "\n\n".join([make_forest.summary(claims), *make_forest.sentences(claims)]),
+        "lessons": lessons(ROOT / "notebooks"),
+    }
+
+
+def lessons(folder: Path) -> str:
+    """The notebooks by number, with the title that each gives itself."""
+    lines = []
+    for file in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        source = json.loads(file.read_text(encoding="utf-8"))["cells"][0]["source"]
+        number, _, title = "".join(source).splitlines()[0].lstrip("# ").partition(" · ")
+        lines.append(f"- [{number}](notebooks/{file.name}) {title}")
+    return "\n".join(lines)
+
+
+def filled(readme: str) -> str:
+    """README with the parts between their marks.
+
+    Raises:
+        ValueError: a part has no marks, or more than one pair.
+    """
+    for name, text in parts().items():
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        readme, n = between.subn(lambda marks, text=text: f"{marks[1]}{text}\n{marks[2]}", readme)
+        if n != 1:
+            raise ValueError(f"README has {n} places for {name}, expected one")
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{README.name} is up to date")
