@@ -168,8 +168,8 @@ class _Augmented(Dataset):
     def _crop(self, image: Image.Image, draws: np.ndarray) -> np.ndarray:
         a = self.augmentation
         if a.resize is not None:
-            share = a.resize / min(image.size)
-            size = tuple(max(a.resize, round(share * side)) for side in image.size)
+            # The long side is rounded down, as torchvision does
+            size = tuple(a.resize * side // min(image.size) for side in image.size)
             image = image.resize(size, Image.Resampling.BICUBIC)
         if a.crop_scale is None:
             box, flip = np.array([0, 0, *image.size]), draws[2 * CROP_TRIES + 2]
