@@ -1,7 +1,8 @@
-"""Check every link and image inside a built site: ``python docs/check_links.py runs/site``. Nothing
-is fetched.
+"""Check a built site: ``python docs/check_links.py runs/site``. Links and images inside it lead
+somewhere, every notebook is a page, and nothing is loaded from elsewhere. Nothing is fetched.
 """
 
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,7 +44,21 @@ def broken_links(site: Path) -> list[str]:
     return broken
 
 
+def unrendered(site: Path) -> list[str]:
+    """The notebooks that lie in ``site`` as they are and are no page; and what is loaded from
+    elsewhere.
+    """
+    raw = [f"{file.name} is no page" for file in sorted(site.rglob("*.ipynb"))]
+    kinds = "(?:js|css|png|svg)"
+    loaded = rf"<(?:script|link|img)\b[^>]*(?:src|href)=\"?(https?://[^\"\s>]+\.{kinds}[^\"\s>]*)"
+    return raw + [
+        f"{file.relative_to(site)} loads {address}"
+        for file in sorted(site.rglob("*.html"))
+        for address in re.findall(loaded, file.read_text())
+    ]
+
+
 if __name__ == "__main__":
-    found = broken_links(Path(sys.argv[1]))
-    print("\n".join(found) or "all links inside the site lead somewhere")
+    found = broken_links(Path(sys.argv[1])) + unrendered(Path(sys.argv[1]))
+    print("\n".join(found) or "all links lead somewhere, and nothing is loaded from elsewhere")
     sys.exit(bool(found))

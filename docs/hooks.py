@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,7 @@ def on_config(config):
     return config
 
 
+@event_priority(100)  # before mkdocs-jupyter, which makes pages of the notebooks that it finds
 def on_files(files, config):
     for source in notebooks():
         path = f"notebooks/{source.name}"

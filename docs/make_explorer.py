@@ -41,8 +41,9 @@ def main(arguments: Sequence[str]) -> None:
         shutil.copyfile(arguments[0], PAGE)
     else:
         mimrefiner(["explore", "simmim_digits", "digits", "--out", str(PAGE)])
+    small = picture(PAGE).resize((800, round(800 * SIZE["height"] / SIZE["width"])))
     # Few colours: a quarter of the bytes
-    picture(PAGE).quantize(128).save(PICTURE, optimize=True)
+    small.quantize(128).save(PICTURE, optimize=True)
     print(f"{PAGE.name} and {PICTURE.name} are written")
 
 

@@ -53,6 +53,18 @@ def test_broken_links_are_found(tmp_path):
     ]
 
 
+def test_a_raw_notebook_and_a_script_from_elsewhere_are_found(tmp_path):
+    check_links = load("check_links")
+    (tmp_path / "a.html").write_text('<a href="https://x.org/y.js">y</a><script>own()</script>')
+    assert check_links.unrendered(tmp_path) == []
+    (tmp_path / "00.ipynb").write_text("{}")
+    (tmp_path / "b.html").write_text('<script src="https://cdn.x/a.min.js"></script>')
+    assert check_links.unrendered(tmp_path) == [
+        "00.ipynb is no page",
+        "b.html loads https://cdn.x/a.min.js",
+    ]
+
+
 def test_the_picture_of_the_rooms_shows_the_code():
     assert (DOCS / "house.svg").read_text() == load("make_house").draw(), (
         "rooms or modules have changed: python docs/make_house.py"

@@ -79,7 +79,9 @@ def test_page_holds_what_was_measured(written):
         assert model["accuracy"] == pytest.approx((100 * shares).tolist(), abs=1e-3)
         places = unpacked(model["places"], 3, 30, 2)
         assert np.abs(places).max() == 32767
-        assert unpacked(model["hits"], 3, 30).max() == 1
+    pixels = [mr.pixel_features(part, 32) for part in data]
+    assert page["pixels"] == pytest.approx(100 * mr.knn_hits(*pixels)["pixels"].float().mean())
+    assert all(unpacked(model["hits"], 3, 30).max() == 1 for model in page["models"])
 
 
 def test_title_states_the_finding(written):
@@ -314,6 +316,14 @@ def test_page_by_hand(opened, written):
     assert width[0] <= width[1]
     heights = opened.locator("button").evaluate_all("all => all.map(b => b.offsetHeight)")
     assert min(heights) >= 32  # a finger must hit it
+
+    # Raw pixels are a level line among the accuracies, with a name that stays inside
+    line = opened.locator("#chart line.pixels")
+    assert line.get_attribute("y1") == line.get_attribute("y2")
+    chart = opened.locator("#chart").bounding_box()
+    words = opened.locator("#chart text.value").filter(has_text="raw pixels").bounding_box()
+    assert words["x"] + words["width"] <= chart["x"] + chart["width"] + 1
+    assert f"raw pixels get {data['pixels']:.1f} %" in opened.locator("#how").inner_text()
 
     slider = opened.locator("#block")
     slider.fill("1")

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from mimrefiner.data.datasets import load_dataset, short_name, stratified_split
-from mimrefiner.data.views import to_pil
+from mimrefiner.data.rows import row_of
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import ASSETS, atomic_file, check_writable
-from mimrefiner.models.blocks import available_pools, depth_of
+from mimrefiner.models.blocks import available_pools, depth_of, input_size
 from mimrefiner.models.encoders import load_encoder
 from mimrefiner.probes.checks import check_count
-from mimrefiner.probes.features import Features, extract_features, parse_pool
+from mimrefiner.probes.features import Features, extract_features, parse_pool, pixel_features
 from mimrefiner.probes.knn import knn_hits
 from mimrefiner.probes.umap import umap_map
 from mimrefiner.progress import progress
@@ -44,6 +44,7 @@ K, TEMPERATURE = 10, 0.07  # the vote that accuracies count
 MOST = 1500  # images that a page can show
 FEW = 50  # below this many images UMAP has nothing to work with
 LIMIT = 8_000_000  # bytes of a page
+PIXELS = 32  # side of the images whose raw pixels are compared, at most
 SIDES = (64, 48, 36, 24)  # pixels of a thumbnail, the first that fits into LIMIT
 # Black frames vanish around dark pictures
 COLOURS = tuple("#5f6b00" if colour == "#111111" else colour for colour in CLASS_PALETTE)
@@ -146,8 +147,9 @@ def write(
         "k": min(K, len(train)),
         "map": "PCA" if _draws_pca(len(rows), settings) else "UMAP",
         "seed": settings.seed,
+        "pixels": _pixel_accuracy(train, test, min(input_size(x)[-1] for x in encoders)),
     }
-    images = [to_pil(test[int(row)][0]) for row in rows]
+    images = [row_of(test, int(row))[0] for row in rows]
     text = page(sides, images, features[0][1].y.numpy()[rows], _classes(test), rows, facts)
     with atomic_file(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -281,7 +283,8 @@ def page(
         labels: their classes, (images,).
         classes: names of the classes; None names them by number.
         rows: the shown images' rows among the test images that were counted.
-        facts: what the page says about itself: data, pool, voters, k, map, seed.
+        facts: what the page says about itself: data, pool, voters, k, map, seed, and pixels, the
+            accuracy of raw pixels in percent, or None.
 
     Raises:
         InputError: the page would be larger than LIMIT.
@@ -443,6 +446,13 @@ def _features(encoder, train: Dataset, test: Dataset, pool: str, loading: dict):
         extract_features(encoder, part, pools=pools, **loading).joined((pool,))
         for part in (train, test)
     )
+
+
+def _pixel_accuracy(train: Dataset, test: Dataset, size: int) -> float | None:
+    """k-NN accuracy of raw pixels in percent, the encoders' rival that costs nothing."""
+    bank, asked = (pixel_features(part, min(size, PIXELS)) for part in (train, test))
+    (hits,) = knn_hits(bank, asked, k=min(K, len(bank.y)), temperature=TEMPERATURE).values()
+    return round(100 * float(hits.float().mean()), 4)
 
 
 def _shown(labels: np.ndarray, settings: Settings) -> np.ndarray:

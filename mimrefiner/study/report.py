@@ -21,8 +21,8 @@ from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.device import default_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import Entry, atomic_file, write_csv, write_json
-from mimrefiner.models.blocks import available_pools, block_modules, check_pools
-from mimrefiner.models.encoders import load_encoder, random_twin
+from mimrefiner.models.blocks import available_pools, block_modules, check_pools, input_size
+from mimrefiner.models.encoders import eval_transform, load_encoder, random_twin
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes import protocols
 from mimrefiner.probes.checks import (
@@ -256,9 +256,10 @@ def make_plan(
     else:
         train, test = data
     blocks, pools, depth = extraction["blocks"], extraction["pools"], len(block_modules(encoder))
-    pools = available_pools(encoder) if pools is None else tuple(pools)
-    plain = check_pools(encoder, sorted({part for name in pools for part in parse_pool(name)[0]}))
     numbers = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
+    pools = available_pools(encoder, numbers) if pools is None else tuple(pools)
+    parts = sorted({part for name in pools for part in parse_pool(name)[0]})
+    plain = check_pools(encoder, parts, numbers)
     # Poolings that need other blocks are refused here
     nothing = [torch.empty(0, 1) for _ in numbers]
     Features(dict.fromkeys(plain, nothing), torch.empty(0), numbers, depth).joined(pools)
@@ -273,6 +274,7 @@ def make_plan(
         "shots": list(task.shots),
         "clusters": task.clusters,
         "autocast": str(extraction["autocast"]),
+        "transform": repr(eval_transform(encoder)),
     }
     compared = COMPARED if baselines else COMPARED[:1]
     if baselines and _too_many_pixels(encoder, train):
@@ -355,7 +357,7 @@ def _labels(data: ImageDataset) -> Tensor:
 
 
 def _pixel_size(encoder: nn.Module) -> int:
-    return min(encoder.pretrained_cfg["input_size"][-1], 64)
+    return min(input_size(encoder)[-1], 64)
 
 
 def _too_many_pixels(encoder: nn.Module, train: Dataset) -> bool:
@@ -440,16 +442,26 @@ class ReportFolder:
         """Write report.csv, .md, .png and .pdf, and manifest.json with the versions of all."""
         folder, shown = self.entry.folder, plan.task.protocols(len(plan.train))
         with atomic_file(folder / "report.md") as temporary:
-            temporary.write_text(markdown(table, title, "" if advice is None else str(advice)))
+            text = markdown(table, title, "" if advice is None else str(advice))
+            temporary.write_text(text, encoding="utf-8")
         figures.use_style()
         over = f"Block report: {title}" if advice is None else f"{advice.finding}\n{title}"
         figure = figures.plot_report(summary(table), shown, title=over)
+        if advice is not None and plan.task.probes[0] == "knn":
+            _mark(figure.axes[0], advice)
         figures.save_figure(figure, folder / "report", table)
         plt.close(figure)  # else pyplot keeps the figures of all reports
         write_json({**environment(), **plan.settings}, folder / "manifest.json")
 
     def _file(self, model: str, name: str) -> Path:
         return _rows_file(self.entry.folder, model, name)
+
+
+def _mark(axes: plt.Axes, advice: Advice) -> None:
+    """Point at the block that validation images chose; the ring is the best on test images."""
+    place = advice.block + 1, 100 * advice.accuracy
+    style = {"ha": "center", "va": "top", "fontsize": 6.5, "arrowprops": {"arrowstyle": "-"}}
+    axes.annotate("chosen on validation", place, (0, -26), textcoords="offset points", **style)
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -495,7 +507,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def report_title(encoder: nn.Module | str, data) -> str:
     """The title "MODEL on DATA"; of a path to a model its last part counts."""
-    model = encoder.rsplit("/", 1)[-1] if isinstance(encoder, str) else type(encoder).__name__
+    if not isinstance(encoder, str):
+        cfg = getattr(encoder, "pretrained_cfg", None) or {}
+        encoder = cfg.get("loaded_from", type(encoder).__name__)
+    model = encoder.rsplit("/", 1)[-1]
     return f"{model} on {data if isinstance(data, str) else 'own data'}"
 
 
