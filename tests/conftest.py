@@ -24,6 +24,7 @@ def pytest_configure(config):
     if config.getoption("--device") != "cuda":
         # Before torch is imported, hence no import of it at the top; processes of tests inherit it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import mimrefiner  # noqa: F401  it mends a torchvision that tests import before it
 
 
 def pytest_collection_modifyitems(config, items):
