@@ -123,7 +123,7 @@ def test_rates_are_for_256_images_and_weights_begin_as_published(vit, folder, mo
     model = dense.DenseProbes(vit, config)
     for layer in model.layers:
         assert 0.008 < layer.weight.std() < 0.012 and not layer.bias.any()
-    dense._train(model, next(parts(folder)), config, torch.device("cpu"), 0)
+    dense._train(model, next(parts(folder)), config, 0)
     assert len(seen) == 30  # 3 batches of 8 from 24 images, ten times
     assert max(rates[0] for rates in seen) == pytest.approx(0.1 * 8 / 256)
     assert max(rates[1] for rates in seen) == pytest.approx(0.4 * 8 / 256)
@@ -213,7 +213,7 @@ def test_probes_do_not_disturb_each_other(vit, folder):
     for rates in ((0.1,), (0.1, 0.5)):
         config = small(blocks=(1,), epochs=1, learning_rates=tuple(16 * rate for rate in rates))
         model = dense.DenseProbes(vit, config)
-        dense._train(model, next(parts(folder)), config, torch.device("cpu"), 0)
+        dense._train(model, next(parts(folder)), config, 0)
         trained.append([layer.weight for layer in model.layers])
     assert torch.allclose(trained[0][0], trained[1][0], atol=1e-6)
     assert not torch.allclose(trained[1][0], trained[1][1], atol=1e-2)

@@ -16,17 +16,21 @@ from pretend_gpu import PretendGpu, devices, pretend_gpu
 import mimrefiner as mr
 from mimrefiner.__main__ import main
 from mimrefiner.batch import runner
+from mimrefiner.data.scenes import Labels, SceneCrop, SegmentationFolder
 from mimrefiner.errors import Stopped
 from mimrefiner.models.export import export
 from mimrefiner.models.masked import build_masked_model
+from mimrefiner.models.upernet import UperNetConfig
 from mimrefiner.models.weights import sha256_of
-from mimrefiner.probes import dense, feature_cache, linear, reconstruction, segmentation, similarity
+from mimrefiner.probes import dense, feature_cache, linear, reconstruction, similarity
 from mimrefiner.probes.monitor import Monitor
+from mimrefiner.probes.segmentation import fine_tuned
 from mimrefiner.study import presets
 from mimrefiner.training import optim, refine
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.finetune import finetune
 from mimrefiner.training.memory import Memory
+from mimrefiner.training.segment import SegmentationRecipe
 
 # The most that a step may ask which logs nothing: launches, copies to the GPU, waits. Preset
 # natural-gpu with narrow layers: neither widths nor batch sizes change the numbers.
@@ -197,13 +201,21 @@ def scenes(tmp_path):
                 shape = (32, 32, 3) if kind == "images" else (32, 32)
                 pixels = rng.integers(0, 255 if kind == "images" else 3, shape, dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / kind / split / f"{i}.png")
-    return [segmentation.SegmentationFolder(tmp_path, split) for split in ("train", "val")]
+    return [SegmentationFolder(tmp_path, split) for split in ("train", "val")]
 
 
 def test_dense_probe(gpu, encoder, scenes):
-    config = dense.DenseConfig(3, epochs=1, batch_size=4)
+    config = dense.DenseConfig(Labels(3), epochs=1, batch_size=4).at(32)
     rows = dense.dense_probe(encoder, *scenes, config, device="cuda")
     assert len(rows) == 2 and devices(encoder) == {"cpu"}
+
+
+def test_upernet(gpu, scenes):
+    encoder = mr.build_vit(mr.ViTConfig(dim=8, depth=4, num_heads=2))
+    network = UperNetConfig(3, 32, auxiliary_dim=8)
+    recipe = SegmentationRecipe(network, False, steps=2, batch_size=4, crop=SceneCrop(32))
+    rows, result = fine_tuned(encoder, *scenes, recipe, device="cuda")
+    assert rows["value"].between(0, 1).all() and devices([encoder, result.model]) == {"cpu"}
 
 
 def test_reconstruction(gpu, small, encoder, images):

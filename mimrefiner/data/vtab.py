@@ -202,7 +202,7 @@ def split_per_class(labels: np.ndarray, train: Callable[[int], int]) -> tuple[li
     One generator of torch, seed 0, runs through the classes in the order of their numbers.
 
     >>> split_per_class(np.array([0, 0, 0, 1, 1]), lambda n: 1)
-    ([2, 3], [0, 1, 4])
+    ([2, 4], [0, 1, 3])
     """
     generator = torch.Generator().manual_seed(0)
     chosen, rest = [], []
@@ -239,7 +239,8 @@ def _sun397(root: Path) -> tuple[Gathered, Gathered]:
 
     SUN397(str(root), download=True)
     path = root / "SUN397"
-    names = [line.strip() for line in (path / "ClassName.txt").read_text().splitlines() if line]
+    listed = (path / "ClassName.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.strip() for line in listed if line]
     files = [sorted((path / name.lstrip("/")).glob("sun_*.jpg")) for name in names]
     labels = [i for i, found in enumerate(files) for _ in found]
     images = Gathered("sun397", [FileImages([f for found in files for f in found])], labels)

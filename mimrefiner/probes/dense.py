@@ -8,6 +8,7 @@ other numbers on ADE20K come from fine-tuning: :mod:`mimrefiner.training.segment
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from mimrefiner.data.scenes import IGNORE, Labels, SceneBatches, SceneCrop
 from mimrefiner.data.views import Order
 from mimrefiner.device import frozen, seeded
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import check_pools, depth_of, hooked
+from mimrefiner.models.blocks import check_pools, depth_of, hooked, input_size, split_tokens
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.segmentation import Window, mean_iou, to_size
@@ -188,32 +189,35 @@ def dense_probe(
             range; several learning rates without ``val``; cls tokens of a model that has none; a
             window that the patch size does not divide.
     """
-    _check(config, encoder, None if best_on_test else val, best_on_test)
+    _check(config, encoder, val, best_on_test)
     for part in (train, test, *([] if val is None else [val])):
         config.labels.check(part)
     device = torch.device(device)
     with frozen(encoder, device):
         model = DenseProbes(encoder, config).to(device)
-
-        def measured(part: Dataset) -> Tensor:  # (kinds, learning rates)
-            how = {"device": device, "num_workers": num_workers}
-            normalise = normalisation(encoder)
-            found = mean_iou(model.eval(), part, config.labels, config.window, normalise, **how)
-            return found.unflatten(0, (len(model.kinds), -1))
-
+        measure = partial(_measured, model, config=config, num_workers=num_workers)
         seen = []  # evaluations on test images, where the best one is reported
-        during = (lambda: seen.append(measured(test))) if best_on_test else None
-        _train(model, train, config, device, num_workers, during)
+        during = (lambda: seen.append(measure(test))) if best_on_test else None
+        _train(model, train, config, num_workers, during)
         if best_on_test:
             on_test = torch.stack(seen).amax(0)
             best = on_test.argmax(1)
         else:
             several = len(config.learning_rates) > 1
-            best = measured(val).argmax(1) if several else torch.zeros(len(model.kinds)).long()
-            on_test = measured(test)
+            best = measure(val).argmax(1) if several else torch.zeros(len(model.kinds)).long()
+            on_test = measure(test)
     values = on_test.gather(1, best[:, None])[:, 0]
     rows = _rows(model.kinds, values, best, config, best_on_test)
     return tidy([{**row, "n_train": len(train), "n_test": len(test)} for row in rows])
+
+
+def _measured(model: DenseProbes, part: Dataset, config: DenseConfig, num_workers: int) -> Tensor:
+    """Mean intersection over union, (kinds, learning rates)."""
+    model.eval()
+    how = {"device": model.layers[0].weight.device, "num_workers": num_workers}
+    normalise = normalisation(model.encoder)
+    found = mean_iou(model, part, config.labels, config.window, normalise, **how)
+    return found.unflatten(0, (len(model.kinds), -1))
 
 
 def _rows(kinds, values: Tensor, best: Tensor, config: DenseConfig, best_on_test: bool):
@@ -233,9 +237,9 @@ def _check(config: DenseConfig, encoder: nn.Module, val, best_on_test: bool) -> 
             "pass val="
         )
     if config.cls:
-        check_pools(encoder, ("cls",))
+        check_pools(encoder, ("cls",), config.blocks)
     size, patch = config.window.size, encoder.patch_embed.patch_size[0]
-    expected = encoder.pretrained_cfg["input_size"][-1]
+    expected = input_size(encoder)[-1]
     if config.crop.size != size or size != expected:
         raise InputError(
             f"squares of {config.crop.size} px for training and of {size} px for tests do not fit "
@@ -249,12 +253,11 @@ def _train(
     model: DenseProbes,
     train: Dataset,
     config: DenseConfig,
-    device: torch.device,
     num_workers: int,
     evaluate: Callable[[], None] | None = None,
 ) -> None:
     """Train all probes; ``evaluate`` is called every so many epochs and at the end."""
-    batch_size = min(config.batch_size, len(train))
+    batch_size, device = min(config.batch_size, len(train)), model.layers[0].weight.device
     per_epoch = len(train) // batch_size
     steps = max(1, round(config.epochs * per_epoch))
     rates = [config.learning_rates[i % model.rates] for i in range(len(model.layers))]
@@ -297,18 +300,18 @@ def token_maps(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Patch tokens after the given blocks as maps, (batch, dim, rows, columns) each.
 
-    The second dictionary holds each block's first token spread over such a map, the cls token where
-    there is one.
+    The second dictionary holds each block's cls token spread over such a map, where it has one.
     """
     patch = encoder.patch_embed.patch_size[0]
     rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
     maps: dict[int, Tensor] = {}
     first: dict[int, Tensor] = {}
 
-    def keep(position: int, module: nn.Module, inputs, tokens: Tensor) -> None:
-        block, patches = blocks[position], tokens[:, encoder.num_prefix_tokens :]
+    def keep(position: int, module: nn.Module, inputs, output) -> None:
+        block, (cls, patches) = blocks[position], split_tokens(encoder, output, images)
         maps[block] = patches.mT.unflatten(2, (rows, columns)).float()
-        first[block] = tokens[:, 0, :, None, None].float().expand_as(maps[block])
+        if cls is not None:
+            first[block] = cls[:, :, None, None].float().expand_as(maps[block])
 
     with hooked([encoder.blocks[block] for block in blocks], keep):
         encoder.forward_features(images)

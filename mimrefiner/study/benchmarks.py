@@ -151,7 +151,7 @@ def cost_text(model: str, benchmark: str, tflops: float = 312, memory: Memory | 
         memory: what trades time for memory in VTAB-1K; None takes the recipe's own.
 
     >>> print(cost_text("mae_l16", "upernet"))
-    mae_l16, upernet: 441.9 M parameters, 2,497.6 GFLOPs per 512 px image, 42.7 GPU-hours
+    mae_l16, upernet: 441.5 M parameters, 2,497.6 GFLOPs per 512 px image, 42.7 GPU-hours
     """
     s = shape_of(model)
     if not 0 < tflops < math.inf:
@@ -246,4 +246,4 @@ def robustness_into(out: Path, model: nn.Module, folders: TestFolders, **options
 def _write(out: Path, rows: pd.DataFrame, short: pd.DataFrame) -> None:
     write_csv(rows, out / ROWS)
     with atomic_file(out / TABLE) as temporary:
-        temporary.write_text(markdown_table(short))
+        temporary.write_text(markdown_table(short), encoding="utf-8")

@@ -1,8 +1,9 @@
 """What the benchmarks of segmentation and VTAB cost, by formula."""
 
+from mimrefiner.errors import InputError
 from mimrefiner.models.layouts import ViTShape
 from mimrefiner.models.upernet import SCALES, UperNetConfig
-from mimrefiner.training.cost import forward_flops, parameters
+from mimrefiner.training.cost import SPARE, activation_bytes, forward_flops, parameters
 from mimrefiner.training.segment import SegmentationRecipe
 
 
@@ -41,6 +42,34 @@ def upernet_flops(s: ViTShape, config: UperNetConfig) -> int:
 def segmentation_total(s: ViTShape, recipe: SegmentationRecipe) -> int:
     """Operations of the whole training; evaluations are left out."""
     return 3 * upernet_flops(s, recipe.model) * recipe.batch_size * recipe.steps
+
+
+def segmentation_bytes(s: ViTShape, recipe: SegmentationRecipe, gpus: int = 1) -> float:
+    """Bytes that fine-tuning with UperNet needs on each of ``gpus``, which share a batch.
+
+    Raises:
+        InputError: GPUs that do not divide the batch.
+    """
+    if gpus < 1 or recipe.batch_size % gpus:
+        raise InputError(
+            f"expected gpus >= 1 that divide the batch of {recipe.batch_size}, got {gpus}"
+        )
+    c, d, grid = recipe.model, s.dim, recipe.model.size // s.patch_size
+    fine, *others = (d * int(scale * grid) ** 2 for scale in SCALES[s.patch_size])
+    finer, coarse, patches = fine + sum(others[:2]), others[2], d * grid**2
+    tokens = grid**2 + s.cls_token
+    # In bfloat16: inputs of convolutions; their outputs before and after the norm
+    decoder = 2 * (finer * (1 + 2) + finer * (1 + 2) + coarse * (1 + len(c.pool_scales) + 2))
+    decoder += 2 * fine * (4 + 2 + 1) + 8 * coarse + 2 * patches * (4 + 3 * 4)
+    pixels = c.size**2
+    # Logits of both heads and their logarithms; image, mask and what counts
+    loss = 4 * 4 * c.classes * pixels + (4 * 3 + 8 + 1) * pixels
+    # Layer scales keep the output of every branch
+    encoder = activation_bytes(s, c.size) + s.depth * 2 * 2 * tokens * d
+    always = (16 + 2) * upernet_parameters(s, c)
+    if c.relative_positions:  # bias of every block in both precisions, and its index
+        always += s.depth * tokens**2 * (s.num_heads * (4 + 2) + 8)
+    return SPARE * (always + recipe.batch_size / gpus * (encoder + decoder + loss))
 
 
 def _transposed(scale: float) -> int:
