@@ -113,8 +113,9 @@ def test_a_class_may_be_called_as_a_split(tmp_path):
         (("train",), "holds train and no train/CLASS/IMAGE"),
         (
             ("kaggle/train/ant", "kaggle/test/ant"),
-            "holds one folder, .* give imagefolder:.*/kaggle$",
+            "holds one class, kaggle, .* give imagefolder:.*/kaggle$",
         ),
+        (("Data/CLS-LOC/train/ant", "Data/CLS-LOC/val"), "give imagefolder:.*/Data/CLS-LOC$"),
         ((".",), "holds no images: .* found 4 images outside of folders, which have no class"),
         (("train/ant", "val"), r"val holds no images: .* found 4 images outside of folders"),
     ],
@@ -125,6 +126,14 @@ def test_layouts_that_would_be_read_wrongly_are_refused(folders, message, tmp_pa
     with pytest.raises(mr.InputError, match=message) as found:
         loaded(tmp_path)
     assert "\n" not in str(found.value)
+
+
+def test_two_classes_that_are_one_folder_are_refused(tmp_path):
+    put(tmp_path / "ant", 4)
+    put(tmp_path / "cat", 4)
+    (tmp_path / "bee").symlink_to(tmp_path / "ant")
+    with pytest.raises(mr.InputError, match="holds ant twice, by links, as two classes"):
+        loaded(tmp_path)
 
 
 def test_two_splits_that_are_one_folder_are_refused(tmp_path):
@@ -177,6 +186,7 @@ def test_every_ending_counts_and_what_is_left_out_is_said(tmp_path, said):
     for name in ("a.txt", "b.TXT", "c.npy", "README"):
         (tmp_path / "bee" / name).write_text("x")
     (tmp_path / "labels.csv").write_text("x")
+    os.mkfifo(tmp_path / "bee" / "pipe.png")
     (tmp_path / "empty").mkdir()
     parts = [loaded(tmp_path), loaded(tmp_path, "test")]
     labels = np.concatenate([part.labels for part in parts])
@@ -184,7 +194,8 @@ def test_every_ending_counts_and_what_is_left_out_is_said(tmp_path, said):
     assert all(grey > 250 for part in parts for grey, label in greys(part) if label == 0)
     assert said.messages[0].endswith(
         "2 classes: ant, bee; left out: .txt (2), .csv beside the folders of classes (1), "
-        ".npy (1), folders without images such as empty (1), without ending (1)"
+        ".npy (1), folders without images such as empty (1), pipes and sockets (1), without "
+        "ending (1)"
     ), said.messages[0]
 
 

@@ -182,6 +182,12 @@ def test_class_names_in_another_order_keep_their_meaning(tmp_path):
         columns = {"image": structs(range(18)), "label": [0, 1, 2] * 6}
         write(tmp_path / f"{split}-0.parquet", columns, {"label": names})
     assert greys(loaded(tmp_path, "test")) == [(i, (2, 0, 1)[i % 3]) for i in range(18)]
+    some = {"image": structs(range(18)), "label": [0, 1, -1] * 6}
+    write(tmp_path / "test-0.parquet", some, {"label": ["cat", "ant", "bee"]})
+    assert greys(loaded(tmp_path, "test")) == [(i, (2, 0, -1)[i % 3]) for i in range(18)]
+    write(tmp_path / "test-0.parquet", some, {"label": ["cat"]})
+    with pytest.raises(mr.InputError, match=r"\(test\): label 1 is none of its 1 classes"):
+        loaded(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +209,30 @@ def test_arrays(kind, factor, tmp_path):
     images = pa.array(images, type=leaf)
     write(tmp_path / "train-0.parquet", {"pixel_values": images, "label": [0, 1] * 10})
     assert greys(loaded(tmp_path), loaded(tmp_path, "test")) == [(i, i % 2) for i in range(20)]
+
+
+def test_arrays_of_an_own_type(tmp_path):
+    """As the hub's library registers Array2D once it is imported."""
+
+    class Array2D(pa.ExtensionType):
+        def __init__(self):
+            super().__init__(pa.list_(pa.list_(pa.uint16())), "mimrefiner.tests.array2d")
+
+        def __arrow_ext_serialize__(self):
+            return b""
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage, serialized):
+            return cls()
+
+    pa.register_extension_type(Array2D())
+    try:
+        storage = pa.array([np.full((8, 8), 257 * i).tolist() for i in range(20)])
+        cells = pa.ExtensionArray.from_storage(Array2D(), storage.cast(Array2D().storage_type))
+        write(tmp_path / "train-0.parquet", {"image": cells, "label": [0, 1] * 10})
+        assert greys(loaded(tmp_path), loaded(tmp_path, "test")) == [(i, i % 2) for i in range(20)]
+    finally:
+        pa.unregister_extension_type("mimrefiner.tests.array2d")
 
 
 def test_sixteen_bit_images(tmp_path):
@@ -266,7 +296,8 @@ def test_labels_that_are_none_are_named(labels, message, tmp_path):
     columns = {"image": structs(range(20)), "label": pa.array(labels, kind)}
     write(tmp_path / "train-0.parquet", columns)
     with pytest.raises(mr.InputError, match=message):
-        loaded(tmp_path, label="label")
+        loaded(tmp_path)
+    assert loaded(f"{tmp_path},label=").labels is None  # without them
 
 
 def test_bools_and_missing_labels(tmp_path, said):
@@ -309,15 +340,12 @@ def test_batches_are_kept_apart(tmp_path, monkeypatch):
     whole = [image.getpixel((0, 0)) for image, _ in loaded(tmp_path)]
     monkeypatch.setattr(parquet, "ROWS", 7)
     data = loaded(tmp_path)
-    images, ends = data._load.args
-    assert ends.tolist() == [7, 14, 20, 27, 29] and [len(part) for part, _ in images] == [
-        7,
-        7,
-        6,
-        7,
-        2,
-    ]
+    images = data._load.images
+    assert data._load.ends.tolist() == [7, 14, 20, 27, 29]
+    assert [len(part) for part, _ in images] == [7, 7, 6, 7, 2]
     assert [image.getpixel((0, 0)) for image, _ in data] == whole
+    rest = loaded(tmp_path, "test")
+    assert rest._load is data._load  # the bytes of two splits lie in memory once
     sent = pickle.loads(pickle.dumps(data))
     assert [image.getpixel((0, 0)) for image, _ in sent] == whole
 

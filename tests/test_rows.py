@@ -1,10 +1,11 @@
 """Data sets that somebody else made: what a row may be, and the one line for what it may not."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import mimrefiner as mr
 from mimrefiner.data.datasets import data_hash
@@ -106,7 +107,9 @@ def test_a_stream_is_no_data_set(vit):
         def __iter__(self):
             yield RED, 0
 
-    for data in (Stream(), iter([(RED, 0)]), 7):
+    table = pd.DataFrame({"image": [RED], "label": [0]})
+    loader = DataLoader([(RED, 0)], collate_fn=list)
+    for data in (Stream(), iter([(RED, 0)]), 7, {"train": [(RED, 0)]}, "digits", table, loader):
         with pytest.raises(mr.InputError, match=r"expected a map-style data set, .* got "):
             mr.extract_features(vit, data)
 

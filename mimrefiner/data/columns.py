@@ -44,7 +44,7 @@ def find_columns(
     Args:
         schema: of the table; its metadata may hold what the hub's ``datasets`` library writes.
         where: what messages call the table.
-        column, label: take these columns; None finds them.
+        column, label: take these columns; None finds them, and the label "" stands for none.
 
     Raises:
         InputError: no column holds images, several may, or a column that was asked for is missing;
@@ -56,7 +56,7 @@ def find_columns(
     """
     hub = _hub_features(schema)
     for name in (column, label):
-        if name is not None and name not in schema.names:
+        if name and name not in schema.names:
             raise InputError(f"{where} has no column {name}: there are {_described(schema)}")
     told = [name for name in schema.names if _kind(hub, name) == "Image"]
     images = told or [name for name in schema.names if holds_images(schema.field(name).type)]
@@ -70,7 +70,10 @@ def find_columns(
     numbered = [name for name in schema.names if _kind(hub, name) == "ClassLabel"]
     possible = [name for name in schema.names if _holds_labels(schema.field(name).type)]
     found = by_name(numbered, LABEL_NAMES) or by_name(possible, LABEL_NAMES)
-    found = label or found or (numbered[0] if len(numbered) == 1 else None)
+    found = found or (numbered[0] if len(numbered) == 1 else None)
+    # A label of another type is refused by what reads it, rather than passed over
+    found = found or by_name((name for name in schema.names if name != image), LABEL_NAMES[:4])
+    found = found if label is None else label or None
     others = {name for name in numbered or possible if name.lower() in LABEL_NAMES} - {found}
     names = hub.get(found, {}).get("names") if found in numbered else None
     return Columns(image, found, None if names is None else tuple(names), tuple(sorted(others)))
@@ -108,18 +111,19 @@ def numbers(
         classes = sorted(set(values)) if classes is None else classes
         return _numbered(values, classes, where), classes
     try:
-        labels = column.cast(pa.int64()).to_numpy()
+        labels = column.cast(pa.int64()).to_numpy().copy()
     except pa.ArrowInvalid as error:
         raise InputError(f"{where}: column {columns.label} holds too large labels") from error
     if (labels < 0).all():  # how the hub marks withheld labels
         return None, classes
     here = None if columns.classes is None else list(columns.classes)
+    if here is not None and labels.max() >= len(here):
+        raise InputError(f"{where}: label {labels.max()} is none of its {len(here)} classes")
     if here is None or classes is None or here == classes:
         return labels, classes or here
-    if labels.max() >= len(here):
-        raise InputError(f"{where}: label {labels.max()} is none of its {len(here)} classes")
-    # The same names in another order
-    return _numbered([here[label] for label in labels.tolist()], classes, where), classes
+    known = labels >= 0  # the same names in another order
+    labels[known] = _numbered([here[label] for label in labels[known]], classes, where)
+    return labels, classes
 
 
 def _numbered(values: list[str], classes: list[str], where: str) -> np.ndarray:
@@ -144,8 +148,7 @@ def _kind(hub: dict, name: str) -> str | None:
 
 def holds_images(kind: pa.DataType) -> bool:
     """Whether a column of that type can hold images: encoded, or as numbers."""
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
+    kind = _stored(kind)
     if kinds.is_struct(kind):
         names = {kind.field(i).name for i in range(kind.num_fields)}
         return "bytes" in names and _is_binary(kind.field("bytes").type)
@@ -153,10 +156,16 @@ def holds_images(kind: pa.DataType) -> bool:
 
 
 def _holds_labels(kind: pa.DataType) -> bool:
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
+    kind = _stored(kind)
     text = kinds.is_string(kind) or kinds.is_large_string(kind)
     return text or kinds.is_integer(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """What a dictionary, or a type of the hub's library, stores."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _stored(kind.storage_type)
+    return kind.value_type if kinds.is_dictionary(kind) else kind
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -171,7 +180,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _leaf(kind: pa.DataType) -> tuple[pa.DataType, int]:
     """What nested lists hold, and how deep they are nested."""
-    depth = 0
+    kind, depth = _stored(kind), 0
     while kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
         kind, depth = kind.value_type, depth + 1
     number = kinds.is_integer(kind) or kinds.is_floating(kind)

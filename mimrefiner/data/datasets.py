@@ -142,7 +142,8 @@ def load_dataset(
         split: ``train``, ``val``, ``test`` or ``trainval``, see the module's first lines.
         seed: draws the splits that the source does not have.
         column, label: the columns of images and labels, for ``parquet:`` and ``hf:``; None finds
-            them. In the name they are ``parquet:PATH,column=NAME,label=NAME``.
+            them, and the label "" stands for none. In the name they are
+            ``parquet:PATH,column=NAME,label=NAME``.
 
     Raises:
         InputError: an unknown name or split, a path that is missing, empty or of another layout, or
@@ -314,9 +315,9 @@ def _classes(splits: dict[str, ImageDataset]) -> str:
     whole = splits["trainval"]
     if whole.labels is None:
         return "no labels"
-    if whole.classes is None:
-        return f"{len(np.unique(whole.labels))} classes"
-    return f"{len(whole.classes)} classes: {listed(whole.classes)}"
+    names = np.unique(whole.labels) if whole.classes is None else whole.classes
+    text = f"{len(names)} class{'es' * (len(names) != 1)}"
+    return text if whole.classes is None else f"{text}: {listed(names)}"
 
 
 @functools.cache

@@ -44,6 +44,7 @@ def read_folder(path: Path) -> Source:
     skipped = Counter()
     if not splits:
         part, classes = _part(path, folders, None, skipped)
+        _check_one_class(classes, path)
         return Source({"train": part}, classes, skipped_text(skipped))
     train, classes = _part(splits["train"], _folders(splits["train"]), None, skipped)
     parts, notes = {"train": train}, []
@@ -106,16 +107,29 @@ def _check_classes(path: Path, folders: list[Path], holding: list[Path], named: 
     for file, name in OWN_FILES.items():
         if not folders and (path / file).is_file():
             raise InputError(f"{path} holds the files of {name}: give {name}:{path}")
-    if len(folders) == 1 and "train" in map(split_named, (f.name for f in _folders(folders[0]))):
-        raise InputError(
-            f"{path} holds one folder, in which the splits lie: give imagefolder:{folders[0]}"
-        )
+
+
+def _check_one_class(classes: list[str], path: Path) -> None:
+    """Raise InputError where the splits lie deeper: then everything would be one class."""
+    here = [path / classes[0]] if len(classes) == 1 else []
+    for _ in range(3):
+        for folder in here:
+            if "train" in [SPLIT_OF.get(inside.name.lower()) for inside in _folders(folder)]:
+                raise InputError(
+                    f"{path} holds one class, {classes[0]}, and there are splits in {folder}: give "
+                    f"imagefolder:{folder}"
+                )
+        here = [inside for folder in here[:100] for inside in _folders(folder)]
 
 
 def _part(
     path: Path, folders: list[Path], classes: list[str] | None, skipped: Counter
 ) -> tuple[Part, list[str]]:
     """The images of class folders, and the classes: None takes those that have images."""
+    real = {folder.resolve(): folder.name for folder in folders}
+    if len(real) < len(folders):
+        names = {folder.name for folder in folders} - set(real.values())
+        raise InputError(f"{path} holds {listed(sorted(names))} twice, by links, as two classes")
     images = {folder.name: _images(folder, skipped) for folder in folders}
     beside = [entry for entry in path.iterdir() if not is_hidden(entry.name) and entry.is_file()]
     for entry in beside:
@@ -211,7 +225,9 @@ def _collect(folder, found: list, links: list, skipped: Counter, seen: dict) -> 
                 continue
         if entry.is_dir():
             _collect(entry.path, found, links, skipped, seen)
-        elif entry.is_file() and _ending(Path(entry.path)) in image_endings():
+        elif not entry.is_file():
+            skipped["pipes and sockets"] += 1
+        elif _ending(Path(entry.path)) in image_endings():
             found.append(Path(entry.path))
         else:
             skipped[_ending(Path(entry.path))] += 1

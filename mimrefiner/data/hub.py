@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, by the ``datasets`` library, which is an extra."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -67,13 +68,15 @@ def _source(library, tables, where: str, column: str | None, label: str | None) 
         raise InputError(f"{where} holds no split train, only {listed(tables)}")
     parts, notes, classes, first = {}, [], None, None
     for split in ("train", "val", "test"):
-        (table, *more) = [tables[name] for name in tables if named[name] == split] or [None]
+        (called, *more) = [name for name in tables if named[name] == split] or [None]
         if more:
             raise InputError(f"{where}: several splits are called {split}: {listed(tables)}")
-        if table is None:
+        if called is None:
             continue
-        columns = find_columns(table.features.arrow_schema, f"{where} ({split})", column, label)
-        part, found = _part(library, table, columns, classes, f"{where} ({split})")
+        schema = tables[called].features.arrow_schema
+        columns = find_columns(schema, f"{where} ({called})", column, label)
+        loaded = _loaded(library, tables[called], columns, classes, f"{where} ({called})")
+        part, found = replace(loaded[0], called=str(called)), loaded[1]
         if split == "train":
             classes, first = found, columns
         elif part.labels is None and parts["train"].labels is not None:
@@ -85,7 +88,7 @@ def _source(library, tables, where: str, column: str | None, label: str | None) 
     return Source(parts, classes, [first.note(), *notes])
 
 
-def _part(library, table, columns, classes, where: str) -> tuple[Part, list[str] | None]:
+def _loaded(library, table, columns, classes, where: str) -> tuple[Part, list[str] | None]:
     labels = None
     if columns.label is not None:
         only = table.select_columns([columns.label]).with_format("arrow")[:]

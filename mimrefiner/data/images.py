@@ -31,6 +31,8 @@ CHANNELS = (1, 3, 4)
 SIXTEEN_BITS = ("PNG", "PPM")
 # Pillow knows these by their endings and shows no pixels of them
 NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# Where Pillow keeps it: of JPEG and WebP, of old PNGs, and as XMP
+EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 UNREADABLE = (  # what Pillow raises for files that are damaged
     OSError,
     SyntaxError,
@@ -79,7 +81,7 @@ def to_pil(image, name: str = "") -> Image.Image:
         InputError: something else, numbers outside of their range, or what cannot be decoded.
 
     >>> import numpy as np
-    >>> to_pil(np.full((3, 2, 4), 65535, dtype=np.uint16)).getpixel((0, 0))
+    >>> to_pil(np.full((3, 8, 8), 65535, dtype=np.uint16)).getpixel((0, 0))
     (255, 255, 255)
     """
     if isinstance(image, dict) and {"bytes", "path"} & set(image):
@@ -152,7 +154,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The image as its EXIF orientation says; EXIF that cannot be read counts as none."""
     image.load()
-    if not image.info and not hasattr(image, "tag_v2"):
+    if not EXIF & image.info.keys() and not hasattr(image, "tag_v2"):
         return image
     try:
         with warnings.catch_warnings(action="ignore"):  # of corrupt EXIF

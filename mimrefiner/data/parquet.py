@@ -1,8 +1,9 @@
 """Parquet files as the hub has them: shards of splits, images as encoded bytes or arrays."""
 
 import itertools
+import weakref
 from collections import Counter
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from mimrefiner.data.sources import (
     split_named,
 )
 from mimrefiner.errors import InputError
+from mimrefiner.files import first_line
 
 EXPECTED = "a folder of parquet files, or one"
 ROWS = 256  # read at a time: no batch then comes near the 2 GiB that one array of bytes can hold
@@ -44,7 +46,7 @@ def read_parquet(path: Path, column: str | None = None, label: str | None = None
     shards, skipped = _shards(existing(path, EXPECTED))
     parts, notes, classes, first = {}, skipped_text(skipped), None, None
     for split, files in shards.items():
-        columns = find_columns(_schema(files[0], path), str(path), column, label)
+        columns = find_columns(_schema(files[0]), str(path), column, label)
         part, found = _part(files, columns, classes, path, split)
         if split == "train":
             classes, first = found, columns
@@ -96,7 +98,7 @@ def _without_split(file: Path) -> str:
     return "/".join(part for part in file.parts[:-1] if not split_named(part)) or "."
 
 
-def _schema(file: Path, path: Path) -> pa.Schema:
+def _schema(file: Path) -> pa.Schema:
     try:
         return pq.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:
@@ -104,43 +106,84 @@ def _schema(file: Path, path: Path) -> pa.Schema:
 
 
 def _broken(file: Path, error: Exception) -> InputError:
-    return InputError(f"expected parquet files, and {file} cannot be read: {error}")
+    return InputError(f"expected parquet files, and {file} cannot be read: {first_line(error)}")
+
+
+class Batches:
+    """The images of some files in memory, as they are encoded, and their labels.
+
+    Calling it gives what holds the image of a row, as :func:`mimrefiner.data.images.to_pil` takes
+    it.
+
+    Args:
+        files: read one after another.
+        columns: which of their columns.
+    """
+
+    def __init__(self, files: list[Path], columns: Columns):
+        wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
+        self.images, self.labels = [], []
+        for file in files:
+            for batch in _batches(file, wanted):
+                self.images.append((_plain(batch.column(columns.image), file), file.parent))
+                if columns.label is not None:
+                    self.labels.append(batch.column(columns.label))
+        self.ends = np.array(list(itertools.accumulate(len(part) for part, _ in self.images)))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __call__(self, row: int):
+        batch = int(np.searchsorted(self.ends, row, side="right"))
+        column, folder = self.images[batch]
+        cell = column[row - (self.ends[batch - 1] if batch else 0)]
+        return image_of(cell.as_py(), column.type, folder)
+
+
+_IN_MEMORY: weakref.WeakValueDictionary[tuple, Batches] = weakref.WeakValueDictionary()
+
+
+def _shared(files: list[Path], columns: Columns) -> Batches:
+    """The images of files, held once however many splits are made of them."""
+    states = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    key = (*states, columns.image, columns.label, ROWS)
+    found = _IN_MEMORY.get(key)
+    if found is None:
+        found = _IN_MEMORY[key] = Batches(files, columns)
+    return found
+
+
+def _batches(file: Path, wanted: list[str]) -> Iterator[pa.RecordBatch]:
+    """The wanted columns of a file, :data:`ROWS` rows at a time."""
+    try:
+        with pq.ParquetFile(file) as opened:
+            missing = [name for name in wanted if name not in opened.schema_arrow.names]
+            if missing:
+                raise InputError(f"{file} has no column {missing[0]}, unlike other files")
+            yield from opened.iter_batches(ROWS, columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(file, error) from error
 
 
 def _part(
     files: list[Path], columns: Columns, classes: list[str] | None, path: Path, split: str
 ) -> tuple[Part, list[str] | None]:
-    wanted = [columns.image] if columns.label is None else [columns.image, columns.label]
-    images, labels = [], []
-    for file in files:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=wanted):
-                images.append((_plain(batch.column(columns.image)), file.parent))
-                if columns.label is not None:
-                    labels.append(batch.column(columns.label))
-        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-            missing = [name for name in wanted if name not in _schema(file, path).names]
-            if missing:
-                raise InputError(
-                    f"{file} has no column {missing[0]}, unlike other files"
-                ) from error
-            raise _broken(file, error) from error
-    if not images:
+    images, labels, where = _shared(files, columns), None, f"{path} ({split})"
+    if not len(images):
         raise InputError(f"{path} holds no images in {listed(file.name for file in files)}")
-    where = f"{path} ({split})"
-    found = None
-    if labels:
-        found, classes = numbers(_one_type(labels, where), columns, classes, where)
-    ends = np.array(list(itertools.accumulate(len(part) for part, _ in images)))
-    return Part(partial(_cell, images, ends), np.arange(ends[-1]), found, split), classes
+    if images.labels:
+        labels, classes = numbers(_one_type(images.labels, where), columns, classes, where)
+    return Part(images, np.arange(len(images)), labels, split), classes
 
 
-def _plain(column: pa.Array) -> pa.Array | pa.StructArray:
+def _plain(column: pa.Array, file: Path) -> pa.Array | pa.StructArray:
     """A column of images; bytes alone where no row gives a path in their place."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     if kinds.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not holds_images(column.type):
-        raise pa.ArrowInvalid(f"a column of images is {column.type} here")
+        raise InputError(f"{file} has no images where other files do, but {column.type}")
     if kinds.is_struct(column.type) and not column.field("bytes").null_count:
         return column.field("bytes")
     return column
@@ -168,14 +211,6 @@ def _one_type(labels: list[pa.Array], where: str) -> pa.ChunkedArray:
 
 def _is_number(kind: pa.DataType) -> bool:
     return kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)
-
-
-def _cell(images: list[tuple[pa.Array, Path]], ends: np.ndarray, row: int):
-    """What holds the image of a row, as :func:`mimrefiner.data.images.to_pil` takes it."""
-    batch = int(np.searchsorted(ends, row, side="right"))
-    column, folder = images[batch]
-    cell = column[row - (ends[batch - 1] if batch else 0)]
-    return image_of(cell.as_py(), column.type, folder)
 
 
 def image_of(value, kind: pa.DataType, folder: Path):

@@ -1,5 +1,6 @@
 """Rows of a data set that somebody else made: what an image is, and what a label."""
 
+import contextlib
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,13 +36,14 @@ def by_name(names: Iterable[str], preferred: Sequence[str]) -> str | None:
 
 def size_of(dataset) -> int:
     """The number of rows; InputError for what is no map-style data set."""
-    try:
-        return len(dataset)
-    except TypeError as error:
-        raise InputError(
-            "expected a map-style data set, which has a length and gives row i as "
-            f"{A_ROW}, got {type(dataset).__name__}: put its rows into a list"
-        ) from error
+    tables = isinstance(dataset, Mapping | str | Path) or hasattr(dataset, "iloc")
+    if not tables and hasattr(dataset, "__getitem__"):
+        with contextlib.suppress(TypeError):
+            return len(dataset)
+    raise InputError(
+        f"expected a map-style data set, which has a length and gives row i as {A_ROW}, got "
+        f"{type(dataset).__name__}: put its rows into a list, or load it with load_dataset"
+    )
 
 
 def row_of(dataset, i: int) -> tuple[Image.Image, int]:
@@ -56,9 +58,9 @@ def row_of(dataset, i: int) -> tuple[Image.Image, int]:
     Raises:
         InputError: something else; the message says what a row must be.
 
-    >>> image, label = row_of([{"img": np.zeros((3, 4, 4), np.uint8), "fine_label": 7}], 0)
+    >>> image, label = row_of([{"img": np.zeros((3, 8, 8), np.uint8), "fine_label": 7}], 0)
     >>> image.size, label
-    ((4, 4), 7)
+    ((8, 8), 7)
     """
     image, label = parts_of(dataset[i], i)
     return to_pil(image, f"image {i}"), number_of(label, i)
