@@ -80,8 +80,10 @@ class Kit:
                 f"there is no GPU here (preset {preset}): a rehearsal takes --preset smoke"
             )
         kind, _, folder = (data or known.dataset).partition(":")
+        if folder and kind != "hf":  # parts run in the checkout
+            folder = str(Path(folder).absolute())
         out.mkdir(parents=True, exist_ok=True)
-        return cls(out, preset, f"{kind}:{Path(folder).absolute()}" if folder else kind)
+        return cls(out, preset, f"{kind}:{folder}" if folder else kind)
 
     @property
     def device(self) -> str:

@@ -21,9 +21,7 @@ from torch import Tensor
 from mimrefiner import distributed
 from mimrefiner.data.catalogue import CATALOGUE, DOWNLOADED
 from mimrefiner.data.folders import read_folder
-from mimrefiner.data.hub import read_hub
 from mimrefiner.data.images import to_pil
-from mimrefiner.data.parquet import read_parquet
 from mimrefiner.data.rows import number_of, parts_of, size_of
 from mimrefiner.data.sources import Part, Source, existing_folder, listed
 from mimrefiner.errors import InputError, one_of
@@ -192,9 +190,14 @@ def _read(name: str, options: dict[str, str]) -> Source:
         )
     if kind == "imagefolder" and path:
         return read_folder(Path(path).expanduser())
+    # Imported here, like pyarrow elsewhere: other data sets need none
     if kind == "parquet" and path:
+        from mimrefiner.data.parquet import read_parquet
+
         return read_parquet(Path(path).expanduser(), **options)
     if kind == "hf" and path:
+        from mimrefiner.data.hub import read_hub
+
         return read_hub(path, **options)
     if kind in DOWNLOADED and (path or not colon):
         return _downloaded(kind, Path(path).expanduser() if path else None)
