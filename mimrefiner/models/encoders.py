@@ -4,18 +4,25 @@ import copy
 import json
 import logging
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 
 import timm.data
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimrefiner.config import ViTConfig
 from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
-from mimrefiner.files import ASSETS, atomic_file, cache_folder, first_line
+from mimrefiner.files import ASSETS, atomic_file, cache_folder, expanded, first_line
+from mimrefiner.models import from_timm
+from mimrefiner.models.blocks import blank_pass, input_size
 from mimrefiner.models.catalogue import BY_NAME, CatalogueRow
+from mimrefiner.models.from_timm import HUB, INPUT, LOCAL
+from mimrefiner.models.keys import find_encoder, from_transformers, is_transformers
 from mimrefiner.models.layouts import ReleasedViT, ViTShape, convert
 from mimrefiner.models.weights import (
     is_own_file,
@@ -28,7 +35,8 @@ from mimrefiner.models.weights import (
 logger = logging.getLogger(__name__)
 
 OWN = "mimrefiner_vit"  # the architecture that build_vit makes
-SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".npz", ".pkl")
+TRANSFORMERS = ("vit", "vit_mae", "ijepa", "dinov2", "dinov2_with_registers")  # that are read
 
 
 def build_vit(
@@ -100,13 +108,26 @@ def random_twin(encoder: nn.Module, seed: int = 0) -> nn.Module:
     return twin
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """What :func:`load_encoder` is asked for beside the source."""
+
+    image_size: int | None = None
+    num_heads: int | None = None
+    pretrained: bool = True
+    dtype: torch.dtype | None = None
+    like: str | None = None
+
+
 def load_encoder(
     source: str | Path,
     *,
+    file: str | Path | None = None,
     image_size: int | None = None,
     num_heads: int | None = None,
     pretrained: bool = True,
     dtype: torch.dtype | None = None,
+    like: str | None = None,
 ) -> nn.Module:
     """Load an encoder in eval mode, without a classifier.
 
@@ -115,19 +136,26 @@ def load_encoder(
     patch size divides in the forward pass, ConvNeXt every size, Hiera its own size only.
 
     Args:
-        source: a timm model name (``vit_base_patch16_224.mae``); a name of the catalogue
+        source: a timm model name (``vit_base_patch16_224.mae``, also as ``timm/NAME``); a
+            repository of the hub (``hf-hub:OWNER/NAME``); a name of the catalogue
             (``d2v2_refined_h14``; see ``mimrefiner models``), downloaded once into
-            ``$MIMREFINER_CACHE``; a checkpoint that comes with the package (``simmim_digits``); or
-            the path of a file in any layout of :data:`mimrefiner.models.layouts.LAYOUTS`.
+            ``$MIMREFINER_CACHE``; a checkpoint that comes with the package (``simmim_digits``); the
+            path of a file in any layout of :data:`mimrefiner.models.layouts.LAYOUTS`, of
+            transformers' ViT, ViTMAE or DINOv2, in whatever wrapper; or a folder with
+            ``config.json`` and weights, as timm or transformers write it.
+        file: weights for the architecture that ``source`` names, in place of timm's own;
+            ``"NAME@FILE"`` as the source is the same.
         image_size: side of the input in pixels; None keeps the model's own. Position embeddings
             are resized.
         num_heads: attention heads, where a file does not tell (files of this package do).
         pretrained: False gives random weights of the same shape.
         dtype: converts the weights tensor by tensor, such as to torch.bfloat16; None: float32.
+        like: a timm name whose mean, std, interpolation and crop are taken; None takes those of the
+            file or of the name, and ImageNet's, with a word, where neither says.
 
     Raises:
-        InputError: an unknown name, a missing or damaged file, a size that the patch size does not
-            divide, or no network.
+        InputError: an unknown name, a missing or damaged file, weights that do not fit, a size that
+            the patch size does not divide, or no network.
 
     >>> import mimrefiner as mr
     >>> encoder = mr.load_encoder("simmim_digits")
@@ -138,67 +166,131 @@ def load_encoder(
         raise InputError(f"image_size must be a whole number >= 1, got {image_size}")
     if num_heads is not None and num_heads < 1:
         raise InputError(f"num_heads must be >= 1, got {num_heads}")
-    row, path = BY_NAME.get(str(source)), _file_of(source)
+    settings = {} if like is None else _input_of(like)
+    wishes = _Wishes(image_size, num_heads, pretrained, dtype, like)
+    name, path = (str(source), file) if file is not None else _parted(source)
+    encoder = _by_name(name, wishes) if path is None else _with_file(name, Path(path), wishes)
+    encoder = with_size(encoder, image_size)
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **settings, "loaded_from": str(source)}
+    return encoder
+
+
+def _parted(source: str | Path) -> tuple[str, str | None]:
+    """NAME@FILE as (NAME, FILE); anything else as (source, None)."""
+    name, at, path = str(source).partition("@")
+    if not at or not path or HUB.match(name) or expanded(source).exists():
+        return str(source), None
+    plain = name.removeprefix("timm/")
+    if name in BY_NAME or from_timm.is_timm_name(plain):
+        return name, path
+    if "/" in plain or Path(plain).suffix in SUFFIXES:
+        return str(source), None
+    raise from_timm.unknown_name(plain)
+
+
+def _input_of(like: str) -> dict:
+    """How the timm model ``like`` prepares an image."""
+    name = like.removeprefix("timm/")
+    try:
+        cfg = timm.get_pretrained_cfg(name) if from_timm.is_timm_name(name) else None
+    except RuntimeError as error:
+        raise InputError(f"like: timm has no weights {name!r}") from error
+    if cfg is None:
+        raise InputError(f"like (--like) must be a timm model name, got {like!r}")
+    return {key: getattr(cfg, key) for key in INPUT if getattr(cfg, key, None) is not None}
+
+
+def _by_name(source: str, wishes: _Wishes) -> nn.Module:
+    """The encoder that ``source`` names: a row of the catalogue, a file, a folder, timm's."""
+    row, path = BY_NAME.get(source), _file_of(source)
     if path is not None:
-        encoder = _from_file(path, num_heads, pretrained, dtype)
-    elif row and row.url:
-        encoder = _published(row, pretrained, dtype)
+        config = path.parent / "config.json"
+        if path.name in from_timm.WEIGHTS and config.is_file():
+            return _from_folder(path.parent, wishes)
+        return _from_file(path, wishes)
+    if row and row.url:
+        return _published(row, wishes.pretrained, wishes.dtype)
+    folder = expanded(source.removeprefix(LOCAL))
+    if folder.is_dir() or source.startswith(LOCAL):
+        return _from_folder(folder, wishes)
+    name = source.removeprefix("timm/")
+    if name != source and not from_timm.is_timm_name(name):
+        name = f"hf-hub:{source}"
+    if wishes.pretrained and name in BY_NAME:
+        logger.info("%s: licence %s, %s/%s", name, BY_NAME[name].licence, BY_NAME[name].page, name)
+    encoder = from_timm.named(name, wishes.image_size, wishes.pretrained)
+    return _same_heads(encoder, wishes, name).to(wishes.dtype)
+
+
+def _with_file(name: str, path: Path, wishes: _Wishes) -> nn.Module:
+    """The architecture ``name`` of timm's or of the catalogue with the weights in ``path``."""
+    path, row = expanded(path), BY_NAME.get(name)
+    if row and (row.url or not from_timm.is_timm_name(name)):
+        heads = wishes.num_heads or row.heads
+        return _from_file(path, _Wishes(None, heads, wishes.pretrained, wishes.dtype), known=True)
+    plain = name.removeprefix("timm/")
+    if not from_timm.is_timm_name(plain):
+        raise from_timm.unknown_name(plain)
+    if path.is_dir():
+        path = from_timm.weights_in(path)
+    plan = from_timm.Plan(plain)
+    encoder = from_timm.with_file(plan, path, wishes.image_size, wishes.pretrained)
+    return _same_heads(encoder, wishes, name).to(wishes.dtype)
+
+
+def _same_heads(encoder: nn.Module, wishes: _Wishes, name: str) -> nn.Module:
+    """``encoder``, unless another number of attention heads was asked for than it has."""
+    attention = getattr(next(iter(getattr(encoder, "blocks", None) or [None])), "attn", None)
+    heads = getattr(attention, "num_heads", None)
+    if wishes.num_heads not in (None, heads):
+        raise InputError(f"{name} has {heads} attention heads, got num_heads={wishes.num_heads}")
+    return encoder
+
+
+def _from_folder(folder: Path, wishes: _Wishes) -> nn.Module:
+    """A folder with ``config.json`` and weights, as timm or transformers write it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: expected one with config.json and weights")
+    config = from_timm.read_config(folder)
+    if isinstance(config.get("model_type"), str) and "architecture" not in config:
+        return _from_transformers_folder(folder, config, wishes)
+    plan = from_timm.plan_of_config(config, folder)
+    if wishes.pretrained:
+        path = from_timm.weights_in(folder)
+        encoder = from_timm.with_file(plan, path, wishes.image_size, True)
     else:
-        encoder = _from_timm(str(source), image_size, pretrained).to(dtype)
-    return with_size(encoder, image_size)
+        encoder = from_timm.create(plan, wishes.image_size)
+    return _same_heads(encoder, wishes, str(folder)).to(wishes.dtype)
+
+
+def _from_transformers_folder(folder: Path, config: Mapping, wishes: _Wishes) -> nn.Module:
+    kind = config["model_type"]
+    if kind not in TRANSFORMERS:
+        raise InputError(
+            f"{folder} holds transformers' {kind!r}: of transformers' models "
+            f"{', '.join(TRANSFORMERS)} can be loaded"
+        )
+    heads = wishes.num_heads or config.get("num_attention_heads")
+    settings = from_timm.input_of_processor(folder)
+    like = wishes.like or ("its preprocessor_config.json" if "mean" in settings else None)
+    more = _Wishes(wishes.image_size, heads, wishes.pretrained, wishes.dtype, like)
+    encoder = _from_published_file(from_timm.weights_in(folder), more)
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **settings}
+    return encoder
 
 
 def _file_of(source: str | Path) -> Path | None:
     """The file that ``source`` means, there or not; None where it is a name."""
     packaged = ASSETS / f"{source}.safetensors"
-    path = packaged if packaged.is_file() else Path(source).expanduser()
+    path = packaged if packaged.is_file() else expanded(source)
     # Some timm names end in ".pt"
     named = str(source) in BY_NAME or timm.models.is_model_pretrained(str(source))
     return path if path.is_file() or (path.suffix in SUFFIXES and not named) else None
 
 
-def _from_timm(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise InputError(
-            f"unknown model {name!r}: expected a timm model name or an existing .safetensors file"
-            f"{hint}"
-        )
-    if pretrained and name in BY_NAME:
-        logger.info("%s: licence %s, %s/%s", name, BY_NAME[name].licence, BY_NAME[name].page, name)
-    try:
-        encoder = _create(name, image_size, pretrained)
-    except RuntimeError as error:
-        if not timm.models.is_model_pretrained(name):
-            raise InputError(
-                f"{name} has no pre-trained weights in timm: pass pretrained=False for random ones"
-            ) from error
-        raise
-    except (OSError, AssertionError) as error:
-        raise InputError(
-            f"could not load {name} ({first_line(error)}): without a network use pretrained=False "
-            "(--no-pretrained) or a local file; the patch size must divide image sizes"
-        ) from error
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": name}
-    return encoder
-
-
-def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
-    """A timm model with as many wishes about its size as its family takes."""
-    size = {} if image_size is None else {"img_size": image_size}
-    # Hiera has no dynamic size, ConvNeXt no size of its own
-    for options in ({"dynamic_img_size": True, **size}, size):
-        try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options).eval()
-        except TypeError:
-            continue
-    return timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
-
-
 def _published(row: CatalogueRow, pretrained: bool, dtype: torch.dtype | None) -> nn.Module:
     if pretrained:
-        return _from_file(fetch(row), row.heads, True, dtype)
+        return _from_file(fetch(row), _Wishes(num_heads=row.heads, dtype=dtype), known=True)
     return released_encoder(ReleasedViT(row_shape(row)), dtype)
 
 
@@ -238,17 +330,21 @@ def fetch(row: CatalogueRow) -> Path:
     return path
 
 
-def _from_file(
-    path: Path, num_heads: int | None, pretrained: bool, dtype: torch.dtype | None
-) -> nn.Module:
+def _from_file(path: Path, wishes: _Wishes, *, known: bool = False) -> nn.Module:
+    """The encoder in a file that tells its sizes.
+
+    Args:
+        known: whether its images are prepared as those of all published models.
+    """
     if not path.is_file():
         raise InputError(
             f"{path} does not exist or is no file: expected a checkpoint or a timm model name"
         )
     if is_own_file(path):
-        return _from_own_file(path, num_heads, pretrained).to(dtype)
-    encoder = _from_published_file(path, num_heads, pretrained, dtype)
-    if data := read_metadata(path).get("mimrefiner"):  # exported for timm by this package
+        return _from_own_file(path, wishes.num_heads, wishes.pretrained).to(wishes.dtype)
+    data = read_metadata(path).get("mimrefiner")  # exported for timm by this package
+    encoder = _from_published_file(path, wishes, known=known or data is not None)
+    if data:
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, **json.loads(data)}
     return encoder
 
@@ -271,8 +367,8 @@ def _from_own_file(path: Path, num_heads: int | None, pretrained: bool) -> nn.Mo
     elif architecture == OWN:
         encoder = build_vit(config)
     else:
-        encoder = _create(architecture, config.image_size, pretrained=False)
-        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "architecture": architecture}
+        arguments = json.loads(metadata.get("arguments", "{}"))
+        encoder = from_timm.create(from_timm.Plan(architecture, arguments), config.image_size)
     if pretrained:
         _check_shapes(path, encoder, tensors)
         encoder.load_state_dict(tensors)
@@ -291,13 +387,45 @@ def _check_shapes(path: Path, encoder: nn.Module, tensors: dict[str, Tensor]) ->
             )
 
 
-def _from_published_file(
-    path: Path, num_heads: int | None, pretrained: bool, dtype: torch.dtype | None
+def _from_published_file(path: Path, wishes: _Wishes, *, known: bool = False) -> nn.Module:
+    """A plain ViT, or DINOv2, from a file without a name for its architecture."""
+    file = read_checkpoint(path)
+    if (encoder := _dinov2(file, path, wishes)) is not None:
+        return encoder
+    shape, tensors, _ = convert(file, str(path), wishes.num_heads)
+    del file  # so that each tensor can go when it has been copied
+    if not known and wishes.like is None:
+        logger.warning(
+            "%s does not say how its images are prepared: assumed are ImageNet's mean and std and "
+            "a crop of 0.875; like= (--like) takes those of a timm model",
+            path,
+        )
+    if not wishes.pretrained:
+        return released_encoder(ReleasedViT(shape), wishes.dtype)
+    return _filled(shape, tensors, path, wishes.dtype)
+
+
+def _dinov2(file: Mapping, path: Path, wishes: _Wishes) -> nn.Module | None:
+    """DINOv2 in the size of the file's tensors, which tell all but the attention heads."""
+    found = find_encoder(file)
+    if found is None:
+        return None
+    tensors = found.tensors
+    tensors = from_transformers(tensors) if is_transformers(tensors) else tensors
+    if not from_timm.is_dinov2(tensors):
+        return None
+    found.say(str(path))
+    plan = from_timm.dinov2_plan(tensors, path, wishes.num_heads)
+    logger.info("%s holds a DINOv2 model of width %d", path, plan.arguments["embed_dim"])
+    if not wishes.pretrained:
+        return from_timm.create(plan, wishes.image_size).to(wishes.dtype)
+    return from_timm.with_tensors(plan, tensors, path, None).to(wishes.dtype)
+
+
+def _filled(
+    shape: ViTShape, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None
 ) -> nn.Module:
     """Build without memory, then fill tensor by tensor, so that the weights exist once."""
-    shape, tensors, _ = convert(read_checkpoint(path), str(path), num_heads)
-    if not pretrained:
-        return released_encoder(ReleasedViT(shape), dtype)
     with torch.device("meta"):
         encoder = ReleasedViT(shape)
     expected = {name: x.shape for name, x in encoder.state_dict().items()}
@@ -339,24 +467,46 @@ def with_size(encoder: nn.Module, image_size: int | None) -> nn.Module:
     if type(encoder).__name__ == "Hiera":
         what, patch = "the last stage's stride", encoder.feature_info[-1]["reduction"]
     else:
-        embed = getattr(encoder, "patch_embed", None)
-        what, patch = "the patch size", getattr(embed, "patch_size", (1,))[0]
+        sides = getattr(getattr(encoder, "patch_embed", None), "patch_size", 1)
+        what, patch = "the patch size", sides if isinstance(sides, int) else sides[0]
     if image_size % patch:
         raise InputError(f"image size {image_size} is not divisible by {what} {patch}")
-    if hasattr(encoder, "set_input_size"):
+    if from_timm.has_added_positions(encoder) and not isinstance(encoder, ReleasedViT):
+        from_timm.resize_positions(encoder, image_size)
+    elif hasattr(encoder, "set_input_size"):
         encoder.set_input_size(img_size=image_size)
     size = (3, image_size, image_size)
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": size}
+    if not isinstance(encoder, VisionTransformer):
+        _try_size(encoder)
     return encoder
+
+
+def _try_size(encoder: nn.Module) -> None:
+    """InputError where images of the size that was set do not pass."""
+    size = input_size(encoder)
+    try:
+        if size != encoder.pretrained_cfg["input_size"]:
+            raise ValueError(f"it stays at {size[-1]} px")
+        blank_pass(encoder)
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{type(encoder).__name__} does not take images of "
+            f"{encoder.pretrained_cfg['input_size'][-1]} px ({first_line(error)[:200]})"
+        ) from error
 
 
 def eval_transform(encoder: nn.Module):
     """The encoder's own preparation of an image: resize, centre crop, normalise.
 
-    Takes a PIL image and returns (3, height, width), as ``pretrained_cfg`` says.
+    Takes a PIL image and returns (3, height, width), as ``pretrained_cfg`` says and in the size
+    that the encoder has now (:func:`mimrefiner.models.blocks.input_size`).
     """
-    config = timm.data.resolve_data_config(pretrained_cfg=encoder.pretrained_cfg)
-    return timm.data.create_transform(**config)
+    size = input_size(encoder)
+    if size[0] != 3:
+        raise InputError(f"images have 3 channels here, and this encoder takes {size[0]}")
+    cfg = {**encoder.pretrained_cfg, "input_size": size}
+    return timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
 
 
 def normalisation(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,6 +5,7 @@ checkpoint's sizes are read off its tensors; only the number of attention heads 
 the shapes.
 """
 
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
 from mimrefiner.models.catalogue import CATALOGUE
+from mimrefiner.models.keys import find_encoder, from_transformers, is_transformers
+
+logger = logging.getLogger(__name__)
 
 FAIRSEQ = "modality_encoders.IMAGE."
 DECODER = ("decoder_", "mask_token")
@@ -139,6 +143,16 @@ LAYOUTS = (
     ),
 )
 
+# What is left of any other file once wrappers, heads and transformers' names are gone
+BARE = Layout(
+    "plain ViT in a wrapper, or transformers' ViT",
+    "huggingface/transformers, Lightning-AI, lightly-ai/lightly, vturrisi/solo-learn",
+    containers=("",),
+    mark="patch_embed.proj",
+    drop=("mask_token",),
+    fixed_positions=False,
+)
+
 FOREIGN = {  # a part of a key -> what the file looks like
     "embeddings.patch_embeddings": "a Hugging Face transformers ViT",
     "vision_encoder.": "a MAWS model with its text encoder (maws_clip)",
@@ -146,6 +160,8 @@ FOREIGN = {  # a part of a key -> what the file looks like
     "relative_position_bias_table": "a BEiT or data2vec 1.0 model",
     "ls1.gamma": "a DINOv2 model",
 }
+
+HINT = "; where timm has the architecture, name it: load_encoder(NAME, file=FILE), NAME@FILE"
 
 BLOCK_KEYS = tuple(
     f"{part}.{kind}"
@@ -272,14 +288,42 @@ def convert(
         InputError: no known layout, or keys or shapes that do not fit the layout the file looks
             like.
     """
-    layout, found = find_layout(file, path)
-    tensors = dict(_renamed(layout, found))
+    for average in ("state_dict_ema", "model_ema"):  # what timm and DeiT evaluate
+        if isinstance(file.get(average), Mapping):
+            logger.info("%s: its averaged weights (%s) are taken", path, average)
+            file = {average.removesuffix("_ema"): file[average]}
+    try:
+        layout, found = find_layout(file, path)
+        return _fitted(layout, dict(_renamed(layout, found)), path, num_heads)
+    except InputError as error:
+        bare = find_encoder(file)
+        if bare is None:
+            raise
+        foreign, tensors = is_transformers(bare.tensors), bare.tensors
+        if foreign:
+            tensors = from_transformers(tensors)
+        # ViTMAE's positions are fixed, which only its decoder shows
+        bare_layout = replace(BARE, fixed_positions=foreign and "decoder" in bare.left_out)
+        try:
+            fitted = _fitted(bare_layout, dict(_renamed(bare_layout, tensors)), path, num_heads)
+        except InputError as second:
+            raise (second if bare.where or foreign else error) from None
+        bare.say(path)
+        return fitted
+
+
+def _fitted(
+    layout: Layout, tensors: dict[str, Tensor], path: str, num_heads: int | None
+) -> tuple[ViTShape, dict[str, Tensor], Layout]:
+    """What :func:`convert` returns, if these tensors are those of the layout."""
     try:
         weight, positions = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
         mlp_dim = tensors["blocks.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
+        foreign = _foreign(tensors)
+        like = f" or {foreign}" if foreign else ""
         raise InputError(
-            f"{path} looks like the {layout.name} layout, but has no {error.args[0]}"
+            f"{path} looks like the {layout.name} layout{like}, but has no {error.args[0]}{HINT}"
         ) from None
     dim, patch = weight.shape[0], weight.shape[-1]
     depth = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
@@ -289,16 +333,17 @@ def convert(
         patch,
         dim,
         depth,
-        num_heads or _heads(dim, depth, path),
+        1,
         mlp_dim,
         cls_token="cls_token" in tensors,
         post_norm="norm_pre.weight" in tensors,
         final_norm="norm.weight" in tensors,
         fixed_positions=layout.fixed_positions,
     )
+    _check_keys(shape, tensors, layout, path)
+    shape = replace(shape, num_heads=num_heads or _heads(dim, depth, path))
     if dim % shape.num_heads:
         raise InputError(f"{path}: width {dim} is not divisible by num_heads={shape.num_heads}")
-    _check_keys(shape, tensors, layout, path)
     return shape, tensors, layout
 
 
@@ -328,7 +373,9 @@ def find_layout(file: Mapping, path: str) -> tuple[Layout, Mapping]:
     keys = [key for part in (file, *file.values()) for key in _names(part)]
     like = _foreign(keys) or "no layout that is known"
     names = ", ".join(layout.name for layout in LAYOUTS)
-    raise InputError(f"{path} looks like {like}, with keys {_few(keys)}; expected one of: {names}")
+    raise InputError(
+        f"{path} looks like {like}, with keys {_few(keys)}; expected one of: {names}{HINT}"
+    )
 
 
 def _names(part) -> list[str]:
@@ -364,7 +411,7 @@ def _check_keys(shape: ViTShape, tensors: dict[str, Tensor], layout: Layout, pat
         like = f" or {foreign}" if foreign else ""
         raise InputError(
             f"{path} looks like the {layout.name} layout{like}, but its keys do not fit: "
-            f"missing {_few(missing)}, unexpected {_few(unexpected)}"
+            f"missing {_few(missing)}, unexpected {_few(unexpected)}{HINT}"
         )
 
 
@@ -373,7 +420,7 @@ def _heads(dim: int, depth: int, path: str) -> int:
     if len(heads) != 1:
         raise InputError(
             f"{path}: the table of models has no ViT of width {dim} and {depth} blocks; "
-            "give num_heads="
+            "give num_heads= (--num-heads)"
         )
     return heads.pop()
 

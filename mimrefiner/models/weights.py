@@ -1,17 +1,14 @@
 """Weights in files: written whole or not at all, read without running any code."""
 
 import hashlib
-import io
 import json
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +19,7 @@ from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
 from mimrefiner.files import atomic_file
 from mimrefiner.models.layouts import ReleasedViT
+from mimrefiner.models.pickles import allowed, readable, what_it_is
 
 
 def save_encoder(encoder: nn.Module, path: Path | str) -> None:
@@ -32,6 +30,7 @@ def save_encoder(encoder: nn.Module, path: Path | str) -> None:
         "architecture": cfg["architecture"],
         "vit": json.dumps(asdict(vit_config(encoder))),
         "released": json.dumps(asdict(encoder.shape)) if isinstance(encoder, ReleasedViT) else "",
+        "arguments": json.dumps(cfg.get("model_args", {})),
         "data": json.dumps({key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}),
     }
     tensors = {name: x.detach().cpu().contiguous() for name, x in encoder.state_dict().items()}
@@ -54,7 +53,8 @@ def read_checkpoint(path: Path) -> dict:
 
     safetensors, or PyTorch's format under ``weights_only=True``. Settings that authors stored
     beside the weights (argparse, omegaconf, fairseq) become inert stand-ins; any other class is
-    refused. Tensors stay on disk until they are used, where the format allows it.
+    refused. Pickles of protocol 4 and 5 are read too. Tensors stay on disk until they are used,
+    where the format allows it.
 
     Raises:
         InputError: a damaged file, or one that refers to code.
@@ -62,23 +62,37 @@ def read_checkpoint(path: Path) -> dict:
     if path.suffix == ".safetensors":
         with _damage_named(path):
             return safetensors.torch.load_file(path)
-    zipped = zipfile.is_zipfile(path)
     try:
+        source = readable(path)
+        mapped = source is path and zipfile.is_zipfile(path)
         with (
-            torch.serialization.safe_globals(_stand_ins(path)),
+            torch.serialization.safe_globals(allowed(source)),
             warnings.catch_warnings(action="ignore"),
         ):
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            file = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except UNREADABLE as error:
-        why = "damaged or no checkpoint"
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            why = f"it refers to {found[1]}, which is refused because loading would run it"
         raise InputError(
-            f"{path} was not loaded: {why}; expected a file of plain tensors"
+            f"{path} was not loaded: {_why(path, error)}; expected a file of plain tensors"
         ) from error
     if not isinstance(file, dict):
         raise InputError(f"{path} holds a {type(file).__name__}; expected a dictionary of tensors")
     return file
+
+
+def _why(path: Path, error: Exception) -> str:
+    """Why a checkpoint was not read: code that it refers to, or what the file is."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it refers to {found[1]}, which is refused because loading would run it"
+    if what := what_it_is(path):
+        return what
+    if "Unsupported operand" in str(error) or "persistent" in str(error):
+        return (
+            "its pickle has what weights_only does not read: where you trust it, write it anew by "
+            "torch.save(torch.load(FILE, weights_only=False), NEW)"
+        )
+    if "magic number" in str(error):
+        return "it is a pickle that torch.save has not written: write it anew by torch.save"
+    return "damaged or no checkpoint"
 
 
 # What torch.load raises for a file that it refuses, or that is no checkpoint
@@ -91,52 +105,6 @@ UNREADABLE = (
     AttributeError,
     TypeError,
 )
-SETTINGS = re.compile(r"(argparse|omegaconf|fairseq|typing|pathlib)(\.|$)")
-PLAIN = {
-    ("collections", "defaultdict"),
-    *product(("builtins", "__builtin__"), ("dict", "list", "tuple", "int", "float", "str", "bool")),
-}
-
-
-class _Inert:
-    """Takes the place of a class that a checkpoint names: whatever it is given, nothing happens."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def _stand_ins(path: Path) -> list[type]:
-    """Stand-ins for the settings classes that the pickle in ``path`` names; nothing is imported."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            streams = [io.BytesIO(archive.read(name)) for name in names]
-    else:
-        # Older files: several pickles one after another, the fourth holds the checkpoint
-        streams = [path.open("rb")]
-    found = set()
-    for stream in streams:
-        with stream, suppress(ValueError):  # no pickle: torch.load says so
-            for _ in range(4):
-                found |= {
-                    arg for opcode, arg, _ in pickletools.genops(stream) if opcode.name == "GLOBAL"
-                }
-    classes = [tuple(name.split(" ")) for name in sorted(found)]
-    return [_stand_in(*name) for name in classes if SETTINGS.match(name[0]) or name in PLAIN]
-
-
-def _stand_in(module: str, name: str) -> type:
-    module = module.replace("__builtin__", "builtins")
-    return type(name, (_Inert,), {"__module__": module, "__qualname__": name})
 
 
 def sha256_of(encoder: nn.Module) -> str:

@@ -20,7 +20,7 @@ from mimrefiner.data.datasets import stratified_split
 from mimrefiner.data.views import Order, view_batches
 from mimrefiner.device import frozen
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import check_pools, pooled_blocks
+from mimrefiner.models.blocks import check_pools, input_size, pooled_blocks
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.probes.checks import (
     check_alike,
@@ -230,12 +230,13 @@ def linear_probe_augmented(
         raise InputError("a linear probe needs labels, and this data set has no attribute labels")
     check_alike(val, test)
     classes = _check(val, test, torch.as_tensor(labels))
-    pools = check_pools(encoder, sorted({part for pool in val.x for part in parse_pool(pool)[0]}))
+    parts = sorted({part for pool in val.x for part in parse_pool(pool)[0]})
+    pools = check_pools(encoder, parts, val.blocks)
     grid = _Grid(val, classes, training, len(dataset))
     mean, std = normalisation(encoder)
     batches = view_batches(
         dataset,
-        plain_views(encoder.pretrained_cfg["input_size"][-1], (0.08, 1.0)),
+        plain_views(input_size(encoder)[-1], (0.08, 1.0)),
         Order(grid.batch_size, grid.steps, training.seed),
         mean=mean,
         std=std,

@@ -23,7 +23,14 @@ from mimrefiner.data.labelled import Transformed
 from mimrefiner.device import autocast, default_device, frozen, full_float32
 from mimrefiner.errors import InputError
 from mimrefiner.files import write_csv
-from mimrefiner.models.blocks import block_modules, check_pools, depth_of, hooked
+from mimrefiner.models.blocks import (
+    block_modules,
+    check_pools,
+    depth_of,
+    hooked,
+    input_size,
+    split_tokens,
+)
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.features import parse_pool
 from mimrefiner.probes.linear import LEARNING_RATES, LESS, JointProbes
@@ -241,16 +248,17 @@ def input_features(encoder: nn.Module, images: Tensor, inputs: Sequence[str]) ->
         images: normalised, (batch, 3, height, width).
         inputs: see :class:`LinearRecipe`.
     """
-    prefix = getattr(encoder, "num_prefix_tokens", 0)
     deepest = max(parse_pool(kind)[1] for kind in inputs)
     raw: list[dict[str, Tensor]] = []
 
-    def pooled(tokens: Tensor) -> dict[str, Tensor]:
+    def pooled(output) -> dict[str, Tensor]:
+        cls, patches = split_tokens(encoder, output, images)
+        found = {"mean": patches.mean(1)}
         # A view of the cls token would keep all tokens alive
-        return {"cls": tokens[:, 0].clone(), "mean": tokens[:, prefix:].mean(1)}
+        return found if cls is None else found | {"cls": cls.clone()}
 
     def keep(i: int, module: nn.Module, given, output) -> None:
-        raw.append(pooled(output[0] if isinstance(output, tuple) else output))
+        raw.append(pooled(output))
 
     with hooked(list(block_modules(encoder))[-deepest:], keep):
         final = pooled(encoder.forward_features(images))
@@ -278,7 +286,7 @@ class GridProbes(nn.Module):
         super().__init__()
         self.encoder, self.recipe = encoder, recipe
         device = next(encoder.parameters()).device
-        size = encoder.pretrained_cfg["input_size"][-1]
+        size = input_size(encoder)[-1]
         shown = torch.zeros(1, 3, size, size, device=device)
         rates = torch.tensor(recipe.learning_rates) * recipe.batch_size / 256
         how = {"seed": recipe.seed, "momentum": recipe.momentum, "std": recipe.weight_std}
@@ -347,7 +355,7 @@ def _train(probes: GridProbes, train: Dataset, recipe: LinearRecipe, run: Traini
         min_lr=0.0,
     )
     run.begin(stage, probes=probes)
-    size = probes.encoder.pretrained_cfg["input_size"][-1]
+    size = input_size(probes.encoder)[-1]
     views = plain_views(size, recipe.crop_scale, recipe.flip)
     with sigterm_stops():
         for step, ((images,), _, label) in run.steps("linear probes", train, views, recipe.seed):

@@ -27,12 +27,13 @@ from mimrefiner.data.labelled import Augmentation, Mixing, batch_seed, labelled_
 from mimrefiner.device import autocast, default_device, plain_attention, to_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import write_csv
-from mimrefiner.models.blocks import depth_of
+from mimrefiner.models.blocks import depth_of, input_size
 from mimrefiner.models.classifier import Head, ImageClassifier, save_classifier
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.cost import operation_counter
+from mimrefiner.training.finetune_cost import warn_of_finetuning
 from mimrefiner.training.memory import PLENTY, Memory, advice_on_memory, recomputed
 from mimrefiner.training.optim import (
     LabelledStage,
@@ -150,11 +151,14 @@ def _trained(
     model: ImageClassifier, train: Dataset, recipe: FinetuneRecipe, run: TrainingRun
 ) -> ImageClassifier:
     """``model`` after all epochs, whole, on the CPU in eval mode."""
+    if recipe.batch_size % distributed.world() == 0:  # else said when the images are shared
+        warn_of_finetuning(model, recipe, run.memory, RECIPE_ADVICE)
     plain = copy.deepcopy(model).cpu() if run.memory.shard else None
     if run.memory.shard:
         engine.shard(model)
     with recomputed(model.encoder) if run.memory.recompute else nullcontext():
         _recipe_stage(model.train(), train, recipe, run)
+    model.use_paths([None] * len(model.paths))  # those of the last step lie on the GPU
     model = engine.unsharded(model, plain) if run.memory.shard else model.cpu()
     return model.eval().requires_grad_(True)
 
@@ -232,7 +236,7 @@ def _recipe_stage(
     mean, std = normalisation(model.encoder)
     batches = labelled_batches(
         train,
-        augmentation_of(recipe, model.encoder.pretrained_cfg["input_size"][-1]),
+        augmentation_of(recipe, input_size(model.encoder)[-1]),
         run.order(recipe.seed),
         mean=mean,
         std=std,
@@ -473,7 +477,7 @@ def finetune(
     classes = torch.from_numpy(np.unique(dataset.labels)).to(device)
     model = Classifier(copy.deepcopy(encoder), len(classes)).train().to(device)
     freeze_first(model.encoder, config.frozen_blocks)
-    size = encoder.pretrained_cfg["input_size"][-1]
+    size = input_size(encoder)[-1]
     flops_per_step = _flops_per_step(model, config.batch_size, size, device)
     steps = max(1, round(flops / flops_per_step))
 
@@ -508,7 +512,7 @@ def _labelled_stage(
         min_lr=config.min_lr,
     )
     run.begin(stage, model=model, optimizer=optimizer)
-    views = plain_views(model.encoder.pretrained_cfg["input_size"][-1], (0.08, 1.0))
+    views = plain_views(input_size(model.encoder)[-1], (0.08, 1.0))
     through = engine.averaged(model)
     with sigterm_stops(), advice_on_memory(ADVICE), plain_attention(model, classes.device):
         for step, ((images,), _, label) in run.steps("fine-tune", dataset, views, config.seed):

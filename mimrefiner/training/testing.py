@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mimrefiner import distributed
 from mimrefiner.data.labelled import Transformed
+from mimrefiner.data.loaders import without_traces
 from mimrefiner.device import autocast, full_float32, plain_attention
 from mimrefiner.errors import InputError
+from mimrefiner.models.blocks import input_size
 from mimrefiner.models.classifier import ImageClassifier
 from mimrefiner.models.encoders import eval_transform, normalisation
 from mimrefiner.progress import progress
@@ -74,7 +76,7 @@ def logit_batches(
     )
     model.eval()
     try:
-        for images, labels in progress(loader, "test", unit="batch"):
+        for images, labels in progress(without_traces(loader), "test", len(loader), "batch"):
             precision = autocast(device, model.encoder)
             if testing.float32:
                 precision = torch.autocast(device.type, enabled=False)
@@ -106,7 +108,7 @@ def preparation(encoder: nn.Module, squeeze: bool) -> Callable[[Image.Image], Te
     """How a test image is prepared: as the encoder says, or squeezed into a square."""
     if not squeeze:
         return eval_transform(encoder)
-    size = encoder.pretrained_cfg["input_size"][-1]
+    size = input_size(encoder)[-1]
     return partial(_squeezed, size, *normalisation(encoder))
 
 
