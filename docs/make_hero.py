@@ -28,6 +28,7 @@ NAMES = {  # what rows and figures call a model -> its name in the picture
     "refined": "refined",
     "refined (EMA)": "refined",
     "masked": "same compute",
+    "same compute": "same compute",
     "pre-trained longer": "same compute",
     "raw pixels": "raw pixels",
 }

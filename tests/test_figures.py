@@ -1,3 +1,4 @@
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -23,24 +24,59 @@ def block_lines(seeds):
     return pd.DataFrame(rows)
 
 
+def texts(axes):
+    return {text.get_text(): text for text in axes.texts}
+
+
 def test_blocks_are_labelled_from_one_and_values_are_percent():
-    figure = figures.plot_blocks(block_lines((0, 1)), title="t", baselines={"raw pixels": 0.25})
+    rows = block_lines((0, 1))
+    figure = figures.plot_blocks(rows, title="t", settings="s", baselines={"raw pixels": 0.25})
     axes = figure.axes[0]
     line = next(line for line in axes.lines if line.get_label() == "a")
     assert line.get_xdata().tolist() == [1, 2, 3, 4]
     assert line.get_ydata().tolist() == pytest.approx([0.5, 10.5, 20.5, 30.5])
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "4"]
-    assert len(axes.collections) == 2  # one band per line, as there are two seeds
-    assert (
-        next(line for line in axes.lines if line.get_label() == "raw pixels").get_ydata()[0] == 25
-    )
+    pixels = next(line for line in axes.lines if line.get_label() == "raw pixels")
+    assert pixels.get_ydata()[0] == 25
+    assert set(texts(axes)) == {"a", "b", "raw pixels"}  # names at the ends, and no legend
+    assert (figure.get_suptitle(), figure.get_supxlabel()) == ("t", "s")
+    assert figure.legends == []
 
 
-def test_one_seed_has_no_band():
-    assert len(figures.plot_blocks(block_lines((0,)), title="t").axes[0].collections) == 0
+def test_every_seed_is_a_thin_line_and_the_mean_a_thick_one():
+    def thin(seeds):
+        axes = figures.plot_blocks(block_lines(seeds), title="t", mark_best=False).axes[0]
+        return [line for line in axes.lines if line.get_linewidth() < 1]
+
+    assert len(thin((0, 1))) == 4
+    assert thin((0, 1))[1].get_ydata().tolist() == pytest.approx([1, 11, 21, 31])
+    assert thin((0,)) == []
 
 
-def test_a_label_looks_the_same_in_every_panel_and_is_explained_once():
+def test_names_at_the_ends_keep_apart_and_keep_their_order():
+    rows = block_lines((0,))
+    near = rows[rows["label"] == "b"].assign(value=lambda part: part["value"] + 0.001)
+    rows = pd.concat([rows[rows["label"] == "a"], near])
+    axes = figures.plot_blocks(rows, title="t").axes[0]
+    low, high = axes.get_ylim()
+    lower, upper = (texts(axes)[name].xy[1] for name in "ab")
+    assert upper - lower > 0.07 * (high - low)
+
+
+def test_a_meaning_has_one_colour_and_an_axis_that_does_not_begin_at_zero_is_marked():
+    rows = block_lines((0,)).assign(value=lambda part: part["value"] + 0.5)
+    rows["label"] = rows["label"].map({"a": "refined", "b": "another"})
+    figure = figures.plot_block_panels({"x": rows, "y": rows}, title="t", baselines={})
+    for axes in figure.axes:
+        colours = {line.get_label(): line.get_color() for line in axes.lines}
+        assert colours["refined"] == figures.COLOURS["refined"]
+        assert colours["another"] not in figures.COLOURS.values()
+        assert "_truncated" in colours
+    whole = figures.plot_blocks(rows.assign(value=rows["value"] - 0.5), title="t").axes[0]
+    assert "_truncated" not in {line.get_label() for line in whole.lines}
+
+
+def test_a_label_looks_the_same_in_every_panel():
     rows = block_lines((0,))
     panels = {
         "first": rows,
@@ -54,7 +90,6 @@ def test_a_label_looks_the_same_in_every_panel_and_is_explained_once():
     ]
     assert colours[0]["b"] == colours[2]["b"]
     assert len({colours[0]["a"], colours[0]["b"], colours[1]["c"]}) == 3
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
 
 
 def test_figures_are_saved_three_times_and_repeat(tmp_path):
@@ -102,33 +137,91 @@ def test_the_timeline_draws_other_models_in_grey():
     assert [text.get_ha() for text in figure.axes[0].texts] == ["right", "left"]
 
 
-def test_two_curves_have_units():
-    curves = pd.DataFrame({"block": [0, 1], "seed": 0, "accuracy": [0.1, 0.2], "loss": [2.0, 1.0]})
-    left, right = figures.plot_two_curves(curves, "accuracy", "loss", unit="nats", title="t").axes
-    assert (left.get_ylabel(), right.get_ylabel()) == ("accuracy\n(%)", "loss\n(nats)")
-    assert left.lines[0].get_ydata().tolist() == pytest.approx([10, 20])
-    assert right.lines[0].get_ydata().tolist() == [2, 1]
+def test_stacked_panels_share_the_axis_of_blocks():
+    loss = pd.DataFrame({"label": "decoder", "block": [0, 1], "seed": 0, "value": [2.0, 1.0]})
+    panels = {"loss (nats)": loss, "k-NN (%)": loss.assign(label="cls token", value=[10.0, 20.0])}
+    upper, lower = figures.plot_stacked(panels, title="t").axes
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("loss (nats)", "k-NN (%)")
+    assert upper.lines[0].get_ydata().tolist() == pytest.approx([2, 1])
+    assert lower.lines[0].get_ydata().tolist() == pytest.approx([10, 20])
+    assert (upper.get_xlabel(), lower.get_xlabel()) == ("", "after block (1 = first)")
 
 
-def test_ablations_show_every_seed_and_the_recipe():
+def test_ablations_show_recipe_minus_variant_for_every_seed_on_one_axis():
     rows = pd.DataFrame(
         {
-            "group": ["recipe"] * 2 + ["heads"] * 3,
-            "variant": ["4"] * 2 + ["1", "1", "2"],
-            "seed": [0, 1, 0, 1, 0],
-            "value": [0.5, 0.6, 0.4, 0.45, 0.45],
+            "group": ["recipe"] * 2 + ["heads"] * 3 + ["before"],
+            "variant": ["4"] * 2 + ["1", "1", "2", None],
+            "seed": [0, 1, 0, 1, 0, 0],
+            "value": [0.5, 0.6, 0.4, 0.45, 0.45, 0.3],
             "n_test": 100,
         }
     )
-    figure = figures.plot_ablations(rows, title="t")
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["1 (2 seeds)", "2 (1 seed)"]
-    dots, mean, exploratory = axes.lines[1:]
-    assert dots.get_xdata().tolist() == pytest.approx(
-        [-10, -15]
-    ) and mean.get_xdata() == pytest.approx([-12.5])
-    assert exploratory.get_xdata().tolist() == pytest.approx([-5])
-    assert "recipe: 55.0 ± 7.1 % (2 seeds)" in figure.get_suptitle()
+    (axes,) = figures.plot_ablations(rows, title="t").axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert [name.strip() for name in names] == [
+        "heads",
+        "1 (2 seeds)",
+        "2 (1 seed)",
+        "before",
+        "not refined (1 seed)",
+    ]
+    dots, mean, exploratory, before = axes.lines[1:]
+    assert dots.get_xdata().tolist() == pytest.approx([10, 15])
+    assert mean.get_xdata() == pytest.approx([12.5])
+    assert exploratory.get_xdata().tolist() == pytest.approx([5])
+    assert before.get_xdata().tolist() == pytest.approx([20])
+
+
+def test_arrows_go_from_before_to_refined():
+    rows = pd.DataFrame(
+        {"task": ["1-shot"], "before": [14.0], "refined": [58.0], "raw pixels": [30.0]}
+    )
+    figure = figures.plot_arrows({"paper": rows}, title="t", settings="s")
+    (axes,) = figure.axes
+    arrow = next(text for text in axes.texts if text.arrow_patch is not None)
+    assert (arrow.xyann[1], arrow.xy[1]) == (14, 58)
+    assert {"14", "58"} <= set(texts(axes))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "before",
+        "refined",
+        "raw pixels",
+    ]
+
+
+def test_a_forest_draws_intervals_hollow_where_they_include_zero():
+    rows = pd.DataFrame(
+        {
+            "group": "g",
+            "label": ["one", "one", "two"],
+            "source": ["digits", "paper", "digits"],
+            "difference": [2.0, 43.5, 1.0],
+            "low": [1.0, None, -1.0],
+            "high": [3.0, None, 3.0],
+        }
+    )
+    (axes,) = figures.plot_forest(rows, title="t").axes
+    names = [text.get_text().strip() for text in axes.get_yticklabels()]
+    assert names == ["g", "one", "two"]
+    sure, paper, unsure = axes.lines[1:]
+    assert [line.get_xdata().tolist() for line in (sure, paper, unsure)] == [[2], [43.5], [1]]
+    assert unsure.get_markerfacecolor() == "white" != sure.get_markerfacecolor()
+
+
+def test_the_softmax_sums_to_one_and_names_the_positive():
+    figure = figures.plot_softmax([0.6, 0.5, 0.0], [0.05, 1.0], title="t")
+    for axes in figure.axes:
+        assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(1)
+    first, second = (axes.patches[0].get_height() for axes in figure.axes)
+    assert first == pytest.approx(0.881, abs=1e-3) and second < 0.5
+    assert figure.axes[0].get_title() == "T = 0.05: positive 0.88"
+
+
+def test_bars_have_the_colour_of_their_meaning():
+    values = pd.Series({"before": 30.0, "64 colours": 43.7})
+    (axes,) = figures.plot_bars({"colour": values}, title="t", ylabel="%").axes
+    assert [bar.get_width() for bar in axes.patches] == [30, 43.7]
+    assert mcolors.same_color(axes.patches[0].get_facecolor(), figures.COLOURS["before"])
 
 
 def test_spider_scales_every_axis_on_its_own():

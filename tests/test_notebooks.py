@@ -33,8 +33,25 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+def python_of(solution):
+    return re.findall(r"```python\n(.*?)```", solution.source, re.S)
+
+
+def with_solutions(notebook, project):
+    """A project that holds the notebook alone, with the code of its solutions as last cells."""
+    copy = nbformat.read(notebook, as_version=4)
+    for cell in [cell for cell in copy.cells if _is_solution(cell)]:
+        copy.cells += map(nbformat.v4.new_code_cell, python_of(cell))
+    (project / "notebooks").mkdir(parents=True)
+    nbformat.write(copy, project / "notebooks" / notebook.name)
+    return project
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
-def test_notebook_runs_at_smoke(notebook, tmp_path):
+def test_notebook_and_its_solutions_run_at_smoke(notebook, tmp_path, monkeypatch):
+    project = with_solutions(notebook, tmp_path / "project")
+    monkeypatch.setattr(runner, "project_folder", lambda: project)
+    tmp_path = tmp_path / "out"
     runner.run_notebooks([notebook.stem], preset="smoke", seeds="0,1", out=tmp_path)
     rows = pd.read_csv(tmp_path / "results.csv")
     assert tuple(rows.columns) == claims.ROW_COLUMNS
@@ -48,6 +65,18 @@ def test_notebook_runs_at_smoke(notebook, tmp_path):
     executed = (tmp_path / "notebooks" / notebook.name).read_text()
     assert str(tmp_path) not in executed.replace(f'out = \\"{tmp_path}\\"', "")
     assert not list(tmp_path.rglob("*unfinished*"))
+    check_what_a_reader_sees(nbformat.reads(executed, as_version=4))
+
+
+def check_what_a_reader_sees(executed):
+    """Lines fit a page, and a sentence says what was seen."""
+    said = []
+    for output in (o for c in executed.cells if c.cell_type == "code" for o in c.outputs):
+        if output.get("name") == "stdout":
+            assert max(map(len, output.text.splitlines())) <= 100, output.text
+        said.append(output.get("data", {}).get("text/markdown", ""))
+    assert any("**What was seen" in text for text in said)
+    assert not re.search(r"\bnan\b", " ".join(said))
 
 
 def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
@@ -64,18 +93,6 @@ def test_two_runs_with_one_seed_agree(tmp_path, monkeypatch):
             pd.read_csv(tmp_path / name / "results.csv").drop(columns=list(claims.NOT_A_RESULT))
         )
     pd.testing.assert_frame_equal(*tables)
-
-
-def test_a_cell_starts_several_processes_and_shows_what_they_say(tmp_path):
-    runner.run_notebooks(
-        ["03"], preset="smoke", seeds="0", out=tmp_path, parameters={"processes": 2}
-    )
-    executed = nbformat.read(tmp_path / "notebooks" / "03_refinement.ipynb", as_version=4)
-    (said,) = (cell.outputs for cell in executed.cells if "jobs.torchrun" in cell.source)
-    said = "".join(output.get("text", "") for output in said)
-    assert "ema_encoder.safetensors" in said and re.search(
-        r"last block: [\d.]+ % by 2 processes", said
-    )
 
 
 def test_plain_papermill_runs_and_refuses_a_misspelt_parameter(tmp_path):
@@ -99,7 +116,7 @@ def test_plain_papermill_runs_and_refuses_a_misspelt_parameter(tmp_path):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
 def test_form(notebook):
-    """Prose first, short cells, no outputs, exercises with hidden solutions."""
+    """Prose first, short cells, no outputs; questions, exercises and folded solutions."""
     cells = nbformat.read(notebook, as_version=4).cells
     assert cells[0].cell_type == "markdown"
     assert cells[0].source.startswith(f"# {notebook.stem[:2]} · ")
@@ -107,15 +124,35 @@ def test_form(notebook):
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert "parameters" in code[0].metadata.tags
     assert "start_run" in code[1].source
+    assert "run.finish(" in code[-1].source
     for cell in code:
         assert cell.outputs == []
         assert cell.execution_count is None
         assert sum(map(bool, cell.source.splitlines())) <= 15, cell.source
-        if "solution" in cell.metadata.get("tags", []):
-            assert cell.metadata.jupyter.source_hidden
-    (exercises,) = (cell.source for cell in cells if "## Exercises" in cell.source)
-    assert re.findall(r"^(\d)\. ", exercises.split("## Exercises")[1], re.M) == ["1", "2", "3"]
-    assert any("solution" in cell.metadata.get("tags", []) for cell in code)
+        assert max(map(len, cell.source.splitlines())) <= 88, cell.source
+        assert not re.search(r"is_published|== .smoke", cell.source)
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert "**Because**" in text
+    assert "**Predict" in text or notebook.stem[:2] in ("02", "09")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
+def test_two_questions_and_three_exercises_of_which_one_is_implemented(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    (asked,) = (cell.source for cell in cells if "## Exercises" in cell.source)
+    questions, exercises = asked.split("## Questions")[1].split("## Exercises")
+    assert re.findall(r"^(\d)\. ", questions, re.M) == ["1", "2"]
+    assert re.findall(r"^(\d)\. ", exercises, re.M) == ["1", "2", "3"]
+    assert exercises.count("**Implement it**") == 1
+    (cell,) = (cell for cell in cells if "exercise" in cell.metadata.get("tags", []))
+    assert "assert " in cell.source and "is not None" in cell.source
+    (name,) = re.findall(r"^def (\w+)", cell.source, re.M)
+    solutions = [cell for cell in cells if _is_solution(cell)]
+    for solution in solutions:  # folded where GitHub folds
+        assert re.match(r"<details><summary>Solution[^<]*</summary>\n\n", solution.source)
+        assert solution.source.endswith("\n\n</details>")
+    (answer,) = (c for s in solutions for c in python_of(s) if f"def {name}(" in c)
+    assert "assert " in answer or "print(" in answer
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
@@ -142,9 +179,6 @@ def test_every_name_that_a_notebook_takes_from_the_house_exists(notebook, monkey
     assert missing == []
 
 
-ON_OTHER_DATA = {"00_quickstart": {"pretrained", "refined"}}  # where no packaged model fits
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=NAMES)
 def test_what_a_notebook_declares_is_what_its_code_uses(notebook):
     cells = nbformat.read(notebook, as_version=4).cells
@@ -167,9 +201,12 @@ def test_what_a_notebook_declares_is_what_its_code_uses(notebook):
         if isinstance(node, ast.BinOp) and ast.unparse(node.left) == "run.out"
     }
     needs = parameters.declared_needs(notebook)
-    models = asked & store.TRAINED.keys() - ON_OTHER_DATA.get(notebook.stem, set())
+    models = asked & store.TRAINED.keys()
+    if "encoders" in asked:
+        strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        models |= {store.STAGES[name][0] for name in strings & store.STAGES.keys()}
     assert set(needs.trains) == models
-    assert set(needs.reads) == folders - {"figures", "tables", "models"}  # which it writes
+    assert set(needs.reads) == folders - {"figures", "tables"}  # which it writes
 
 
 def _is_solution(cell):

@@ -1,7 +1,9 @@
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import mimrefiner as mr
 from mimrefiner.study import pictures
 
 
@@ -23,6 +25,8 @@ def test_maps_tell_many_classes_apart():
     shown = pictures.plot_thumbnails(
         {"one": xy, "two": -xy}, images, labels, [str(i) for i in range(10)], title="t"
     )
+    names = [text.get_text() for text in figure.axes[0].texts]
+    assert names == [str(i) for i in range(10)]  # at the middle of their points
     assert [axes.get_title() for axes in shown.axes] == [
         f"{name}: 30 of 30 images" for name in ("one", "two")
     ]
@@ -73,6 +77,7 @@ def test_the_arrow_of_a_force_begins_at_its_point():
     )
     axes = pictures.plot_circles({"one": panel}, title="t").axes[0]
     assert axes.get_title() == "one"
+    assert axes.collections[0].get_offsets().tolist() == [[0, 1]]
     assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(panel[0])
 
 
@@ -93,3 +98,14 @@ def test_the_slider_asks_for_a_map_when_it_is_shown_and_once(monkeypatch):
     for _ in range(2):
         shown["show"]("refined", 1)
     assert asked == [("refined", 1)]
+
+
+def test_fruit_has_its_own_colours_and_a_family_its_marker():
+    styles = pictures.FRUIT
+    assert set(styles) == set(mr.load_dataset("fruit64", split="test").classes)
+    assert styles["Anjou"][1] == styles["Kaiser"][1] != styles["Pink-Lady"][1]
+    xy, labels = np.random.default_rng(0).normal(size=(28, 2)), np.arange(28) % 14
+    figure = pictures.plot_maps({"one": xy}, labels, list(styles), title="t", styles=styles)
+    (watermelon,) = [x for x in figure.axes[0].collections if x.get_label() == "Watermelon"]
+    assert mcolors.to_hex(watermelon.get_facecolor()[0]) == styles["Watermelon"][0]
+    assert len(figure.legends[0].get_texts()) == 14

@@ -133,6 +133,8 @@ def published_copy(notebook: nbformat.NotebookNode, run: Path) -> nbformat.Noteb
             continue
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "markdown":  # it will lie one folder deeper
+            cell.source = cell.source.replace("](../", "](../../")
         if cell.cell_type == "code":
             cell.outputs = [
                 _clean(output, run) for output in cell.outputs if output.get("name") != "stderr"

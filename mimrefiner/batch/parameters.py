@@ -11,6 +11,7 @@ from mimrefiner.errors import InputError
 from mimrefiner.files import check_writable, project_folder
 from mimrefiner.notices import show_notices
 from mimrefiner.study.claims import Record
+from mimrefiner.study.lessons import folded
 from mimrefiner.study.presets import describe, load_preset
 from mimrefiner.study.tables import device_name
 
@@ -19,6 +20,8 @@ INJECTED = "# Parameters"  # papermill's first line of the cell it adds
 
 def start_run(name: str, names: dict) -> Record:
     """Check a notebook's parameters, print what they resolve to, and return the record of results.
+
+    In a notebook all settings stand behind a fold.
 
     Every notebook calls it first. From then on notices of the package are shown.
 
@@ -39,32 +42,45 @@ def start_run(name: str, names: dict) -> Record:
     [0, 1]
     """
     show_notices()
-    check_parameters(names.get("In", []))
+    names.update(check_parameters(names.get("In", [])))
     preset, seeds = load_preset(names["preset"]), parse_seeds(names["seeds"])
     out = Path(names["out"] or project_folder() / "runs" / "interactive")
     check_writable(out)
     said = f"preset {preset.name}, data {preset.dataset}, seeds {', '.join(map(str, seeds))}"
     print(f"{name}: {said}, on {device_name()}")
-    print(describe(preset))
+    if "In" in names:  # in a notebook
+        from IPython.display import display
+
+        display(folded("all settings", describe(preset)))
     return Record(name, preset, seeds, out)
 
 
-def check_parameters(cells: list[str]) -> None:
-    """InputError where the cell that papermill injected does not fit the parameters cell above it.
+def check_parameters(cells: list[str]) -> dict:
+    """What papermill injected, in the types of the parameters cell above it.
 
     Args:
         cells: the notebook's inputs so far.
+
+    Raises:
+        InputError: a parameter that does not fit.
     """
     injected = [i for i, cell in enumerate(cells) if cell.startswith(INJECTED)]
     if injected:
         declared = assignments(cells[injected[-1] - 1])
-        compare_parameters(declared, assignments(cells[injected[-1]]))
+        return compare_parameters(declared, assignments(cells[injected[-1]]))
+    return {}
 
 
-def compare_parameters(declared: dict, given: dict) -> None:
-    """InputError for a name that was not declared, or a value whose type is not the default's; an
-    int passes for a float.
+def compare_parameters(declared: dict, given: dict) -> dict:
+    """``given`` in the types of the defaults: papermill's ``-p seeds 0`` is the text "0".
+
+    Raises:
+        InputError: a name that was not declared, or a value that its type cannot hold as it is.
+
+    >>> compare_parameters({"seeds": "0", "share": 0.5, "steps": 10}, {"seeds": 1, "share": "0.25"})
+    {'seeds': '1', 'share': 0.25}
     """
+    converted = {}
     valid = ", ".join(
         f"{name} ({type(value).__name__}, default {value!r})" for name, value in declared.items()
     )
@@ -72,11 +88,28 @@ def compare_parameters(declared: dict, given: dict) -> None:
         if name not in declared:
             raise InputError(f"unknown parameter {name!r}: this notebook has {valid}")
         expected = type(declared[name])
-        if type(value) is not expected and not (expected is float and type(value) is int):
+        try:
+            converted[name] = _converted(value, expected)
+        except (ValueError, OverflowError):
             raise InputError(
                 f"parameter {name} must be {expected.__name__}, got {value!r}: "
                 f"this notebook has {valid}"
-            )
+            ) from None
+    return converted
+
+
+def _converted(value, kind: type):
+    """``value`` as ``kind``; ValueError where something would be lost."""
+    if type(value) is kind:
+        return value
+    numbers = (int, float)
+    if kind is str and type(value) in numbers:
+        return str(value)
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in numbers and type(value) in (*numbers, str) and float(value) == kind(value):
+        return kind(value)
+    raise ValueError
 
 
 def declared_parameters(notebook: Path) -> dict:

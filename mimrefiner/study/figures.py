@@ -3,6 +3,7 @@
 Figures label blocks 1..depth; code and files count from 0.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,20 @@ COLUMN = 3.4  # inches: one column of a two-column paper
 PAGE = 7.0  # both columns
 # Okabe and Ito 2008
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# One colour per meaning, in every figure
+COLOURS = {
+    "before": "#4C72A0",
+    "pre-trained": "#4C72A0",
+    "refined": "#D55E00",
+    "same compute": "#7B4EA3",
+    "labels": "#009E73",
+    "random weights": "#B4B4B4",
+}
+BASELINES = {  # lines that cost no training
+    "raw pixels": {"color": "0.25", "linestyle": (0, (4, 2)), "linewidth": 1},
+    "random weights": {"color": COLOURS["random weights"], "linestyle": "-", "linewidth": 1.4},
+    "chance": {"color": "0.6", "linestyle": (0, (1, 2)), "linewidth": 1},
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -64,35 +79,32 @@ def plot_blocks(
     rows: pd.DataFrame,
     *,
     title: str,
+    settings: str = "",
     ylabel: str = "k-NN accuracy (%)",
     baselines: dict[str, float] | None = None,
     mark_best: bool = True,
-    relative: bool = False,
 ) -> Figure:
-    """Accuracy after every block, one line per label; bands are ± one standard deviation.
+    """Accuracy after every block, one line per label, whose name stands at its end.
+
+    Where there are several seeds a line is their mean, and every seed a thin line behind it.
 
     Args:
-        rows: columns label, block (0-based), seed, value (a share, 0..1).
-        title: over the axes.
+        rows: columns label, block (0-based), seed, value (a share, 0..1). Labels of COLOURS have
+            the colour of their meaning.
+        title: over the axes: what was found.
+        settings: below, small: data, number of images and the like.
         ylabel: names the y axis.
         baselines: horizontal lines by name, shares.
         mark_best: ring the best block of every line.
-        relative: the x axis is block / depth in percent, so that models of several depths meet;
-            ``depth`` is a column of rows then.
     """
-    figure, axes = plt.subplots(
-        figsize=(COLUMN * 1.3 if relative else COLUMN, 2.6), layout="constrained"
+    return plot_block_panels(
+        {"": rows},
+        title=title,
+        settings=settings,
+        ylabel=ylabel,
+        baselines={"": baselines or {}},
+        mark_best=mark_best,
     )
-    _draw_lines(axes, rows, mark_best, relative)
-    _draw_baselines(axes, baselines or {})
-    if relative:
-        axes.set(xlabel="relative depth (block / depth, %; 100 = last block)", xlim=(0, 104))
-        axes.grid(axis="y", color="0.92", linewidth=0.6)
-    else:
-        _label_blocks(axes, rows["block"].max() + 1)
-    axes.set(ylabel=ylabel, title=title)
-    legend_below(figure, axes)
-    return figure
 
 
 def plot_block_panels(
@@ -100,24 +112,63 @@ def plot_block_panels(
     *,
     title: str,
     baselines: dict[str, dict[str, float]],
+    settings: str = "",
     ylabel: str = "k-NN accuracy (%)",
+    mark_best: bool = True,
 ) -> Figure:
     """:func:`plot_blocks` side by side: a panel per entry, with its own baselines.
 
     Two panels share one y axis. A label looks the same in all panels.
     """
+    many = len(panels) > 1
     figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(PAGE, 2.9), sharey=len(panels) == 2, layout="constrained"
+        1,
+        len(panels),
+        figsize=(PAGE if many else COLUMN * 1.45, 2.9),
+        sharey=len(panels) == 2,
+        layout="constrained",
+        squeeze=False,
     )
     labels = list(pd.concat(panels.values())["label"].unique())
-    for axes, (name, rows) in zip(np.atleast_1d(all_axes), panels.items(), strict=True):
-        _draw_lines(axes, rows, mark_best=True, labels=labels)
-        _draw_baselines(axes, baselines.get(name, {}))
+    ends = []
+    for axes, (name, rows) in zip(all_axes[0], panels.items(), strict=True):
+        ends.append(_draw_lines(axes, rows, mark_best, labels))
+        ends[-1] |= _draw_baselines(axes, baselines.get(name, {}))
         _label_blocks(axes, rows["block"].max() + 1)
         axes.set_title(name)
-    np.atleast_1d(all_axes)[0].set_ylabel(ylabel)
-    figure.suptitle(title, fontsize=9)
-    legend_below(figure, *np.atleast_1d(all_axes), columns=4)
+    for axes, names in zip(all_axes[0], ends, strict=True):
+        _name_ends(axes, names)
+        _mark_truncated(axes)
+    all_axes[0, 0].set_ylabel(ylabel)
+    _headings(figure, title, settings)
+    return figure
+
+
+def plot_stacked(panels: dict[str, pd.DataFrame], *, title: str, settings: str = "") -> Figure:
+    """Quantities per block under each other on one axis of blocks.
+
+    Args:
+        panels: label of the y axis -> columns label, block (0-based), seed, value as it is drawn.
+        title, settings: see :func:`plot_blocks`.
+    """
+    figure, all_axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(COLUMN * 1.45, 1.7 * len(panels) + 0.6),
+        sharex=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    labels = list(pd.concat(panels.values())["label"].unique())
+    for axes, (name, rows) in zip(all_axes[:, 0], panels.items(), strict=True):
+        ends = _draw_lines(axes, rows.assign(value=rows["value"] / 100), False, labels)
+        _label_blocks(axes, rows["block"].max() + 1)
+        axes.set(ylabel=name)
+        _name_ends(axes, ends)
+        _mark_truncated(axes)
+    for axes in all_axes[:-1, 0]:
+        axes.set_xlabel("")
+    _headings(figure, title, settings)
     return figure
 
 
@@ -126,38 +177,39 @@ def plot_history(
     metrics: dict[str, str],
     *,
     title: str,
+    settings: str = "",
     by: str = "block",
     window: int = 1,
 ) -> Figure:
-    """Training curves: one small panel per metric, one line per head (or per value of ``by``).
+    """Training curves: one panel per metric, one line per head (or per value of ``by``).
 
     Args:
         history: what :func:`mimrefiner.refine` returns, columns stage, step, ``by`` and the
             metrics; where it holds both stages, stage 3 is to the right of the dotted line; where
             it holds several seeds, a line is their mean and the band ± one standard deviation.
-        metrics: column -> title of its panel, with its unit.
-        title: over the figure.
+        metrics: column -> label of its y axis, with its unit.
+        title, settings: see :func:`plot_blocks`.
         by: the column that tells lines apart; blocks are 0-based in it and labelled from 1.
         window: steps of a running mean within a stage; the values themselves are drawn faint.
     """
-    figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.2), layout="constrained")
+    figure, all_axes = plt.subplots(1, len(metrics), figsize=(PAGE, 2.4), layout="constrained")
     both = history["stage"].nunique() > 1
     offset = history.loc[history["stage"] == 2, "step"].max() + 1 if both else 0
-    values = sorted(history[by].unique())
-    colours = sns.color_palette("viridis", len(values))
+    named = not pd.api.types.is_numeric_dtype(history[by])
+    values = list(history[by].unique()) if named else sorted(history[by].unique())
+    colours = sns.color_palette(PALETTE if named else "viridis", len(values))
     for axes, (metric, label) in zip(np.atleast_1d(all_axes), metrics.items(), strict=True):
         for value, colour in zip(values, colours, strict=True):
-            name = f"block {value + 1}" if by == "block" else f"{by} {value:g}"
+            name = f"block {value + 1}" if by == "block" else f"{value}"
             steps = history[history[by] == value].groupby(["stage", "step"])[metric]
             _draw_steps(axes, steps.agg(["mean", "std"]), offset, window, (colour, name))
         if both:
             axes.axvline(offset, color="0.4", linestyle=":", linewidth=1)
-        axes.set(xlabel="step")
-        axes.set_title(label, fontsize=8)
+        axes.set(xlabel="step", ylabel=textwrap.fill(label, 22))
     figure.suptitle(title, fontsize=9)
     legend = legend_below(figure, np.atleast_1d(all_axes)[0], columns=len(values))
-    if by == "block":
-        legend.set_title("head on (block 1 = first)", {"size": 7})
+    told = ["head on (block 1 = first)"] if by == "block" else []
+    legend.set_title("; ".join([*told, settings] if settings else told), {"size": 7})
     return figure
 
 
@@ -184,60 +236,105 @@ def _draw_steps(
         axes.plot(x, steps["mean"], color=colour, linewidth=0.5, alpha=0.3)
 
 
-def plot_ablations(
-    rows: pd.DataFrame, *, title: str, metric: str = "k-NN accuracy of the last block"
-) -> Figure:
-    """How much better or worse than the recipe every variant is, one small panel per group.
+def plot_ablations(rows: pd.DataFrame, *, title: str, settings: str = "") -> Figure:
+    """What the recipe has more than every variant, on one axis with the groups as headings.
 
-    A dot is a seed; a bar with a tick is the mean with its 95 % interval over seeds and images.
+    A thin dot is a seed (hollow where there is one alone); a bar with a tick is the mean with its
+    95 % interval over seeds and images. The last row is the model before refinement.
 
     Args:
         rows: columns group, variant, seed, value (a share), n_test; the group "recipe" is the
-            reference.
-        title: over the figure.
-        metric: names the measured quantity.
+            reference, "before" the model before refinement.
+        title, settings: see :func:`plot_blocks`.
     """
     recipe = rows[rows["group"] == "recipe"].set_index("seed")["value"]
     groups = [(name, part) for name, part in rows.groupby("group", sort=False) if name != "recipe"]
-    heights = [part["variant"].nunique() + 0.7 for _, part in groups]
-    figure, all_axes = plt.subplots(
-        len(groups),
-        1,
-        figsize=(PAGE, 0.24 * sum(heights) + 0.9),
-        sharex=True,
-        layout="constrained",
-        gridspec_kw={"height_ratios": heights},
-        squeeze=False,
+    lines = sum(1 + part["variant"].fillna("").nunique() for _, part in groups)
+    figure, axes = plt.subplots(figsize=(PAGE, 0.19 * lines + 1.1), layout="constrained")
+    axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=1)
+    places, names, y = [], [], 0
+    for group, part in groups:
+        places.append(y)
+        names.append(group)
+        for variant, seeds in part.fillna({"variant": "not refined"}).groupby(
+            "variant", sort=False
+        ):
+            y += 1
+            places.append(y)
+            names.append("    " + _draw_variant(axes, y, variant, seeds, recipe))
+        y += 1.3
+    axes.set_yticks(places, names)
+    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set(ha="left", fontweight="normal" if name.startswith(" ") else "bold")
+    axes.tick_params(axis="y", pad=150, length=0)
+    axes.set(
+        ylim=(y - 0.6, -0.8), xlabel="recipe minus variant (points); right: the recipe is better"
     )
-    for axes, (group, part) in zip(all_axes[:, 0], groups, strict=True):
-        axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=1)
-        variants = part.groupby("variant", sort=False)
-        names = [_draw_variant(axes, y, *variant, recipe) for y, variant in enumerate(variants)]
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_title(group, fontsize=8, loc="left", pad=2)
-    all_axes[-1, 0].set_xlabel(
-        f"{metric}, variant minus recipe (points); grey: 95 % interval over seeds and images"
-    )
-    spread = f" ± {100 * recipe.std():.1f}" if len(recipe) > 1 else ""
-    figure.suptitle(
-        f"{title}\nrecipe: {100 * recipe.mean():.1f}{spread} % ({count(len(recipe), 'seed')})",
-        fontsize=9,
-    )
+    axes.spines["left"].set_visible(False)
+    _headings(figure, title, settings)
     return figure
 
 
-def _draw_variant(axes, y: int, variant: str, seeds: pd.DataFrame, recipe: pd.Series) -> str:
+def _draw_variant(axes, y: float, variant: str, seeds: pd.DataFrame, recipe: pd.Series) -> str:
     """A variant's dots in row ``y``, and its mean and interval; returns the label of the row."""
     values, n_test = seeds.set_index("seed")["value"], int(seeds["n_test"].iloc[0])
-    change, many = seed_difference(values, recipe[values.index], images=n_test), len(values) > 1
-    face = PALETTE[0] if many else "white"
+    change, many = seed_difference(recipe[values.index], values, images=n_test), len(values) > 1
+    colour = COLOURS["refined"]
     dots = 100 * np.array(change.by_seed), [y] * len(values)
-    axes.plot(*dots, "o", color=PALETTE[0], markerfacecolor=face, zorder=3)
+    axes.plot(*dots, "o", color=colour, markerfacecolor=colour if many else "white", zorder=3)
     if many:
         axes.hlines(y, 100 * change.low, 100 * change.high, color="0.7", linewidth=2.5, zorder=2)
         axes.plot(100 * change.mean, y, "|", color="black", markersize=9, zorder=4)
     return f"{variant} ({count(len(values), 'seed')})"
+
+
+def plot_forest(
+    rows: pd.DataFrame, *, title: str, settings: str = "", xlabel: str = "difference (points)"
+) -> Figure:
+    """Differences with their intervals under group headings, several sources a line.
+
+    Args:
+        rows: columns group, label, source, difference (points), low and high (missing where there
+            is no interval). A line is a label within its group; sources have a colour each, and an
+            interval that includes zero is drawn hollow.
+        title, settings: see :func:`plot_blocks`.
+        xlabel: names the axis.
+    """
+    lines = rows.drop_duplicates(["group", "label"])
+    sources = list(rows["source"].unique())
+    height = 0.2 * (len(lines) + 1.3 * lines["group"].nunique()) + 1.1
+    figure, axes = plt.subplots(figsize=(PAGE, height), layout="constrained")
+    axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=1)
+    names, y = {}, 0.0
+    for group, part in rows.groupby("group", sort=False):
+        names[y] = group
+        for label, points in part.groupby("label", sort=False):
+            y += 1
+            names[y] = f"    {label}"
+            for row in points.to_dict("records"):
+                i = sources.index(row["source"])
+                _draw_difference(axes, row, y + 0.16 * (i - (len(sources) - 1) / 2), i)
+        y += 1.3
+    axes.set_yticks(list(names), list(names.values()))
+    for tick, name in zip(axes.get_yticklabels(), names.values(), strict=True):
+        tick.set(fontweight="normal" if name.startswith(" ") else "bold")
+    axes.set(ylim=(y - 0.6, -0.8), xlabel=xlabel)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    legend_below(figure, axes, columns=len(sources)).set_title(settings, {"size": 7})
+    return figure
+
+
+def _draw_difference(axes, row: dict, y: float, i: int) -> None:
+    """A difference and its interval in the colour of the ``i``-th source."""
+    colour, marker = _look(i)
+    sure = pd.notna(row["low"]) and (row["low"] > 0 or row["high"] < 0)
+    if pd.notna(row["low"]):
+        axes.hlines(y, row["low"], row["high"], color=colour, linewidth=1, alpha=0.6)
+    face = colour if sure or pd.isna(row["low"]) else "white"
+    style = {"markerfacecolor": face, "markersize": 4, "label": row["source"]}
+    axes.plot(row["difference"], y, marker, color=colour, **style)
 
 
 def plot_timeline(rows: pd.DataFrame, *, title: str, others: pd.DataFrame | None = None) -> Figure:
@@ -295,10 +392,10 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
     )
     for i, group in enumerate(radius):
         closed = np.append(radius[group], radius[group].iloc[0])
-        axes.plot(
-            np.append(angles, angles[0]), closed, color=PALETTE[i], marker=MARKERS[i], label=group
-        )
-        axes.fill(angles, radius[group], color=PALETTE[i], alpha=0.08)
+        colour = {"MIM-Refiner": COLOURS["refined"], "MIM": COLOURS["before"]}.get(group, "0.45")
+        closed = np.append(angles, angles[0]), closed
+        axes.plot(*closed, color=colour, marker=MARKERS[i], label=group)
+        axes.fill(angles, radius[group], color=colour, alpha=0.08)
     names = [f"{name}\n{low[name]:.1f} to {high[name]:.1f} %" for name in table.index]
     axes.set_xticks(angles, names, fontsize=6.5)
     # Labels grow away from the circle
@@ -311,32 +408,6 @@ def plot_spider(rows: pd.DataFrame, *, title: str) -> Figure:
     axes.tick_params(pad=4)
     axes.set_title(title, pad=18)
     legend_below(figure, axes, columns=radius.shape[1])
-    return figure
-
-
-def plot_two_curves(
-    curves: pd.DataFrame, left: str, right: str, *, unit: str, title: str
-) -> Figure:
-    """Two quantities per block on two axes, mean and ± one standard deviation over seeds.
-
-    Args:
-        curves: columns block (0-based), seed, ``left`` and ``right``.
-        left: a share, which is drawn in percent.
-        right: the other quantity.
-        unit: the unit of ``right``.
-        title: over the axes.
-    """
-    figure, axes = plt.subplots(figsize=(COLUMN * 1.3, 2.7), layout="constrained")
-    _label_blocks(axes, curves["block"].max() + 1)
-    for i, (name, scale, label, side) in enumerate(
-        ((left, 100, "%", axes), (right, 1, unit, axes.twinx()))
-    ):
-        stats = scale * curves.groupby("block")[name].agg(["mean", "std"])
-        x, spread = stats.index.to_numpy() + 1, stats["std"].fillna(0)
-        _draw_line(side, x, stats["mean"], spread, _look(i), name)
-        side.set_ylabel(f"{name}\n({label})", color=PALETTE[i])
-        side.tick_params(axis="y", colors=PALETTE[i])
-    axes.set_title(title)
     return figure
 
 
@@ -402,65 +473,175 @@ def _draw_report_line(
             _ring_best(axes, x, y, looks[pool][0])
 
 
-def plot_protocols(
-    rows: pd.DataFrame, *, order: Sequence[str], models: Sequence[str], title: str
+def plot_arrows(
+    groups: dict[str, pd.DataFrame], *, title: str, settings: str = "", unit: str = "accuracy (%)"
 ) -> Figure:
-    """Accuracy by protocol, one marker per model; the bar is ± one standard deviation over seeds.
+    """From before to refined, an arrow per task; a panel per entry, on one axis.
 
     Args:
-        rows: columns protocol, model, value (a share), one row per seed.
-        order: the protocols from left to right.
-        models: the models in the order of the legend.
-        title: over the axes.
+        groups: panel title -> columns task, before, refined (percent), and any of random weights
+            and raw pixels, which are drawn as marks; a missing value is left out.
+        title, settings: see :func:`plot_blocks`.
+        unit: names the y axis.
     """
-    figure, axes = plt.subplots(figsize=(PAGE, 2.8), layout="constrained")
-    for i, model in enumerate(models):
-        stats = (
-            100
-            * rows[rows["model"] == model]
-            .groupby("protocol")["value"]
-            .agg(["mean", "std"])
-            .loc[list(order)]
+    figure, all_axes = plt.subplots(
+        1, len(groups), figsize=(PAGE, 2.7), sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, (name, rows) in zip(all_axes[0], groups.items(), strict=True):
+        for x, row in enumerate(rows.to_dict("records")):
+            _draw_arrow(axes, x, row["before"], row["refined"])
+            for label in ("random weights", "raw pixels"):
+                if pd.notna(row.get(label)):
+                    axes.hlines(row[label], x - 0.25, x + 0.25, **BASELINES[label], label=label)
+        axes.set_xticks(range(len(rows)), rows["task"])
+        axes.set(xlim=(-0.6, len(rows) - 0.4), ylim=(0, 100))
+        axes.grid(axis="y", color="0.92", linewidth=0.6)
+        axes.set_title(name)
+    all_axes[0, 0].set_ylabel(unit)
+    figure.suptitle(title, fontsize=9)
+    legend_below(figure, *all_axes[0], columns=4).set_title(settings, {"size": 7})
+    return figure
+
+
+def _draw_arrow(axes, x: float, before: float, refined: float) -> None:
+    style = {"arrowstyle": "-|>", "color": COLOURS["refined"], "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (x, refined), (x, before), arrowprops=style)
+    axes.plot(x, before, "o", color=COLOURS["before"], label="before", zorder=3)
+    axes.plot(x, refined, "o", color=COLOURS["refined"], label="refined", zorder=3)
+    up = refined >= before
+    for value, above in ((before, not up), (refined, up)):
+        axes.annotate(
+            f"{value:.0f}",
+            (x, value),
+            xytext=(0, 5 if above else -5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=7,
         )
-        x = np.arange(len(order)) + 0.14 * (i - (len(models) - 1) / 2)
-        grey = model == "raw pixels"
-        colour = "0.45" if grey else PALETTE[i]
-        axes.errorbar(
-            x,
-            stats["mean"],
-            stats["std"].fillna(0),
-            fmt=MARKERS[i],
-            color=colour,
-            label=model,
-            elinewidth=1,
-            markersize=4.5,
-        )
-    axes.set_xticks(range(len(order)), order)
-    axes.grid(axis="y", color="0.92", linewidth=0.6)
-    axes.set(xlabel="protocol", ylabel="accuracy (%)", title=title)
-    legend_below(figure, axes, columns=len(models))
+
+
+def plot_bars(groups: dict[str, pd.Series], *, title: str, ylabel: str, settings="") -> Figure:
+    """Values by label, a panel per entry on one axis; labels of COLOURS have their colour.
+
+    Args:
+        groups: panel title -> label -> value, as it is drawn.
+        title, settings: see :func:`plot_blocks`.
+        ylabel: names the y axis.
+    """
+    figure, all_axes = plt.subplots(
+        1,
+        len(groups),
+        figsize=(PAGE, 2.4),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, values) in zip(all_axes[0], groups.items(), strict=True):
+        colours = [COLOURS.get(label, "0.35") for label in values.index]
+        bars = axes.barh(range(len(values)), values, color=colours, height=0.7)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axes.set_yticks(range(len(values)), values.index)
+        axes.margins(x=0.12)
+        axes.set_title(name)
+        axes.set_xlabel(ylabel)
+    all_axes[0, 0].invert_yaxis()
+    _headings(figure, title, settings)
+    return figure
+
+
+def plot_softmax(
+    cosines: Sequence[float], temperatures: Sequence[float], *, title: str, settings: str = ""
+) -> Figure:
+    """What a softmax at several temperatures makes of the same cosines, a panel for each.
+
+    Args:
+        cosines: that of the positive first, then those of the negatives.
+        temperatures: one panel each.
+        title, settings: see :func:`plot_blocks`.
+    """
+    figure, all_axes = plt.subplots(
+        1, len(temperatures), figsize=(PAGE, 2.2), sharey=True, layout="constrained"
+    )
+    colours = [COLOURS["refined"], *["0.7"] * (len(cosines) - 1)]
+    for axes, temperature in zip(all_axes, temperatures, strict=True):
+        weights = np.exp(np.array(cosines) / temperature)
+        weights = weights / weights.sum()
+        axes.bar(range(len(cosines)), weights, color=colours)
+        axes.set_title(f"T = {temperature:g}: positive {weights[0]:.2f}")
+        axes.set_xticks(range(len(cosines)), [f"{c:.2g}" for c in cosines], rotation=90)
+        axes.set_xlabel("cosine (first: positive)")
+    all_axes[0].set_ylabel("share of the softmax")
+    _headings(figure, title, settings)
     return figure
 
 
 def _draw_lines(
-    axes,
-    rows: pd.DataFrame,
-    mark_best: bool,
-    relative: bool = False,
-    labels: Sequence[str] | None = None,
-) -> None:
-    """A line per label; ``labels`` are those of all axes, so that each keeps its look."""
-    labels = list(rows["label"].unique() if labels is None else labels)
+    axes, rows: pd.DataFrame, mark_best: bool, labels: Sequence[str]
+) -> dict[str, tuple[float, str]]:
+    """A line per label; ``labels`` are those of all axes, so that each keeps its look.
+
+    Returns:
+        label -> (where the line ends, its colour).
+    """
+    ends, others = {}, [label for label in labels if label not in COLOURS]
     for label, line in rows.groupby("label", sort=False):
-        stats = 100 * line.groupby("block")["value"].agg(["mean", "std"])
-        x = stats.index.to_numpy() + 1
-        if relative:
-            x = 100 * x / line["depth"].iloc[0]
-        look, mean = _look(labels.index(label)), stats["mean"].to_numpy()
-        spread = stats["std"].to_numpy() if line["seed"].nunique() > 1 else None
-        _draw_line(axes, x, mean, spread, look, label)
+        mean = 100 * line.groupby("block")["value"].mean()
+        x = mean.index.to_numpy() + 1
+        look = COLOURS.get(label), "o"
+        if label in others:
+            look = _look(others.index(label))
+        axes.plot(x, mean, color=look[0], marker=look[1], label=label, zorder=3)
+        if line["seed"].nunique() > 1:
+            for _, one in line.groupby("seed"):
+                y = 100 * one.groupby("block")["value"].mean()
+                axes.plot(x, y, color=look[0], linewidth=0.6, alpha=0.55, zorder=2)
         if mark_best:
-            _ring_best(axes, x, mean, look[0])
+            _ring_best(axes, x, mean.to_numpy(), look[0])
+        ends[label] = float(mean.iloc[-1]), look[0]
+    return ends
+
+
+def _name_ends(axes, ends: dict[str, tuple[float, str]]) -> None:
+    """Write every label at the end of its line, as far apart as they need to be read."""
+    low, high = axes.get_ylim()
+    gap = 0.075 * (high - low)
+    order = sorted(ends, key=lambda label: ends[label][0])
+    places = np.array([ends[label][0] for label in order], float)
+    for _ in range(200):  # push neighbours apart until none are too near
+        near = np.flatnonzero(np.diff(places) < gap - 1e-6 * (high - low))
+        for i in near:
+            push = (gap - (places[i + 1] - places[i])) / 2
+            places[i] -= push
+            places[i + 1] += push
+    for label, place in zip(order, places, strict=True):
+        axes.annotate(
+            label,
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=ends[label][1] if ends[label][1] != COLOURS["random weights"] else "0.5",
+            fontsize=7,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _mark_truncated(axes) -> None:
+    """Two strokes through the foot of a y axis that does not begin at zero."""
+    if axes.get_ylim()[0] > 0:
+        style = {"marker": [(-1, -0.5), (1, 0.5)], "markersize": 6, "linestyle": "none"}
+        style |= {"color": "k", "mec": "k", "mew": 0.8, "clip_on": False}
+        axes.plot([0, 0], [0.02, 0.045], transform=axes.transAxes, label="_truncated", **style)
+
+
+def _headings(figure: Figure, title: str, settings: str) -> None:
+    """The finding above, the settings below."""
+    figure.suptitle(title, fontsize=9)
+    if settings:
+        figure.supxlabel(settings, fontsize=6.5, color="0.4")
 
 
 def _look(i: int) -> tuple[str, str]:
@@ -482,13 +663,12 @@ def _ring_best(axes, x, mean, colour: str) -> None:
     axes.plot(x[best], mean[best], "o", color=colour, **style)
 
 
-def _draw_baselines(axes, baselines: dict[str, float]) -> None:
-    for (name, value), dashes in zip(
-        baselines.items(), ((4, 2), (1, 1.5), (6, 1.5, 1, 1.5)), strict=False
-    ):
-        axes.axhline(
-            100 * value, color="0.45", linewidth=1, linestyle=(0, dashes), label=name, zorder=1
-        )
+def _draw_baselines(axes, baselines: dict[str, float]) -> dict[str, tuple[float, str]]:
+    """Horizontal lines; label -> (where it lies, the colour of its name)."""
+    for name, value in baselines.items():
+        style = BASELINES.get(name, BASELINES["raw pixels"])
+        axes.axhline(100 * value, label=name, zorder=1, **style)
+    return {name: (100 * value, "0.3") for name, value in baselines.items()}
 
 
 def _label_blocks(axes, depth: int) -> None:

@@ -93,14 +93,15 @@ def table(frame: pd.DataFrame, caption: str = "", *, digits: int = 1) -> Shown:
     return Shown(f"<div style='{style}'>{head}{html}</div>", plain)
 
 
-def folded(title: str, text: str) -> Shown:
-    """Text behind a fold, ``title`` in view.
+def folded(title: str, content: str | Shown) -> Shown:
+    """Text, or what is shown otherwise, behind a fold; ``title`` is in view.
 
     >>> folded("settings", "12 blocks")
     settings: 12 blocks
     """
-    html = f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-    return Shown(html, f"{title}: {text}")
+    inside = content.html if isinstance(content, Shown) else f"<pre>{escape(content)}</pre>"
+    html = f"<details><summary>{escape(title)}</summary>{inside}</details>"
+    return Shown(html, f"{title}: {content}")
 
 
 def verdicts(claims: pd.DataFrame) -> Shown:

@@ -11,10 +11,10 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from mimrefiner.study.figures import COLUMN, MARKERS, PAGE, PALETTE, legend_below
+from mimrefiner.study.figures import COLOURS, COLUMN, MARKERS, PAGE, PALETTE, legend_below
 
-# For more than seven classes: after Petroff 2021, arXiv 2107.02270; black and four more colours
-# stand for its two greys
+# For more than seven classes: after Petroff 2021, arXiv 2107.02270; a dark grey and four more
+# colours stand for its two greys
 CLASS_PALETTE = (
     "#3f90da",
     "#ffa90e",
@@ -24,14 +24,49 @@ CLASS_PALETTE = (
     "#a96b59",
     "#e76300",
     "#b9ac70",
-    "#111111",
+    "#5b5b5b",
     "#92dadd",
     "#1f3a93",
     "#e58ac0",
     "#a6d854",
     "#8a8d96",
 )
+# The kinds of fruit64 in the colours of the fruit, families by marker
+FRUIT = {
+    "Golden-Delicious": ("#d8c23a", "o"),
+    "Granny-Smith": ("#6fb52c", "o"),
+    "Pink-Lady": ("#e0607e", "o"),
+    "Red-Delicious": ("#9c1024", "o"),
+    "Royal-Gala": ("#e2733c", "o"),
+    "Anjou": ("#a8c256", "^"),
+    "Conference": ("#8c7a3a", "^"),
+    "Kaiser": ("#b0793f", "^"),
+    "Orange": ("#f28c1e", "s"),
+    "Satsumas": ("#f9b233", "s"),
+    "Cantaloupe": ("#d9b98a", "D"),
+    "Galia-Melon": ("#bfae5a", "D"),
+    "Honeydew-Melon": ("#e3d77a", "D"),
+    "Watermelon": ("#1f5a34", "D"),
+}
 CELLS = 14  # thumbnails on one side of a map
+
+
+def as_image(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in 0..1 as uint8; what lies outside is clipped.
+
+    >>> as_image(np.array([[-1.0, 0.5, 2.0]])).tolist()
+    [[0, 127, 255]]
+    """
+    return np.uint8(255 * np.clip(pixels, 0, 1))
+
+
+def heat(values: np.ndarray, top: float) -> list[np.ndarray]:
+    """Maps (images, height, width) as colour images, black at 0 and bright at ``top``.
+
+    >>> heat(np.zeros((1, 2, 2)), top=1.0)[0].shape
+    (2, 2, 3)
+    """
+    return [np.uint8(255 * plt.get_cmap("magma")(image / top)[..., :3]) for image in values]
 
 
 def plot_images(images: Sequence[np.ndarray], labels: Sequence[str], *, title: str) -> Figure:
@@ -137,6 +172,15 @@ def _picture_grid(
     return figure, all_axes
 
 
+def circle_points(z, neighbour, p) -> dict[str, np.ndarray]:
+    """What :func:`plot_circles` draws of targets, neighbours and predictions, (n, 2) each."""
+    return {
+        "targets z (other view)": np.asarray(z),
+        "neighbour of the first": np.asarray(neighbour)[:1],
+        "predictions p": np.asarray(p),
+    }
+
+
 def plot_circles(
     panels: dict[str, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]], *, title: str
 ) -> Figure:
@@ -146,28 +190,20 @@ def plot_circles(
         panels: panel title -> (label -> points (n, 2), starts of arrows (m, 2), arrows (m, 2)).
         title: over the figure.
     """
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE * 0.8, 3.2), layout="constrained")
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(PAGE * 0.8, 3.0), layout="constrained")
+    looks = [(COLOURS["before"], "o", 6), (COLOURS["refined"], "s", 9), ("0.15", "^", 5)]
+    style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007, "headwidth": 4}
+    style |= {"headlength": 4, "headaxislength": 3.5, "color": "0.15", "zorder": 4}
     angle = np.linspace(0, 2 * np.pi, 200)
     for axes, (name, (points, starts, arrows)) in zip(
         np.atleast_1d(all_axes), panels.items(), strict=True
     ):
         axes.plot(np.cos(angle), np.sin(angle), color="0.85", zorder=0)
-        for i, (label, x) in enumerate(points.items()):
-            axes.plot(x[:, 0], x[:, 1], MARKERS[i], color=PALETTE[i], label=label, markersize=5)
-        axes.quiver(
-            *starts.T,
-            *arrows.T,
-            angles="xy",
-            scale_units="xy",
-            scale=1,
-            width=0.007,
-            headwidth=4,
-            headlength=4,
-            headaxislength=3.5,
-            color="0.15",
-            zorder=4,
-        )
-        axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
+        for (label, x), (colour, marker, size) in zip(points.items(), looks, strict=False):
+            face = colour if marker != "s" else "none"
+            axes.plot(*x.T, marker, color=colour, mfc=face, mew=1.6, label=label, markersize=size)
+        axes.quiver(*starts.T, *arrows.T, **style)
+        axes.set(xticks=[], yticks=[], aspect="equal", xlim=(-1.16, 1.16), ylim=(-1.16, 1.16))
         sns.despine(ax=axes, left=True, bottom=True)
         axes.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -176,9 +212,18 @@ def plot_circles(
 
 
 def plot_maps(
-    maps: dict[str, np.ndarray], labels, classes: Sequence[str], *, title: str, columns: int = 2
+    maps: dict[str, np.ndarray],
+    labels,
+    classes: Sequence[str],
+    *,
+    title: str,
+    columns: int = 2,
+    styles: dict[str, tuple[str, str]] | None = None,
 ) -> Figure:
     """Points in the plane, one panel per entry, one colour and marker per class.
+
+    The name of a class stands at the middle of its points where there are at most ten classes, else
+    in a legend.
 
     Args:
         maps: panel title -> (images, 2).
@@ -186,20 +231,38 @@ def plot_maps(
         classes: the names of the classes.
         title: over the figure.
         columns: panels per row.
+        styles: class -> (colour, marker); what is missing is taken from CLASS_PALETTE.
     """
     rows = -(-len(maps) // columns)
-    side = PAGE / columns
+    side, looks = PAGE / columns, _class_styles(classes, styles)
+    named = len(classes) <= 10
     figure, all_axes = plt.subplots(
-        rows, columns, figsize=(PAGE, rows * side * 0.9 + 0.7), layout="constrained", squeeze=False
+        rows,
+        columns,
+        figsize=(PAGE, rows * side * 0.9 + (0.3 if named else 0.8)),
+        layout="constrained",
+        squeeze=False,
     )
     for axes in all_axes.flat[len(maps) :]:
         axes.remove()
     for axes, (name, xy) in zip(all_axes.flat, maps.items(), strict=False):
-        _draw_map(axes, xy, labels, classes)
+        _draw_map(axes, xy, labels, classes, looks)
+        if named:
+            _name_classes(axes, xy, labels, classes)
         axes.set_title(name, fontsize=8)
     figure.suptitle(title, fontsize=9)
-    legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
+    if not named:
+        legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
     return figure
+
+
+def _name_classes(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    for i, name in enumerate(classes):
+        of_class = xy[np.asarray(labels) == i]
+        if len(of_class):
+            middle = np.median(of_class, axis=0)
+            axes.text(*middle, name, ha="center", va="center", fontsize=8, weight="bold", bbox=box)
 
 
 def plot_thumbnails(
@@ -209,6 +272,7 @@ def plot_thumbnails(
     classes: Sequence[str],
     *,
     title: str,
+    styles: dict[str, tuple[str, str]] | None = None,
 ) -> Figure:
     """Maps drawn with the images themselves, framed in their class's colour, one panel per map.
 
@@ -216,9 +280,10 @@ def plot_thumbnails(
     cells away, so that several of one island are seen; it is left out where there is none.
 
     Args:
-        maps, labels, classes, title: as for :func:`plot_maps`.
+        maps, labels, classes, title, styles: as for :func:`plot_maps`.
         images: (height, width, 3) uint8 each.
     """
+    looks = _class_styles(classes, styles)
     figure, all_axes = plt.subplots(
         1, len(maps), figsize=(PAGE, PAGE / len(maps) + 0.6), layout="constrained", squeeze=False
     )
@@ -228,17 +293,16 @@ def plot_thumbnails(
         for i, (column, row) in cells.items():
             extent = (column, column + 0.92, row, row + 0.92)
             axes.imshow(images[i], extent=extent, interpolation="nearest", zorder=2)
-            style = {"edgecolor": _class_style(int(labels[i]))[0], "linewidth": 1.2, "zorder": 3}
+            style = {"edgecolor": looks[int(labels[i])][0], "linewidth": 1.2, "zorder": 3}
             _frame(axes, (column, row), 0.92, **style)
-        axes.set(
-            xlim=(-0.1, CELLS + 0.1), ylim=(-0.1, CELLS + 0.1), xticks=[], yticks=[], aspect="equal"
-        )
+        ends = -0.1, CELLS + 0.1
+        axes.set(xlim=ends, ylim=ends, xticks=[], yticks=[], aspect="equal")
         sns.despine(ax=axes, left=True, bottom=True)
         axes.set_title(f"{name}: {len(cells)} of {len(images)} images", fontsize=8)
     figure.suptitle(title, fontsize=9)
     style = {"markerfacecolor": "none", "markeredgewidth": 1.2}
-    for i, name in enumerate(classes):
-        all_axes[0, 0].plot([], [], "s", color=_class_style(i)[0], label=name, **style)
+    for look, name in zip(looks, classes, strict=True):
+        all_axes[0, 0].plot([], [], "s", color=look[0], label=name, **style)
     legend_below(figure, all_axes[0, 0], columns=_legend_columns(classes))
     return figure
 
@@ -286,7 +350,7 @@ def block_slider(
 
     def show(model: str, block: int) -> None:
         axes = plt.figure(figsize=(COLUMN, COLUMN), layout="constrained").add_subplot()
-        _draw_map(axes, map_of(model, block), labels, classes)
+        _draw_map(axes, map_of(model, block), labels, classes, _class_styles(classes))
         axes.set_title(f"{title}: {model}, block {block + 1}")
         plt.show()
 
@@ -330,19 +394,21 @@ def plot_similarity(
     return figure
 
 
-def _draw_map(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
-    for i, name in enumerate(classes):
-        colour, marker = _class_style(i)
-        axes.scatter(
-            *xy[np.asarray(labels) == i].T,
-            s=9,
-            color=colour,
-            marker=marker,
-            linewidths=0,
-            label=name,
-        )
+def _draw_map(
+    axes, xy: np.ndarray, labels, classes: Sequence[str], looks: list[tuple[str, str]]
+) -> None:
+    for i, (name, (colour, marker)) in enumerate(zip(classes, looks, strict=True)):
+        points = xy[np.asarray(labels) == i].T
+        axes.scatter(*points, s=12, color=colour, marker=marker, linewidths=0, label=name)
     axes.set(xticks=[], yticks=[])
     sns.despine(ax=axes, left=True, bottom=True)
+
+
+def _class_styles(
+    classes: Sequence[str], styles: dict[str, tuple[str, str]] | None = None
+) -> list[tuple[str, str]]:
+    """Colour and marker of every class."""
+    return [(styles or {}).get(name, _class_style(i)) for i, name in enumerate(classes)]
 
 
 def _legend_columns(classes: Sequence[str]) -> int:

@@ -1,7 +1,6 @@
 """The presets: functions whose docstrings state cost and expected outcome."""
 
 import functools
-import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from mimrefiner.config import PretrainConfig, RefineConfig, Views, ViTConfig
 from mimrefiner.data.augment import digit_views, paper_views, small_views
 from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.errors import InputError, one_of
+from mimrefiner.files import variable_folder
 
 IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it
 IMAGENET_TRAIN = 1_281_167  # its training images
@@ -310,14 +310,14 @@ PAPER_MODELS = {  # name -> family and size
 
 def describe(preset: Preset) -> str:
     """The settings of a preset as a few lines of text."""
-    blocks = ", ".join(str(b) for b in preset.refine.resolve_blocks(preset.encoder.depth))
+    blocks = ", ".join(str(b + 1) for b in preset.refine.resolve_blocks(preset.encoder.depth))
     views = preset.refine.views
     crops = [
         f"{crop.size} px crops of {crop.scale[0]:g} to {crop.scale[1]:g} of the area"
         for crop in views.crops
     ]
     shown = f"{len(views.global_crops)} global, {crops[0]}; {views.n_local} local, {crops[-1]}"
-    lines = [("heads on", f"blocks {blocks} (0-based)"), ("views", shown)]
+    lines = [("heads on", f"blocks {blocks} (1 = first)"), ("views", shown)]
     for part in ("encoder", "pretrain", "refine"):
         values = asdict(getattr(preset, part))
         text = ", ".join(
@@ -325,7 +325,7 @@ def describe(preset: Preset) -> str:
         )
         lines += [(part, text)]
     return "\n".join(
-        textwrap.fill(f"{name:9s} {text}", 120, subsequent_indent=" " * 10) for name, text in lines
+        textwrap.fill(f"{name:9s} {text}", 100, subsequent_indent=" " * 10) for name, text in lines
     )
 
 
@@ -366,7 +366,7 @@ def load_split(preset: Preset, split: str) -> ImageDataset:
     if name in FOLDERS:
         variable, what, holds = FOLDERS[name]
         kind, _, default = name.partition(":")
-        folder = Path(os.environ.get(variable, default)).expanduser()
+        folder = variable_folder(variable) or Path(default)
         if not folder.is_dir():
             raise InputError(
                 f"preset {preset.name} needs {what}, and there is no folder {folder}: set "

@@ -14,7 +14,7 @@ Tiny-ImageNet in ``$MIMREFINER_TINY_IMAGENET``).
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass, replace
@@ -147,6 +147,77 @@ def finetuned(preset: Preset, base_lr: float) -> FinetuneResult:
 
 
 TRAINED = {"pretrained": pretrained, "refined": refined, "pretrained_longer": pretrained_longer}
+
+
+STAGES = {  # name in figures -> (what is trained for it, which encoder of the result)
+    "before": ("pretrained", "encoder"),
+    "pre-trained": ("pretrained", "encoder"),
+    "refined": ("refined", "ema_encoder"),
+    "refined, raw weights": ("refined", "encoder"),
+    "same compute": ("pretrained_longer", "encoder"),
+}
+
+
+def encoders(presets: Iterable[tuple[int, Preset]], names: Sequence[str]) -> dict:
+    """Encoders by (name, seed), for the names of STAGES and "random weights".
+
+    With a preset of released weights, which come without raw weights and without a longer
+    pre-trained control, these two are left out.
+
+    >>> import mimrefiner as mr
+    >>> list(encoders([(3, mr.load_preset("smoke", 3))], ["random weights"]))
+    [('random weights', 3)]
+    """
+    found = {}
+    for seed, preset in presets:
+        for name in names:
+            if name == "random weights":
+                found[name, seed] = untrained(preset)
+                continue
+            model, encoder = STAGES[name]
+            if not is_published(preset) or name not in ("refined, raw weights", "same compute"):
+                found[name, seed] = getattr(TRAINED[model](preset), encoder)
+    return found
+
+
+def costs(presets: Iterable[tuple[int, Preset]], names: Sequence[str]) -> pd.DataFrame:
+    """What the trainings behind ``names`` cost, a row each: TFLOP and seconds, mean over seeds.
+
+    Released weights have no row.
+    """
+    trained = {STAGES[name][0]: name for name in reversed(names)}
+    rows = [
+        {"model": name, "TFLOP": result.flops / 1e12, "seconds": result.seconds}
+        for _, preset in presets
+        if not is_published(preset)
+        for model, name in trained.items()
+        for result in [TRAINED[model](preset)]
+    ]
+    table = pd.DataFrame(rows, columns=["model", "TFLOP", "seconds"])
+    return table.groupby("model").mean().reindex([n for n in names if n in set(table["model"])])
+
+
+def histories(presets: Iterable[tuple[int, Preset]]) -> pd.DataFrame:
+    """The training curves of refinement, with a column seed; none of released weights."""
+    parts = [refined(preset).history.assign(seed=seed) for seed, preset in presets]
+    parts = [part for part in parts if len(part)]
+    columns = ["stage", "step", "block", "loss", "nn_accuracy", "seed"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def labelled_split(preset: Preset) -> str:
+    """The split whose labels a probe may use where nothing is chosen on validation images.
+
+    Released weights take all training images; a preset's own models leave its validation images
+    out, as they were left out of their training.
+    """
+    return "trainval" if is_published(preset) else "train"
+
+
+def packaged_or_trained(preset: Preset) -> nn.Module:
+    """The packaged model of digits where the preset's data are digits, else the preset's own."""
+    packaged = preset.dataset == "digits"
+    return load_encoder("simmim_digits") if packaged else pretrained(preset).encoder
 
 
 def is_stored(model: str, preset: Preset) -> bool:

@@ -38,7 +38,7 @@ def write_table(frame: pd.DataFrame, path: Path, *, printed: Sequence[str] | Non
     text = {".md": markdown_table(frame), ".tex": latex}
     for suffix, table in text.items():
         with atomic_file(path.with_suffix(suffix)) as temporary:
-            temporary.write_text(table)
+            temporary.write_text(table, encoding="utf-8")
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
@@ -67,6 +67,17 @@ def count(n: int, noun: str) -> str:
     ('1 seed', '3 seeds')
     """
     return f"{n} {noun}" + ("s" if n != 1 else "")
+
+
+def collected(folder: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """What the notebooks of a run have written into one of its folders, as one table.
+
+    >>> collected(Path("nowhere"), ["claim", "verdict"]).columns.tolist()
+    ['claim', 'verdict']
+    """
+    parts = [pd.read_csv(file) for file in sorted(folder.glob("[0-9][0-9]_*.csv"))]
+    parts = [part for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns))
 
 
 def mean_sd(values) -> str:
@@ -112,7 +123,7 @@ def environment() -> dict:
 def _processor() -> str:
     """The processor's model where the system tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
 
