@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
-from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
+from mkdocs_jupyter.plugin import NotebookFile
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -30,9 +30,16 @@ def notebooks() -> list[Path]:
 
 
 def shown(source: Path) -> Path:
-    """The executed copy of a lesson, else its source."""
+    """The executed copy of a lesson where it was made of this source, else the source."""
     executed = source.parent / "executed" / source.name
-    return executed if executed.is_file() else source
+    return executed if executed.is_file() and prose(executed) == prose(source) else source
+
+
+def prose(notebook: Path) -> list[str]:
+    """The text of a notebook, in which copies in ``executed/`` lead one folder further up."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = ("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return [words.replace("](../../", "](../") for words in text]
 
 
 def on_config(config):
@@ -47,12 +54,17 @@ def on_config(config):
     return config
 
 
-@event_priority(100)  # before mkdocs-jupyter, which makes pages of the notebooks that it finds
+def notebook_page(config, path: str, file: Path) -> NotebookFile:
+    """A notebook as mkdocs-jupyter makes a page of it, wherever its file lies."""
+    page = NotebookFile(File.generated(config, path, abs_src_path=str(file)), **config)
+    page.abs_src_path = str(file)  # else it would be sought in docs/
+    return page
+
+
 def on_files(files, config):
     for source in notebooks():
-        path = f"notebooks/{source.name}"
-        files.append(File.generated(config, path, abs_src_path=str(shown(source))))
-        if picture := first_picture(shown(source)):
+        files.append(notebook_page(config, f"notebooks/{source.name}", shown(source)))
+        if picture := first_picture(shown(source)) or published_picture(source):
             files.append(File.generated(config, f"cards/{source.stem}.png", content=picture))
     for name, page in PAGES.items():
         files.append(File.generated(config, page, content=of_site((ROOT / name).read_text())))
@@ -75,6 +87,12 @@ def first_picture(notebook: Path) -> bytes | None:
             if "image/png" in output.get("data", {}):
                 return base64.b64decode("".join(output["data"]["image/png"]))
     return None
+
+
+def published_picture(source: Path) -> bytes | None:
+    """The first published figure of a lesson; None where there is none."""
+    pictures = sorted((ROOT / "figures").glob(f"{source.name[:2]}_*.png"))
+    return pictures[0].read_bytes() if pictures else None
 
 
 def home(readme: str) -> str:
@@ -149,6 +167,10 @@ def on_post_page(output, page, config):
     before, wrapper, inside = output.partition('<div class="jupyter-wrapper">')
     line = colab(config.repo_url, Path(page.file.src_uri).name)
     output = before + line + wrapper + in_words(inside)
+    output = re.sub(r'href="(?:\.\./)+docs/(\w+)\.md(#[^"]*)?"', r'href="../../\1/\2"', output)
+    output = re.sub(r'src="(?:\.\./)+docs/(\w+\.(?:svg|gif|png))"', r'src="../../\1"', output)
+    for name, there in PAGES.items():
+        output = output.replace(f'href="../{name}"', f'href="../../{Path(there).stem}/"')
     return re.sub(
         r'href="(?!https?:)([^"#]*/)?(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="../\2/\3"', output
     )
