@@ -733,7 +733,7 @@ def do_plan(args) -> None:
         from mimrefiner.study.benchmarks import cost_text
 
         given = None if memory == Memory() else memory
-        print(cost_text(args.model, args.recipe, args.tflops, given))
+        print(cost_text(args.model, args.recipe, args.gpus, args.tflops, given))
         return
     if args.recipe:
         print(finetune_plan(args.model, args.recipe, args.gpus, args.tflops, memory))

@@ -213,5 +213,7 @@ def test_the_plan_foresees_both(capsys):
     assert "570 runs" in said and f"{hours:,.1f} GPU-hours in all" in said
     assert main(["plan", "mae_l16", "imagenet", "--recipe", "upernet"]) == 0
     assert "441.5 M parameters, 2,497.6 GFLOPs per 512 px image" in capsys.readouterr().out
+    assert main(["plan", "mae_l16", "imagenet", "--recipe", "upernet", "--gpus", "3"]) == 2
+    assert "expected gpus >= 1 that divide the batch of 16, got 3" in capsys.readouterr().err
     assert main(["plan", "mae_l16", "imagenet", "--recipe", "upernet", "--tflops", "-1"]) == 2
     assert "expected tflops > 0" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peak import PeakBytes
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -456,6 +457,25 @@ def test_parameters_and_operations_are_those_of_the_network(shape):
         model(images)
     # The patch embedding is a convolution whose input needs no gradient
     assert benchmark_cost.upernet_flops(shape, config) == counter.get_total_flops()
+
+
+def test_fine_tuning_takes_the_memory_that_the_plan_says():
+    """The second step, when gradients and moments exist; the plan may be cautious, not too low."""
+    shape, config = ViTShape(64, 16, 192, 4, 3, 768), upernet.UperNetConfig(20, 128)
+    recipe = segment.SegmentationRecipe(config, batch_size=4)
+    model = upernet.UperNet(released_encoder(ReleasedViT(shape)), config).train()
+    optimizer = torch.optim.AdamW(segment.parameter_groups(model, recipe), lr=1e-4)
+    images, masks = torch.randn(4, 3, 128, 128), torch.randint(20, (4, 128, 128))
+    with PeakBytes() as measured:
+        measured.add([*model.parameters(), *model.buffers(), images, masks])
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.draw_paths(4, torch.default_generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = sum(segment.pixel_loss(x, masks) for x in model(images))
+            loss.backward()
+            optimizer.step()
+    assert 1 < benchmark_cost.segmentation_bytes(shape, recipe) / measured.peak < 1.35
 
 
 def test_upernet_l_has_the_parameters_of_beit_l_with_upernet():

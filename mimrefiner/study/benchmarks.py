@@ -37,6 +37,7 @@ from mimrefiner.probes.vtab import (
 from mimrefiner.study.plan import shape_of
 from mimrefiner.study.tables import markdown_table
 from mimrefiner.training.benchmark_cost import (
+    segmentation_bytes,
     segmentation_total,
     upernet_flops,
     upernet_parameters,
@@ -141,17 +142,24 @@ def dense_into(
     return rows
 
 
-def cost_text(model: str, benchmark: str, tflops: float = 312, memory: Memory | None = None) -> str:
+def cost_text(
+    model: str,
+    benchmark: str,
+    gpus: int = 1,
+    tflops: float = 312,
+    memory: Memory | None = None,
+) -> str:
     """What a benchmark costs, as text.
 
     Args:
         model: a plain ViT of the table of models.
         benchmark: "upernet", or "vtab1k", whose runs take one GPU each.
+        gpus: how many share UperNet's batch.
         tflops: the peak of one GPU in bfloat16, TFLOP/s.
         memory: what trades time for memory in VTAB-1K; None takes the recipe's own.
 
-    >>> print(cost_text("mae_l16", "upernet"))
-    mae_l16, upernet: 441.5 M parameters, 2,497.6 GFLOPs per 512 px image, 42.7 GPU-hours
+    >>> print(cost_text("mae_l16", "upernet").partition(", ")[2])
+    upernet: 441.5 M parameters, 2,497.6 GFLOPs per 512 px image, 46.6 GiB, 42.7 GPU-hours
     """
     s = shape_of(model)
     if not 0 < tflops < math.inf:
@@ -161,9 +169,11 @@ def cost_text(model: str, benchmark: str, tflops: float = 312, memory: Memory | 
         hours = gpu_hours(segmentation_total(s, recipe), tflops)
         weights = upernet_parameters(s, recipe.model) / 1e6
         work = upernet_flops(s, recipe.model) / 1e9
+        room = segmentation_bytes(s, recipe, gpus) / 2**30
         return (
             f"{model}, upernet: {weights:,.1f} M parameters, {work:,.1f} GFLOPs per "
-            f"{recipe.model.size} px image, {hours:,.1f} GPU-hours"
+            f"{recipe.model.size} px image, {room:,.1f} GiB{' on each GPU' * (gpus > 1)}, "
+            f"{hours:,.1f} GPU-hours"
         )
     one_of("benchmark", benchmark, ("upernet", "vtab1k"))
     protocol = VTABProtocol(RECIPE_2B14 if s.dim > WIDEST else RECIPE)
