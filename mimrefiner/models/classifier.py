@@ -93,8 +93,8 @@ class ImageClassifier(nn.Module):
         drawn = [kept_rows(path.rate, batch, generator) for path in self.paths]
         return torch.stack(drawn) if drawn else torch.empty(0, batch)
 
-    def use_paths(self, factors: Tensor) -> None:
-        """Let the next forward passes in training use ``factors``, (paths, batch)."""
+    def use_paths(self, factors: Tensor | list[None]) -> None:
+        """Let the next forward passes in training use ``factors``, (paths, batch); None for all."""
         for path, factor in zip(self.paths, factors, strict=True):
             path.factor = factor
 

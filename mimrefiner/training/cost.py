@@ -348,30 +348,32 @@ def warn_of_pretraining(
     """Warn, with advice, if pre-training ``model`` will probably not fit the GPU ``device``."""
     if card := card_bytes(device):
         needed = pretrain_bytes(
-            _shape(model.encoder), config, gpus=distributed.world(), shard=shard
+            vit_shape(model.encoder), config, gpus=distributed.world(), shard=shard
         )
-        _warn_if_too_large({"stage 1 (pre-training)": needed}, card, PRETRAIN_ADVICE)
+        warn_if_too_large({"stage 1 (pre-training)": needed}, card, PRETRAIN_ADVICE)
 
 
 def warn_of_refinement(refiner: MIMRefiner, memory: Memory) -> None:
     """Warn, with advice, if refinement will probably not fit the GPU that ``refiner`` is on."""
     if card := card_bytes(next(refiner.parameters()).device):
-        s, how = _shape(refiner.encoder), {"gpus": distributed.world(), "memory": memory}
+        s, how = vit_shape(refiner.encoder), {"gpus": distributed.world(), "memory": memory}
         needed = {
             name: training_bytes(s, refiner.config, train_encoder=train, **how)
             for name, train in (("stage 2 (heads)", False), ("stage 3 (refinement)", True))
         }
-        _warn_if_too_large(needed, card, ADVICE)
+        warn_if_too_large(needed, card, ADVICE)
 
 
-def _shape(encoder: torch.nn.Module) -> ViTShape:
+def vit_shape(encoder: torch.nn.Module) -> ViTShape:
+    """The sizes of a plain ViT as far as costs depend on them (attention heads do not count)."""
     grid, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
     dim, linear = encoder.embed_dim, torch.nn.Linear
     widths = [x.out_features for x in encoder.blocks[0].mlp.modules() if isinstance(x, linear)]
     return ViTShape(grid[0] * patch, patch, dim, len(encoder.blocks), 1, sum(widths) - dim)
 
 
-def _warn_if_too_large(stages: dict[str, float], card: float, advice: str) -> None:
+def warn_if_too_large(stages: dict[str, float], card: float, advice: str) -> None:
+    """Warn of every stage, name -> bytes, that needs more than a GPU of ``card`` bytes has."""
     for name, needed in stages.items():
         if needed > card and distributed.rank() == 0:
             logger.warning(

@@ -1,15 +1,22 @@
 """What a recipe of fine-tuning costs in operations and memory, by formula."""
 
+import torch
+
+from mimrefiner import distributed
 from mimrefiner.errors import InputError
+from mimrefiner.models.classifier import ImageClassifier
 from mimrefiner.models.layouts import ViTShape
 from mimrefiner.training.cost import (
     SPARE,
     activation_bytes,
     block_flops,
+    card_bytes,
     embed_flops,
     forward_flops,
     kept_bytes,
     parameters,
+    vit_shape,
+    warn_if_too_large,
 )
 from mimrefiner.training.memory import PLENTY, Memory
 from mimrefiner.training.optim import stage_steps
@@ -75,3 +82,14 @@ def finetune_bytes(
     # A batch as it came, normalised and mixed, and its copies in bfloat16
     images = share * pixels * (1 + 4 + 4) + at_once * pixels * 2
     return SPARE * (states + 2 * trained * weights + at_once * kept + images)
+
+
+def warn_of_finetuning(
+    model: ImageClassifier, recipe: FinetuneRecipe, memory: Memory, advice: str
+) -> None:
+    """Warn, with advice, if fine-tuning will probably not fit the GPU that ``model`` is on."""
+    device: torch.device = next(model.parameters()).device
+    if card := card_bytes(device):
+        shape, gpus = vit_shape(model.encoder), distributed.world()
+        needed = finetune_bytes(shape, recipe, model.head.classes, gpus=gpus, memory=memory)
+        warn_if_too_large({"fine-tuning": needed}, card, advice)
