@@ -5,6 +5,7 @@ Commands import what they need when they are called, so that help and lists come
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -16,13 +17,16 @@ from pathlib import Path
 
 from mimrefiner.config import AUTO
 from mimrefiner.errors import InputError, Stopped
-from mimrefiner.files import cache_folder, check_writable, data_folder
+from mimrefiner.files import cache_folder, check_writable, data_folder, variable_folder
 from mimrefiner.notices import show_notices
 
 PRESETS = (
     "smoke, tiny, fashion, natural, natural-simmim, natural-gpu, gpu, "
     "or paper-MODEL as listed in REPRODUCING.md"
 )
+MODEL = "timm name, packaged name, file, folder or NAME@FILE (docs/models.md)"
+NUM_HEADS = "attention heads, where a file of weights does not tell"
+LIKE = "prepare images as this timm model does, where a file of weights does not tell"
 MONITORED = 10_000  # images on either side of the k-NN that --watch does
 CHANGES = {  # option of refine -> the field of RefineConfig that it replaces
     "top_k": "refine_top_k",
@@ -153,9 +157,9 @@ def add_refine(commands) -> None:
     )
     what = "train heads, then encoder and heads (stages 2 and 3)"
     add = _command(commands, "refine", do_refine, what, example)
-    model = "timm name or .safetensors file (default: the preset's own, pre-trained first)"
+    model = "timm name, file, folder or NAME@FILE (default: the preset's own, pre-trained first)"
     add("--model", help=model)
-    add("--no-pretrained", action="store_true", help="random weights for a timm name")
+    _encoder_arguments(add, "random weights for a timm name")
     blocks = (
         "0-based blocks that get a head, such as 8,9,10,11, or auto: the one at which nearest "
         "neighbours agree most and all behind it (default: the last third)"
@@ -180,7 +184,7 @@ def add_refine(commands) -> None:
 
 
 def do_refine(args) -> None:
-    from mimrefiner import load_encoder, refine
+    from mimrefiner import refine
     from mimrefiner.study.store import pretrained
     from mimrefiner.training.memory import Memory
     from mimrefiner.training.placement import placed
@@ -191,7 +195,7 @@ def do_refine(args) -> None:
     preset, dataset = _preset_and_data(args)
     monitor = _monitor(args, preset, dataset) if args.watch else None
     if args.model:
-        encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+        encoder = _encoder(args)
     elif args.preset.startswith("paper-"):
         raise InputError(f"{args.preset} refines published weights: give them by --model")
     else:
@@ -246,8 +250,8 @@ def add_probe(commands) -> None:
     add = _command(
         commands, "probe", do_probe, "report how good every block of a model is", example
     )
-    add("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
-    add("data", metavar="DATA", help="data set by name or path")
+    add("model", metavar="MODEL", help=MODEL)
+    add("data", metavar="DATA", help="data set by name or path, see mimrefiner datasets")
     blocks = "all, or 0-based blocks with commas between (default: all)"
     add("--blocks", default="all", help=blocks)
     pools = "such as cls,mean,cls+mean,cls_last4,cls+mean_last4 (default: cls,mean where there are)"
@@ -257,7 +261,7 @@ def add_probe(commands) -> None:
     shots = "low_shot: images per class, or shares such as 0.01 (default: 1,2,5)"
     add("--shots", default="1,2,5", help=shots)
     add("--clusters", type=int, help="cluster: how many (default: as many as classes)")
-    add("--no-pretrained", action="store_true", help="random weights")
+    _encoder_arguments(add)
     add("--no-baselines", action="store_true", help="leave out raw pixels and random weights")
     add("--resume", action="store_true", help="keep the probes that are finished in --out")
     cache = "folder that keeps the features, to go on after a kill (default: memory)"
@@ -285,8 +289,9 @@ def do_probe(args) -> None:
         raise InputError(f"--batch-size must be >= 1, got {args.batch_size}")
     shots = _numbers("--shots", args.shots)
     check_writable(args.out)
+    named = args.num_heads is None and args.like is None
     table = probe(
-        args.model,
+        args.model if named else _encoder(args),
         args.data,
         blocks=args.blocks if args.blocks == "all" else _integers("--blocks", args.blocks),
         pools=None if args.pools is None else _parts(args.pools),
@@ -315,7 +320,8 @@ def add_explore(commands) -> None:
     add = _command(commands, "explore", do_explore, what, example)
     add("before", metavar="BEFORE", help="anything that load_encoder takes")
     add("after", metavar="AFTER", nargs="?", help="another encoder, shown beside the first")
-    add("data", metavar="DATA", help="data set by name or path")
+    add("data", metavar="DATA", help="data set by name or path, see mimrefiner datasets")
+    _encoder_arguments(add)
     add("--pool", help="cls, mean or joined ones (default: cls where all have it, else mean)")
     images = "test images shown, at most 1500 (default: 1000)"
     add("--images", type=int, default=1000, metavar="N", help=images)
@@ -332,7 +338,9 @@ def do_explore(args) -> None:
     from mimrefiner.study.explorer import Settings, write
 
     settings = Settings(args.pool, args.images, args.limit, args.map, args.seed)
-    print(write(args.out, args.data, args.before, args.after, settings, num_workers=args.workers))
+    given = (args.before, args.after)
+    before, after = (x if _plainly(args) or x is None else _encoder(args, x) for x in given)
+    print(write(args.out, args.data, before, after, settings, num_workers=args.workers))
 
 
 def add_finetune(commands) -> None:
@@ -394,8 +402,8 @@ def add_low_shot(commands) -> None:
         "--lists subsets1/1imgs_class.txt,subsets2/1imgs_class.txt --out DIR"
     )
     add = _command(commands, "low-shot", do_low_shot, what, example)
-    add("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
-    add("data", metavar="DATA", help="data set by name or path")
+    add("model", metavar="MODEL", help=MODEL)
+    add("data", metavar="DATA", help="data set by name or path, see mimrefiner datasets")
     add("--labels", required=True, help="images per class, such as 1, or a share such as 0.01")
     lists = "published lists with commas between, or inat18:1,inat18:2 (default: draw three)"
     add("--lists", default="", help=lists)
@@ -434,8 +442,8 @@ def do_low_shot(args) -> None:
 
 
 def _labelled_arguments(add) -> None:
-    add("model", metavar="MODEL", help="timm name, packaged name or .safetensors file")
-    add("data", metavar="DATA", help="data set by name or path")
+    add("model", metavar="MODEL", help=MODEL)
+    add("data", metavar="DATA", help="data set by name or path, see mimrefiner datasets")
     labels = "images per class, such as 1, or a share such as 0.01 (default: all)"
     add("--labels", metavar="N", help=labels)
     listed = "file with the names of the images, or inat18:SPLIT (default: drawn by --seed)"
@@ -447,7 +455,7 @@ def _labelled_arguments(add) -> None:
     best = "report the best on the test images, as the paper does (implies --all-images)"
     add("--best-on-test", action="store_true", help=best)
     add("--size", type=int, metavar="PX", help="side of the images (default: the model's own)")
-    add("--no-pretrained", action="store_true", help="random weights")
+    _encoder_arguments(add)
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=0, help="loader processes (default: 0)")
     resume = "go on from the newest valid checkpoint in --out"
@@ -459,11 +467,10 @@ def _labelled_arguments(add) -> None:
 
 def _encoder_and_labelled(args):
     """The model, and the images that it is trained and tested on."""
-    from mimrefiner import load_encoder
     from mimrefiner.study.labelled import labelled_sets
 
     check_writable(args.out)
-    encoder = load_encoder(args.model, image_size=args.size, pretrained=not args.no_pretrained)
+    encoder = _encoder(args, image_size=args.size)
     labels = _numbers("--labels", args.labels)[0] if args.labels else None
     whole = args.all_images or args.best_on_test
     return encoder, labelled_sets(
@@ -506,7 +513,7 @@ def add_segment(commands) -> None:
     add("--batch-size", type=int, help="images of a step (default: 16)")
     best = "report the best rate and evaluation on the test images, as the paper does"
     add("--best-on-test", action="store_true", help=f"linear, blocks: {best}")
-    add("--no-pretrained", action="store_true", help="random weights for a timm name")
+    _encoder_arguments(add, "random weights for a timm name")
     _running_arguments(add)
     save_every = "between checkpoints of upernet (default: 5000)"
     add("--save-every", type=int, default=5000, metavar="STEPS", help=save_every)
@@ -530,7 +537,6 @@ def do_segment(args) -> None:
 
 
 def _upernet(args, train, val):
-    from mimrefiner import load_encoder
     from mimrefiner.study.benchmarks import upernet_into
     from mimrefiner.training.segment import SegmentationRecipe
 
@@ -540,22 +546,21 @@ def _upernet(args, train, val):
     recipe = replace(recipe, model=replace(recipe.model, classes=args.classes))
     if args.size is not None:
         recipe = recipe.at(args.size)
-    encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+    encoder = _encoder(args)
     how = {"save_every": args.save_every, "resume": args.resume, "num_workers": args.workers}
     return upernet_into(args.out, encoder, train, val, recipe, **how)
 
 
 def _dense(args, train, val):
-    from mimrefiner import load_encoder
     from mimrefiner.data.scenes import Labels
     from mimrefiner.device import default_device
-    from mimrefiner.models.blocks import depth_of
+    from mimrefiner.models.blocks import depth_of, input_size
     from mimrefiner.probes.dense import ade20k, ade20k_transfer
     from mimrefiner.study.benchmarks import dense_into
 
-    encoder = load_encoder(args.model, image_size=args.size, pretrained=not args.no_pretrained)
+    encoder = _encoder(args, image_size=args.size)
     config = ade20k() if args.probe == "blocks" else ade20k_transfer(depth_of(encoder))
-    config = config.at(encoder.pretrained_cfg["input_size"][-1])
+    config = config.at(input_size(encoder)[-1])
     changes = {"epochs": args.epochs, "batch_size": args.batch_size}
     changes = {name: x for name, x in changes.items() if x is not None}
     labels = Labels(args.classes, ignore_zero=not args.count_zero)
@@ -582,7 +587,7 @@ def add_vtab(commands) -> None:
     add("--batch-size", type=int, help="images of a step (default: 64)")
     micro_batch = "images that pass the encoder at a time (default: 8 for 2B/14, else all)"
     add("--micro-batch", type=int, metavar="N", help=micro_batch)
-    add("--no-pretrained", action="store_true", help="random weights for a timm name")
+    _encoder_arguments(add, "random weights for a timm name")
     _shared_arguments(add)
 
 
@@ -591,7 +596,6 @@ def do_vtab(args) -> None:
 
 
 def _vtab1k(args) -> None:
-    from mimrefiner import load_encoder
     from mimrefiner.data import vtab as data
     from mimrefiner.probes import vtab
     from mimrefiner.study.benchmarks import vtab_into
@@ -603,7 +607,7 @@ def _vtab1k(args) -> None:
     names = list(data.IN_TORCHVISION) if drawn and names is None else names
     tasks = data.tasks_named(names)
     read = data.draw_task if drawn else partial(data.read_task, Path(args.data))
-    encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+    encoder = _encoder(args)
     large = encoder.embed_dim > vtab.WIDEST
     given = {"epochs": args.epochs, "batch_size": args.batch_size}
     given = {name: value for name, value in given.items() if value is not None}
@@ -624,7 +628,6 @@ def _vtab1k(args) -> None:
 
 
 def _vtab6(args) -> None:
-    from mimrefiner import load_encoder
     from mimrefiner.data.vtab import SIX
     from mimrefiner.probes.vtab import LINEAR_6, Computing
     from mimrefiner.study.benchmarks import six_into
@@ -635,7 +638,7 @@ def _vtab6(args) -> None:
     names = tuple(SIX) if args.datasets is None else _parts(args.datasets)
     given = {"epochs": args.epochs, "batch_size": args.batch_size}
     recipe = replace(LINEAR_6, **{name: x for name, x in given.items() if x is not None})
-    encoder = load_encoder(args.model, pretrained=not args.no_pretrained)
+    encoder = _encoder(args)
     check_writable(args.out)
     _share(args)
     how = {"best_on_test": args.best_on_test, "computing": Computing(num_workers=args.workers)}
@@ -708,7 +711,8 @@ def add_plan(commands) -> None:
     what = "foresee memory and GPU-hours of a model, from formulas"
     example = "mimrefiner plan d2v2_refined_h14 imagenet --gpus 8"
     add = _command(commands, "plan", do_plan, what, example)
-    add("model", help="a plain ViT of the table of models")
+    add("model", help="a plain ViT of the table of models, or what load_encoder takes")
+    add("--num-heads", type=int, help=NUM_HEADS)
     data = "imagenet, another data set by name or path, or a number of training images"
     add("data", help=data)
     preset = f"paper (by the model's size), {PRESETS} (default: paper)"
@@ -738,7 +742,8 @@ def do_plan(args) -> None:
     if args.recipe:
         print(finetune_plan(args.model, args.recipe, args.gpus, args.tflops, memory))
         return
-    print(plan_text(args.model, args.data, args.preset, args.gpus, args.tflops, memory))
+    how = (args.preset, args.gpus, args.tflops, memory)
+    print(plan_text(args.model, args.data, *how, num_heads=args.num_heads))
 
 
 def add_export(commands) -> None:
@@ -751,14 +756,16 @@ def add_export(commands) -> None:
     add("--format", default="timm", help=form)
     dtype = "of the weights in the file: float32, bfloat16 or float16 (default: as they are)"
     add("--dtype", help=dtype)
-    add("--heads", type=int, help="attention heads, where a published file does not tell")
+    add("--num-heads", "--heads", type=int, help=NUM_HEADS)
+    add("--like", metavar="TIMM_NAME", help=LIKE)
 
 
 def do_export(args) -> None:
     from mimrefiner import load_encoder
     from mimrefiner.models.export import export
 
-    print(export(load_encoder(args.model, num_heads=args.heads), args.to, args.format, args.dtype))
+    encoder = load_encoder(args.model, num_heads=args.num_heads, like=args.like)
+    print(export(encoder, args.to, args.format, args.dtype))
 
 
 COMMANDS = (
@@ -791,8 +798,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
-    arguments = sys.argv[1:] if arguments is None else arguments
+    # Lists of paths that were written on Windows end in \r
+    arguments = [x.strip("\r\n") for x in (sys.argv[1:] if arguments is None else arguments)]
     args = parser.parse_args(arguments, argparse.Namespace(arguments=arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack signs such as ±
     show_notices()
     if not sys.stderr.isatty():
         os.environ.setdefault("MIMREFINER_PROGRESS", "log")
@@ -827,15 +838,23 @@ def _can_be_mended(error: OSError, args) -> bool:
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return True
     given = [value for value in vars(args).values() if isinstance(value, str | Path)]
-    named = [re.sub("^(imagefolder|parquet):", "", str(value)) for value in given]
-    named += [cache_folder(), data_folder(), os.environ.get("MIMREFINER_IMAGENET")]
+    named = [re.sub("^[a-z0-9_]+:|,(column|label)=.*$", "", str(value)) for value in given]
+    with contextlib.suppress(InputError):  # where there is no home, it is not meant
+        named += [cache_folder(), data_folder(), variable_folder("MIMREFINER_IMAGENET")]
     file = Path(os.fsdecode(error.filename)).resolve()
     return any(file.is_relative_to(Path(path).resolve()) for path in named if path)
 
 
 def _processes():
     """The process group where ``torchrun`` started this command; its import is slow."""
-    if "WORLD_SIZE" not in os.environ:
+    world = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if "RANK" not in os.environ and world != "1":
+        raise InputError(
+            f"WORLD_SIZE is {world} and RANK is not set: start several processes by torchrun, or "
+            "unset WORLD_SIZE"
+        )
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        os.environ.pop("WORLD_SIZE", None)
         return contextlib.nullcontext()
     from mimrefiner.training.engine import processes
 
@@ -849,6 +868,26 @@ def _command(commands, name: str, do, what: str, example: str):
     )
     parser.set_defaults(do=do)
     return parser.add_argument
+
+
+def _encoder_arguments(add, no_pretrained: str = "random weights") -> None:
+    """What :func:`load_encoder` is told beside the model."""
+    add("--no-pretrained", action="store_true", help=no_pretrained)
+    add("--num-heads", type=int, metavar="N", help=NUM_HEADS)
+    add("--like", metavar="TIMM_NAME", help=LIKE)
+
+
+def _plainly(args) -> bool:
+    """Whether the name of the model says all about it."""
+    return args.num_heads is None and args.like is None and not args.no_pretrained
+
+
+def _encoder(args, source: str | None = None, **options):
+    """The encoder that a command was given, or the one that ``source`` names."""
+    from mimrefiner import load_encoder
+
+    options |= {"num_heads": args.num_heads, "like": args.like}
+    return load_encoder(source or args.model, pretrained=not args.no_pretrained, **options)
 
 
 def _memory_arguments(add) -> None:

@@ -73,12 +73,40 @@ def first_line(error: BaseException) -> str:
 
 def cache_folder() -> Path:
     """Where trained models and downloads lie: ``$MIMREFINER_CACHE``, or ``~/.cache/mimrefiner``."""
-    return Path(os.environ.get("MIMREFINER_CACHE") or "~/.cache/mimrefiner").expanduser()
+    return variable_folder("MIMREFINER_CACHE") or _home() / ".cache" / "mimrefiner"
 
 
 def data_folder() -> Path:
     """Where downloaded data sets lie: ``$MIMREFINER_DATA``, or ``~/.cache/mimrefiner/data``."""
-    return Path(os.environ.get("MIMREFINER_DATA") or "~/.cache/mimrefiner/data").expanduser()
+    return variable_folder("MIMREFINER_DATA") or _home() / ".cache" / "mimrefiner" / "data"
+
+
+def variable_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names, ``~`` expanded; None where it is empty.
+
+    >>> os.environ["MIMREFINER_EXAMPLE"] = " /data/images\\r"
+    >>> variable_folder("MIMREFINER_EXAMPLE").as_posix()
+    '/data/images'
+    """
+    text = os.environ.get(variable, "").strip()
+    return expanded(text) if text else None
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with its ``~``; InputError where nothing says which folder that is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # neither $HOME nor an entry of this user
+        raise InputError(f"{path}: no home folder is known here, give a whole path") from error
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise InputError(
+            "no home folder is known here: set MIMREFINER_CACHE and MIMREFINER_DATA to folders"
+        ) from error
 
 
 def project_folder() -> Path:
@@ -98,7 +126,8 @@ def write_csv(frame: "pd.DataFrame", path: Path) -> None:
 def write_json(value, path: Path) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, default=_jsonable) + "\n")
+        text = json.dumps(value, indent=2, default=_jsonable) + "\n"
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check_writable(folder: Path) -> None:

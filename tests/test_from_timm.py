@@ -161,6 +161,13 @@ def timm_folder(folder, theirs, name, **config):
     return folder
 
 
+def test_a_callers_own_model_is_saved_with_its_sizes(tmp_path):
+    sizes = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 2}
+    theirs = random("vit_tiny_patch16_224", **sizes)
+    save_encoder(theirs, tmp_path / "own.safetensors")
+    same(mr.load_encoder(tmp_path / "own.safetensors"), theirs, 64)
+
+
 def test_a_folder_as_timm_writes_it(tmp_path):
     theirs = random("test_vit", img_size=64, depth=2)
     settings = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "crop_pct": 1.0, "unknown": 3}

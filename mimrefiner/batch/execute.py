@@ -16,6 +16,8 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME as NATIVE_KERNEL
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 from mimrefiner.files import Entry, atomic_file, write_json
 
@@ -58,10 +60,12 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     """
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     unfinished = out / "notebooks" / f"{notebook.stem}.unfinished.ipynb"
+    kernel, missing = kernel_of(notebook)
     executed = papermill.execute_notebook(
         notebook,
         unfinished,
         parameters,
+        kernel_name=kernel,
         cwd=str(notebook.parent),
         progress_bar=False,
         stdout_file=sys.stdout,
@@ -74,6 +78,22 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     with atomic_file(out / "notebooks" / notebook.name) as temporary:
         nbformat.write(executed, temporary)
     unfinished.unlink()
+    if missing:
+        print(f"there is no kernel {missing!r} here: {notebook.name} ran in {sys.executable}")
+
+
+def kernel_of(notebook: Path) -> tuple[str, str]:
+    """The kernel that executes ``notebook``, and the one that it names, if that does not exist.
+
+    Then this interpreter executes it, which Jupyter calls ``python3`` unless told otherwise.
+    """
+    metadata = nbformat.read(notebook, as_version=4).metadata
+    named = metadata.get("kernelspec", {}).get("name", NATIVE_KERNEL)
+    try:
+        KernelSpecManager().get_kernel_spec(named)
+    except NoSuchKernel:
+        return NATIVE_KERNEL, named
+    return named, ""
 
 
 def entry(out: Path, name: str, settings: dict) -> Entry:

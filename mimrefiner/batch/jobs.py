@@ -301,7 +301,7 @@ class Board:
             self.bars.popitem()[1].close()
 
     def _line(self, text: str) -> None:
-        with self.log.open("a") as stream:
+        with self.log.open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.live:
             tqdm.write(text, file=sys.stdout)  # above the bars

@@ -97,10 +97,10 @@ def run_notebooks(
         InputError: before any work, a name, a parameter or an option is wrong; at the end, a
             notebook has failed.
     """
-    batch, extra, out = batch or Batch(), parameters or {}, Path(out).resolve()
+    batch, extra, out, seeds = batch or Batch(), parameters or {}, Path(out).resolve(), str(seeds)
     base, seed_list, notebooks = load_preset(preset), parse_seeds(seeds), find_notebooks(names)
     check_batch(batch)
-    _check_parameters(notebooks, {"preset": preset, "seeds": seeds, "out": str(out)}, extra)
+    extra = _checked(notebooks, {"preset": preset, "seeds": seeds, "out": str(out)}, extra)
     check_writable(out)
     here, began = environment(), time.monotonic()
     records = _entries(notebooks, out, {"preset": preset, "seeds": seeds, **extra}, base)
@@ -189,16 +189,22 @@ def collect(out: Path) -> None:
     claims = claims_table(pd.read_csv(out / "claims.csv"))
     write_table(claims, out / "tables" / "claims")
     with atomic_file(out / "claims.md") as temporary:
-        temporary.write_text(markdown_table(claims))
+        temporary.write_text(markdown_table(claims), encoding="utf-8")
 
 
-def _check_parameters(notebooks: list[Path], given: dict, extra: dict) -> None:
-    """InputError for a parameter that a notebook does not declare, or that has its own option."""
+def _checked(notebooks: list[Path], given: dict, extra: dict) -> dict:
+    """``extra`` in the types that notebooks declare.
+
+    Raises:
+        InputError: a parameter that a notebook does not declare, or that has its own option.
+    """
     if taken := sorted(given.keys() & extra.keys()):
         options = ", ".join(f"--{name}" for name in taken)
         raise InputError(f"give {options} in place of -p {', '.join(taken)}")
     for notebook in notebooks:
-        compare_parameters(declared_parameters(notebook), given | extra)
+        fitting = compare_parameters(declared_parameters(notebook), given | extra)
+        extra = {name: fitting[name] for name in extra}
+    return extra
 
 
 def _entries(notebooks: list[Path], out: Path, parameters: dict, base: Preset) -> dict[Path, Entry]:
@@ -311,7 +317,7 @@ def _raise_failures(jobs: list[Job], out: Path) -> None:
     for job in jobs:
         file, what = failure_file(out, job.name), f"{job.state}{job.why and f', {job.why}'}"
         if file.is_file():
-            failure = json.loads(file.read_text())
+            failure = json.loads(file.read_text(encoding="utf-8"))
             what = f"failed in cell {failure['cell']}: {failure['error']}"
         said.append(f"{job.name} {what}")
         if job.state == "failed":
@@ -325,7 +331,8 @@ def _raise_failures(jobs: list[Job], out: Path) -> None:
 
 def _tell(out: Path, seconds: float) -> None:
     """Print the claims and where everything is."""
-    print(f"\n{(out / 'claims.md').read_text()}")
+    claims = (out / "claims.md").read_text(encoding="utf-8")
+    print(f"\n{claims}")
     print(f"Done in {seconds:.0f} s.")
     places = {"rows": "results.csv", "claims": "claims.md"}
     for what in ("notebooks", "figures", "tables", "rows", "claims"):
@@ -347,7 +354,7 @@ def _records(out: Path) -> dict[str, dict]:
     """What is recorded of every notebook in ``out`` that is done, by name."""
     found = {}
     for file in sorted((out / "jobs").glob("*.json")):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         if "facts" in content:  # records of earlier versions have none
             settings, facts = content["settings"], content["facts"]
             found[file.stem] = {

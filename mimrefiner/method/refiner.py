@@ -198,8 +198,7 @@ def _check_encoder(encoder: nn.Module, config: RefineConfig) -> None:
             "expected a ViT, whose blocks see all patches"
         )
     depth, patch = len(encoder.blocks), encoder.patch_embed.patch_size[0]
-    config.resolve_blocks(depth)
-    check_pools(encoder, (config.pool,))
+    check_pools(encoder, (config.pool,), config.resolve_blocks(depth))
     for crop in config.views.crops:
         if crop.size % patch:
             raise InputError(f"crop size {crop.size} is not divisible by the patch size {patch}")

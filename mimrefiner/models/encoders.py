@@ -164,8 +164,8 @@ def load_encoder(
     """
     if image_size is not None and not (isinstance(image_size, Integral) and image_size >= 1):
         raise InputError(f"image_size must be a whole number >= 1, got {image_size}")
-    if num_heads is not None and num_heads < 1:
-        raise InputError(f"num_heads must be >= 1, got {num_heads}")
+    if num_heads is not None and not (isinstance(num_heads, Integral) and num_heads >= 1):
+        raise InputError(f"num_heads must be a whole number >= 1, got {num_heads!r}")
     settings = {} if like is None else _input_of(like)
     wishes = _Wishes(image_size, num_heads, pretrained, dtype, like)
     name, path = (str(source), file) if file is not None else _parted(source)
@@ -190,7 +190,7 @@ def _parted(source: str | Path) -> tuple[str, str | None]:
 
 def _input_of(like: str) -> dict:
     """How the timm model ``like`` prepares an image."""
-    name = like.removeprefix("timm/")
+    name = str(like).removeprefix("timm/")
     try:
         cfg = timm.get_pretrained_cfg(name) if from_timm.is_timm_name(name) else None
     except RuntimeError as error:
@@ -202,6 +202,8 @@ def _input_of(like: str) -> dict:
 
 def _by_name(source: str, wishes: _Wishes) -> nn.Module:
     """The encoder that ``source`` names: a row of the catalogue, a file, a folder, timm's."""
+    if "://" in source:
+        raise InputError(f"{source} is an address: download the file and give its path")
     row, path = BY_NAME.get(source), _file_of(source)
     if path is not None:
         config = path.parent / "config.json"
@@ -211,7 +213,9 @@ def _by_name(source: str, wishes: _Wishes) -> nn.Module:
     if row and row.url:
         return _published(row, wishes.pretrained, wishes.dtype)
     folder = expanded(source.removeprefix(LOCAL))
-    if folder.is_dir() or source.startswith(LOCAL):
+    # Results often lie in a folder that bears the name of a model
+    is_model = (folder / "config.json").is_file() or not from_timm.is_timm_name(source)
+    if source.startswith(LOCAL) or (folder.is_dir() and is_model):
         return _from_folder(folder, wishes)
     name = source.removeprefix("timm/")
     if name != source and not from_timm.is_timm_name(name):
@@ -369,6 +373,11 @@ def _from_own_file(path: Path, num_heads: int | None, pretrained: bool) -> nn.Mo
     else:
         arguments = json.loads(metadata.get("arguments", "{}"))
         encoder = from_timm.create(from_timm.Plan(architecture, arguments), config.image_size)
+        if vit_config(encoder) != config:  # timm.create_model(NAME, depth=6) tells nobody its depth
+            arguments |= {"embed_dim": config.dim, "patch_size": config.patch_size}
+            arguments |= {"depth": config.depth, "num_heads": config.num_heads}
+            plan = from_timm.Plan(architecture, arguments)
+            encoder = from_timm.create(plan, config.image_size)
     if pretrained:
         _check_shapes(path, encoder, tensors)
         encoder.load_state_dict(tensors)

@@ -157,6 +157,7 @@ FOREIGN = {  # a part of a key -> what the file looks like
     "embeddings.patch_embeddings": "a Hugging Face transformers ViT",
     "vision_encoder.": "a MAWS model with its text encoder (maws_clip)",
     "visual.": "an OpenCLIP model",
+    "conv_proj.": "a torchvision ViT",
     "relative_position_bias_table": "a BEiT or data2vec 1.0 model",
     "ls1.gamma": "a DINOv2 model",
 }

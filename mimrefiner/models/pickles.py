@@ -56,6 +56,8 @@ def allowed(source: Path | BinaryIO) -> list:
                 found |= {
                     arg for opcode, arg, _ in pickletools.genops(stream) if opcode.name == "GLOBAL"
                 }
+    if not isinstance(source, Path):
+        source.seek(0)  # torch.load tells the format from the bytes at this place
     classes = [tuple(name.split(" ")) for name in sorted(found)]
     settings = [name for name in classes if SETTINGS.match(name[0]) or name in PLAIN]
     return [*(_stand_in(*name) for name in settings), *_numpy_globals()]
@@ -159,7 +161,7 @@ def as_protocol_2(stream: BinaryIO) -> bytes:
             number = int(value)
             out.append(texts.get(number, b"j" + struct.pack("<I", number)))
         elif name == "STACK_GLOBAL":
-            *out, module, attribute = out
+            attribute, module = out.pop(), out.pop()
             out.append(f"c{module}\n{attribute}\n".encode())
         else:
             out.append(content[place - begin : stop])

@@ -82,7 +82,9 @@ def read_checkpoint(path: Path) -> dict:
 def _why(path: Path, error: Exception) -> str:
     """Why a checkpoint was not read: code that it refers to, or what the file is."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it refers to {found[1]}, which is refused because loading would run it"
+        refused = f"it refers to {found[1]}, which is refused because loading would run it"
+        whole = " (a whole model? save its state_dict())" if "GLOBAL timm." in str(error) else ""
+        return refused + whole
     if what := what_it_is(path):
         return what
     if "Unsupported operand" in str(error) or "persistent" in str(error):

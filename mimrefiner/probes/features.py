@@ -173,7 +173,7 @@ class Selection:
         """What :func:`extract_features` is asked for, checked against the encoder."""
         depth = depth_of(encoder)
         blocks = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
-        return cls(blocks, check_pools(encoder, pools), final_norm)
+        return cls(blocks, check_pools(encoder, pools, blocks), final_norm)
 
 
 @dataclass(frozen=True)

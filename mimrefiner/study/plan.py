@@ -7,7 +7,7 @@ from mimrefiner.config import RefineConfig
 from mimrefiner.data.datasets import load_dataset
 from mimrefiner.errors import InputError
 from mimrefiner.models.catalogue import BY_NAME
-from mimrefiner.models.layouts import ViTShape
+from mimrefiner.models.layouts import ReleasedViT, ViTShape
 from mimrefiner.study.presets import (
     IMAGENET_TRAIN,
     PAPER_SIZES,
@@ -22,6 +22,7 @@ from mimrefiner.training.cost import (
     make_plan,
     pretrain_bytes,
     pretrain_total,
+    vit_shape,
 )
 from mimrefiner.training.finetune_cost import finetune_bytes, finetune_total
 from mimrefiner.training.memory import PLENTY, Memory
@@ -37,15 +38,21 @@ TRAINING_IMAGES = {
 }
 
 
-def shape_of(model: str) -> ViTShape:
-    """Sizes of a plain ViT of the table of models."""
-    from mimrefiner.models.encoders import row_shape
+def shape_of(model: str, num_heads: int | None = None) -> ViTShape:
+    """Sizes of a plain ViT: a row of the table of models, or what ``load_encoder`` takes."""
+    from mimrefiner.models.encoders import load_encoder, row_shape
 
     row = BY_NAME.get(model)
-    if row is None or not row.dim:
+    if row is not None and row.dim:
+        return row_shape(row)
+    try:
+        encoder = load_encoder(model, num_heads=num_heads, pretrained=False)
+    except InputError as error:
+        raise InputError(f"no plan for {model!r}: {error}") from error
+    if not all(hasattr(encoder, part) for part in ("blocks", "embed_dim", "patch_embed")):
         names = ", ".join(name for name, m in BY_NAME.items() if m.dim)
-        raise InputError(f"no plan for {model!r}: choose one of {names}")
-    return row_shape(row)
+        raise InputError(f"no plan for {model!r}, which is no plain ViT: choose one of {names}")
+    return encoder.shape if isinstance(encoder, ReleasedViT) else vit_shape(encoder)
 
 
 def paper_recipe(s: ViTShape) -> RefineConfig:
@@ -88,21 +95,23 @@ def plan_text(
     gpus: int = 1,
     tflops: float = 312,
     memory: Memory = PLENTY,
+    num_heads: int | None = None,
 ) -> str:
     """The plan of refining ``model`` on ``data`` as text.
 
     Args:
-        model: a plain ViT of the table of models.
+        model: a plain ViT of the table of models, or what ``load_encoder`` takes.
         data: see :func:`count_images`.
         preset: its recipe; "paper" takes the paper's by the model's size.
         gpus: how many share the batch.
         tflops: the peak of one GPU in bfloat16, TFLOP/s.
         memory: what trades time for memory.
+        num_heads: attention heads, where a file does not tell.
 
     >>> print(plan_text("mae_l16", "imagenet").splitlines()[0])
     encoder      303.3 M parameters, 123.1 GFLOPs per 224 px image
     """
-    s = shape_of(model)
+    s = shape_of(model, num_heads)
     config = paper_recipe(s) if preset == "paper" else load_preset(preset).refine
     for crop in config.views.crops:
         if crop.size % s.patch_size:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from mimrefiner import distributed
 from mimrefiner.config import check_blocks
 from mimrefiner.data.datasets import ImageDataset, load_dataset
+from mimrefiner.data.rows import size_of
 from mimrefiner.device import default_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import Entry, atomic_file, write_csv, write_json
@@ -267,7 +268,7 @@ def make_plan(
         task.check(train, test)
     settings = {
         "weights_sha256": sha256_of(encoder),
-        "data": data if isinstance(data, str) else [len(train), len(test)],
+        "data": data if isinstance(data, str) else [size_of(train), size_of(test)],
         "blocks": list(numbers),
         "pools": list(pools),
         "seed": task.seed,

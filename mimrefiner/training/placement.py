@@ -113,7 +113,8 @@ def placed(
     asked = {"first weights": sha256_of(encoder), "data": data_hash(dataset)}
     asked |= {"pool": config.pool, "seed": config.seed}
     file = None if folder is None else folder / FILE
-    kept = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    there = file is not None and file.is_file()
+    kept = json.loads(file.read_text(encoding="utf-8")) if there else {}
     if asked.items() <= kept.items():
         percent = kept["percent"]
     else:
