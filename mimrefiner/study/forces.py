@@ -14,8 +14,8 @@ NEIGHBOUR = 15  # of the first image; the others' neighbours lie where their tar
 def on_circle(degrees) -> Tensor:
     """Unit vectors at these angles, (n, 2).
 
-    >>> on_circle([0, 90]).round().tolist()
-    [[1.0, -0.0], [-0.0, 1.0]]
+    >>> on_circle([0, 90]).round().abs().tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
     radians = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float32))
     return torch.stack([radians.cos(), radians.sin()], 1)
