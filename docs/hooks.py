@@ -128,13 +128,20 @@ def on_page_markdown(markdown, page, config, files):
 def math(text: str) -> str:
     """LaTeX between dollars as MathML, which browsers draw by themselves.
 
+    Raises:
+        ValueError: a command that the converter does not know.
+
     >>> math("no dollars")
     'no dollars'
     """
 
     def drawn(found) -> str:
         block, inline = found.groups()
-        return convert(html.unescape(block or inline), display="block" if block else "inline")
+        source = re.sub(r"\\arg\b", r"\\operatorname{arg}", html.unescape(block or inline))
+        tree = convert(source, display="block" if block else "inline")
+        if "\\" in tree:
+            raise ValueError(f"this LaTeX cannot be drawn as MathML: {source}")
+        return tree
 
     return MATH.sub(drawn, text)
 

@@ -261,6 +261,9 @@ def test_math_needs_no_network_and_leaves_code_alone(hooks):
     drawn = hooks.in_words(page)
     assert drawn.count("<math") == 2 and 'display="block"' in drawn and "<mfrac>" in drawn
     assert "<pre>a $x$ b</pre>" in drawn and "It costs $5" in drawn
+    assert "arg" in hooks.math(r"$\arg\max_q q$") and "\\" not in hooks.math(r"$\arg\max_q q$")
+    with pytest.raises(ValueError, match="cannot be drawn as MathML"):
+        hooks.math(r"$\nosuchthing x$")
     scripts = '<script src="https://cdn.x/a.js"></script><script>own()</script>'
     assert hooks.CDN.sub("", scripts) == "<script>own()</script>"
 
