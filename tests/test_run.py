@@ -417,3 +417,20 @@ def test_command_line_stops_on_sigterm_and_resumes(tmp_path, monkeypatch, capsys
     history.write_bytes(history.read_bytes()[:-1])
     assert main([*arguments, "--resume"]) == 2
     assert "but history.csv is missing or changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, [1, 2, 3, 4]), (1000, [4])])
+def test_checkpoints_by_minutes(smoke, some, tmp_path, monkeypatch, minutes, saved):
+    steps, save = [], Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state: steps.append(state["step"]) or save(self, state)
+    )
+    config = replace(smoke.pretrain, epochs=4 * smoke.pretrain.batch_size / len(some))
+    saving = Saving(tmp_path, every=None, minutes=minutes)
+    mr.pretrain(mr.build_vit(smoke.encoder), some, config, saving=saving)
+    assert steps == saved
+
+
+def test_minutes_between_checkpoints_are_positive(tmp_path):
+    with pytest.raises(mr.InputError, match="minutes between checkpoints must be > 0, got 0"):
+        Saving(tmp_path, every=None, minutes=0)
