@@ -34,7 +34,7 @@ HEAD = """# Results
 
 {summary}
 
-![Forest plot: eighteen differences with their intervals, by five questions](forest.svg)
+![Forest plot: differences with their intervals, by five questions](forest.svg)
 
 {sentences}
 
