@@ -485,7 +485,13 @@ def plot_arrows(
         unit: names the y axis.
     """
     figure, all_axes = plt.subplots(
-        1, len(groups), figsize=(PAGE, 2.7), sharey=True, layout="constrained", squeeze=False
+        1,
+        len(groups),
+        figsize=(PAGE, 2.8),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+        gridspec_kw={"width_ratios": [len(rows) for rows in groups.values()]},
     )
     for axes, (name, rows) in zip(all_axes[0], groups.items(), strict=True):
         for x, row in enumerate(rows.to_dict("records")):
@@ -493,7 +499,7 @@ def plot_arrows(
             for label in ("random weights", "raw pixels"):
                 if pd.notna(row.get(label)):
                     axes.hlines(row[label], x - 0.25, x + 0.25, **BASELINES[label], label=label)
-        axes.set_xticks(range(len(rows)), rows["task"])
+        axes.set_xticks(range(len(rows)), rows["task"].str.replace(" ", "\n"))
         axes.set(xlim=(-0.6, len(rows) - 0.4), ylim=(0, 100))
         axes.grid(axis="y", color="0.92", linewidth=0.6)
         axes.set_title(name)
