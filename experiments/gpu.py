@@ -13,9 +13,10 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from pathlib import Path
 
 from experiments import gpu_parts
 from experiments.gpu_table import table
-from mimrefiner.errors import InputError
-from mimrefiner.files import CHECKOUT, write_json
+from mimrefiner.errors import InputError, Stopped
+from mimrefiner.files import write_json
 from mimrefiner.notices import show_notices
 
 RESERVE = 12  # seconds kept for ending what is late, and for the table
@@ -44,32 +45,42 @@ SCHEDULE: tuple[tuple[tuple[str, ...], float], ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """A running part.
 
     Attributes:
         name: one of the schedule.
-        process: it, the first of a process group.
+        pid: its process, the first of a group.
         log: where its output goes.
         began: when, by the monotonic clock.
+        code: its exit status, None while it runs.
     """
 
     name: str
-    process: subprocess.Popen
+    pid: int
     log: Path
     began: float
+    code: int | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has; asked for once more than that, it says the same."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
 
     def end(self, sign: signal.Signals) -> None:
         """Send a signal to it and to all that it has started."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, sign)
+            os.killpg(self.pid, sign)
 
     def facts(self, limit: float) -> dict:
         """What is known of it when it has ended."""
-        code, seconds = self.process.returncode, time.monotonic() - self.began
-        ended = "finished" if code == 0 else f"failed: {last_line(self.log)}"
-        if code and seconds >= limit:
+        seconds = time.monotonic() - self.began
+        ended = "finished" if self.code == 0 else f"failed: {last_line(self.log)}"
+        if self.code and seconds >= limit:
             ended = f"cut off after {limit:.0f} s"
         return {"part": self.name, "ended": ended, "seconds": round(seconds, 1)}
 
@@ -109,7 +120,7 @@ def side_by_side(kit: gpu_parts.Kit, names: Sequence[str], limit: float, left: f
     while len(known) < len(parts):
         running = [part for part in parts if part.name not in known]
         for part in running:
-            if part.process.poll() is not None:
+            if part.has_ended:
                 known[part.name] = part.facts(limit)
                 print(f"  {part.name}: {known[part.name]['ended']}", flush=True)
         if orders and time.monotonic() - parts[0].began >= orders[0][0]:
@@ -121,35 +132,37 @@ def side_by_side(kit: gpu_parts.Kit, names: Sequence[str], limit: float, left: f
 
 
 def begin(kit: gpu_parts.Kit, name: str, limit: float, left: float) -> Part:
-    """Start one part in a group of its own."""
+    """Start one part in a group of its own.
+
+    It is a fork of this process, which has imported everything and never asks a GPU anything: an
+    import of torch for every part would take a good share of the time.
+    """
     log = kit.out / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "MIMREFINER_PROGRESS": "log"}
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command(kit, name, limit, left),
-            cwd=CHECKOUT,
-            env=env | kit.environment(name),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return Part(name, process, log, time.monotonic())
-
-
-def command(kit: gpu_parts.Kit, name: str, limit: float, left: float) -> list[str]:
-    """The command line of one part."""
-    if name == "tests":
-        device = "cuda" if kit.device == "cuda" else "pretend"
-        how = ["-m", "cuda", "--device", device, "-p", "no:cacheprovider", "--tb=line"]
-        junit = ["-o", "junit_family=xunit1", f"--junit-xml={kit.out / 'tests.xml'}"]
-        return [sys.executable, "-m", "pytest", "-v", "tests/test_cuda.py", *how, *junit]
-    if name == "ratios":
-        small = ["--small"] if kit.device == "cpu" else []
-        how = ["--device", kit.device, "--seconds", f"{0.8 * limit:.0f}", *small]
-        return [sys.executable, "-m", "tests.benchmarks.ratios", *how, "--out", kit.file(name)]
-    return [sys.executable, "-m", "experiments.gpu_parts", name, f"{left:.0f}", *kit.arguments]
+    sys.stdout.flush()
+    with warnings.catch_warnings():
+        # Python fears threads, of which none has begun to compute here
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        return Part(name, pid, log, time.monotonic())
+    code = 1
+    try:
+        os.setsid()
+        sys.stdout = sys.stderr = log.open("w", buffering=1)
+        for stream in (1, 2):
+            os.dup2(sys.stdout.fileno(), stream)
+        gpu_parts.run_part(kit, name, limit, left)
+        code = 0
+    except (InputError, Stopped) as error:
+        print(error)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,12 @@
 """The parts of :mod:`experiments.gpu`, each a process of its own."""
 
-import argparse
 import json
+import os
+import runpy
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +24,8 @@ from experiments import trials
 from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.device import default_device, has_bfloat16
-from mimrefiner.errors import InputError, Stopped
-from mimrefiner.files import atomic_file, write_json
+from mimrefiner.errors import InputError
+from mimrefiner.files import CHECKOUT, atomic_file, write_json
 from mimrefiner.models.encoders import build_vit
 from mimrefiner.models.layouts import ViTShape
 from mimrefiner.models.masked import build_masked_model
@@ -65,17 +67,19 @@ class Kit:
         out: folder of everything that stays.
         preset: the preset's name.
         data: the data set's name.
+        gpu: whether there is one.
     """
 
     out: Path
     preset: str
     data: str
+    gpu: bool
 
     @classmethod
     def opened(cls, out: Path, preset: str, data: str | None) -> "Kit":
         """A kit on the device at hand; InputError where it cannot run."""
-        known = load_preset(preset)
-        if not torch.cuda.is_available() and preset not in ("smoke", "tiny"):
+        known, gpu = load_preset(preset), has_gpu()
+        if not gpu and preset not in ("smoke", "tiny"):
             raise InputError(
                 f"there is no GPU here (preset {preset}): a rehearsal takes --preset smoke"
             )
@@ -83,31 +87,25 @@ class Kit:
         if folder and kind != "hf":  # parts run in the checkout
             folder = str(Path(folder).absolute())
         out.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
+        return cls(out, preset, f"{kind}:{folder}" if folder else kind, gpu)
+=======
         return cls(out, preset, f"{kind}:{folder}" if folder else kind)
 
     @property
     def device(self) -> str:
         """ "cuda" or "cpu"."""
         return default_device().type
+>>>>>>> origin/main
 
     @property
     def scratch(self) -> Path:
         """Folder of what is not kept."""
         return self.out / "scratch"
 
-    @property
-    def arguments(self) -> list[str]:
-        """How a part's process is told of it."""
-        return [str(self.out), self.preset, self.data]
-
     def file(self, name: str) -> str:
         """Where the part ``name`` writes what it knows."""
         return str(self.out / f"{name}.json")
-
-    def environment(self, name: str) -> dict[str, str]:
-        """Variables of a part: parts at once share the cores."""
-        at_once = len(TRIALS) if name in TRIALS or name in PACES else 1
-        return {"OMP_NUM_THREADS": str(max(1, (torch.get_num_threads() or 1) // at_once))}
 
     def write(self, name: str, value) -> None:
         """Keep what a part knows so far."""
@@ -150,8 +148,43 @@ class Kit:
 EPOCHS = ("heads_epochs", "refine_epochs", "warmup_epochs")
 
 
+def has_gpu() -> bool:
+    """Whether torch sees a GPU: a child asks, since a process that has asked cannot be forked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0 if torch.cuda.is_available() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def _picture(pixels: np.ndarray, row: int) -> Image.Image:
     return Image.fromarray(pixels[row])
+
+
+# ---- tests and ratios, which lie beside the package
+
+
+def tests(kit: Kit, seconds: float) -> None:
+    """Those that need a GPU, or their rehearsal."""
+    device = ["--device", "cuda" if kit.gpu else "pretend", "-m", "cuda", "tests/test_cuda.py"]
+    how = ["-v", "--tb=line", "-p", "no:cacheprovider", f"--junit-xml={kit.out / 'tests.xml'}"]
+    _main("pytest", *device, *how, "-o", "junit_family=xunit1")
+
+
+def ratios(kit: Kit, seconds: float) -> None:
+    """Plain loops, plain forward passes and the CPU against what the package does."""
+    device = ["--device", "cuda"] if kit.gpu else ["--device", "cpu", "--small"]
+    how = ["--seconds", f"{0.8 * seconds:.0f}", "--out", kit.file("ratios")]
+    _main("tests.benchmarks.ratios", *device, *how)
+
+
+def _main(module: str, *arguments: str) -> None:
+    """Run ``python -m module`` in this process."""
+    os.chdir(CHECKOUT)
+    sys.path.insert(0, str(CHECKOUT))
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 # ---- the card
@@ -159,7 +192,7 @@ def _picture(pixels: np.ndarray, row: int) -> Image.Image:
 
 def card(kit: Kit, left: float) -> None:
     """Versions, the card, and what it does in a second."""
-    device = torch.device(kit.device)
+    device = default_device()
     facts = {"packages": {name: _version(name) for name in PACKAGES}, "git_sha": git_sha()}
     facts |= {"python": sys.version.split()[0], "device": device.type}
     if device.type == "cuda":
@@ -274,7 +307,7 @@ class Clock:
 
 def pace(name: str, kit: Kit, left: float) -> None:
     """Milliseconds of steps of the three stages, and what goes with them."""
-    preset, images, device = kit.training(), kit.images("train"), torch.device(kit.device)
+    preset, images, device = kit.training(), kit.images("train"), default_device()
     encoder, rows = build_vit(preset.encoder), []
     first, last = WARM, WARM + TIMED
     config = _steps(preset.pretrain, images, last)
@@ -441,27 +474,23 @@ def _last_block(features: Features) -> Features:
 
 PARTS: dict[str, Callable[[Kit, float], None]] = {
     "card": card,
+    "tests": tests,
     "data": data,
+    "ratios": ratios,
     "mae": mae,
     **{name: partial(pace, name) for name in ("pace-alone", *PACES)},
     **{name: partial(trial, name) for name in TRIALS},
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m experiments.gpu_parts", description=__doc__)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("left", type=float, help="seconds until everything ends")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("preset")
-    parser.add_argument("data")
-    args = parser.parse_args()
+def run_part(kit: Kit, name: str, limit: float, left: float) -> None:
+    """One part in a process of its own.
+
+    It has ``limit`` seconds; what the MAE does not take of the ``left`` ones is the other
+    trainings'. Parts that run at once share the cores.
+    """
     show_notices()
-    try:
-        PARTS[args.part](Kit(args.out, args.preset, args.data), args.left)
-    except (InputError, Stopped) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    os.environ["MIMREFINER_PROGRESS"] = "log"
+    at_once = len(TRIALS) if name in TRIALS or name in PACES else 1
+    torch.set_num_threads(max(1, torch.get_num_threads() // at_once))
+    PARTS[name](kit, left if name == "mae" else limit)

@@ -1,6 +1,7 @@
 """The kit for whoever has a GPU: parts end in time and tell, the table shows what there is."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -27,45 +28,55 @@ def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
 
 
 @pytest.fixture
-def scripted(monkeypatch):
-    """Parts are short scripts, by name."""
-    scripts = {}
-    monkeypatch.setattr(
-        gpu, "command", lambda kit, name, *_: [sys.executable, "-S", "-c", scripts[name]]
-    )
+def planned(monkeypatch):
+    """Parts by name, for these tests alone."""
+    parts = {}
+    monkeypatch.setattr(gpu_parts, "PARTS", parts)
     monkeypatch.setattr(gpu, "GRACE", 0.5)
-    return scripts
+    return parts
 
 
-def test_parts_run_at_once_and_each_ends_in_its_own_way(kit, scripted):
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    scripted |= {
-        "fine": "import time; time.sleep(0.2)",
-        "wrong": "raise ValueError('no such thing')",
-        "late": "import time; time.sleep(60)",
-        "stubborn": stubborn + "time.sleep(60)",
-    }
+def late(*_):
+    time.sleep(60)
+
+
+def stubborn(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def wrong(*_):
+    raise ValueError("no such thing")
+
+
+def unfit(*_):
+    raise InputError("give another one")
+
+
+def test_parts_run_at_once_and_each_ends_in_its_own_way(kit, planned):
+    planned |= {"fine": lambda *_: time.sleep(0.2), "late": late, "stubborn": stubborn}
+    planned |= {"wrong": wrong, "unfit": unfit}
     began = time.monotonic()
-    known = gpu.side_by_side(kit, list(scripted), limit=2, left=2)
+    known = gpu.side_by_side(kit, list(planned), limit=2, left=2)
     assert time.monotonic() - began < 10
-    ended = {part["part"]: part["ended"] for part in known}
-    assert ended == {
+    assert {part["part"]: part["ended"] for part in known} == {
         "fine": "finished",
-        "wrong": "failed: ValueError: no such thing",
         "late": "cut off after 2 s",
         "stubborn": "cut off after 2 s",
+        "wrong": "failed: ValueError: no such thing",
+        "unfit": "failed: give another one",
     }
 
 
-def test_what_a_part_started_ends_with_it(kit, scripted, tmp_path):
+def test_what_a_part_started_ends_with_it(kit, planned, tmp_path):
     note = tmp_path / "pid"
-    child = "import time; time.sleep(60)"
-    scripted["parent"] = (
-        "import subprocess, sys, time, pathlib\n"
-        f"child = subprocess.Popen([sys.executable, '-S', '-c', {child!r}])\n"
-        f"pathlib.Path({str(note)!r}).write_text(str(child.pid))\n"
-        "time.sleep(60)"
-    )
+
+    def parent(*_):
+        child = subprocess.Popen(["sleep", "60"])
+        note.write_text(str(child.pid))
+        time.sleep(60)
+
+    planned["parent"] = parent
     gpu.side_by_side(kit, ["parent"], limit=1.5, left=2)
     pid = note.read_text()
     assert any(has_ended(pid) or time.sleep(0.05) for _ in range(50))
@@ -77,8 +88,8 @@ def has_ended(pid: str) -> bool:
     return not status.exists() or status.read_text().split()[2] == "Z"
 
 
-def test_time_that_is_over_leaves_parts_out_and_the_table_says_so(kit, scripted, monkeypatch):
-    scripted |= {name: "import time; time.sleep(1)" for names, _ in gpu.SCHEDULE for name in names}
+def test_time_that_is_over_leaves_parts_out_and_the_table_says_so(kit, planned, monkeypatch):
+    planned |= {name: late for names, _ in gpu.SCHEDULE for name in names}
     monkeypatch.setattr(gpu, "RESERVE", 0)
     monkeypatch.setattr(gpu, "LEAST", 0.1)
     text = gpu.run_kit(kit, minutes=2.5 / 60)
@@ -166,7 +177,6 @@ def test_rehearsal_under_the_pretend_gpu(kit, monkeypatch):
     monkeypatch.setattr(gpu_parts, "_profiled", lambda *_: {"kernels_a_step": 1})
     gpu_parts.PARTS["data"](kit, 10)
     with pretend_gpu() as gpu:
-        assert kit.device == "cuda"
         gpu.peak = 2**30
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
         for name in ("card", "pace-alone"):
@@ -192,13 +202,17 @@ def test_little_has_to_be_installed():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["tests", "ratios", "mae"])
-def test_commands_of_parts(kit, name):
-    command = gpu.command(kit, name, 100, 200)
-    assert command[0] == sys.executable and command[1] == "-m"
-    expected = {
-        "tests": ["pytest", "pretend", "tests/test_cuda.py"],
-        "ratios": ["tests.benchmarks.ratios", "--small", "80", kit.file("ratios")],
-        "mae": ["experiments.gpu_parts", "mae", "200", str(kit.out), "smoke", "digits"],
-    }
-    assert set(expected[name]) <= set(command)
+def test_tests_and_ratios_are_run_as_commands(kit, monkeypatch):
+    run = []
+    monkeypatch.setattr(
+        gpu_parts.runpy, "run_module", lambda name, **_: run.append([name, *gpu_parts.sys.argv])
+    )
+    monkeypatch.setattr(gpu_parts.os, "chdir", lambda folder: None)
+    monkeypatch.setattr(gpu_parts.sys, "path", [])
+    monkeypatch.setattr(gpu_parts.sys, "argv", [])
+    gpu_parts.PARTS["tests"](kit, 100)
+    gpu_parts.PARTS["ratios"](kit, 100)
+    tests, ratios = run
+    assert tests[0] == "pytest" and {"pretend", "tests/test_cuda.py"} <= set(tests)
+    assert ratios[0] == "tests.benchmarks.ratios"
+    assert {"--small", "80", kit.file("ratios")} <= set(ratios)
