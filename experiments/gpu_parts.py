@@ -87,16 +87,7 @@ class Kit:
         if folder and kind != "hf":  # parts run in the checkout
             folder = str(Path(folder).absolute())
         out.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
         return cls(out, preset, f"{kind}:{folder}" if folder else kind, gpu)
-=======
-        return cls(out, preset, f"{kind}:{folder}" if folder else kind)
-
-    @property
-    def device(self) -> str:
-        """ "cuda" or "cpu"."""
-        return default_device().type
->>>>>>> origin/main
 
     @property
     def scratch(self) -> Path:
