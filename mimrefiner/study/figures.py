@@ -311,9 +311,9 @@ def plot_forest(
         for label, points in part.groupby("label", sort=False):
             y += 1
             names[y] = f"    {label}"
-            for row in points.to_dict("records"):
-                i = sources.index(row["source"])
-                _draw_difference(axes, row, y + 0.16 * (i - (len(sources) - 1) / 2), i)
+            for i, row in enumerate(points.to_dict("records")):
+                place = y + 0.18 * (i - (len(points) - 1) / 2)
+                _draw_difference(axes, row, place, sources.index(row["source"]))
         y += 1.3
     axes.set_yticks(list(names), list(names.values()))
     for tick, name in zip(axes.get_yticklabels(), names.values(), strict=True):
