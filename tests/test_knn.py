@@ -235,3 +235,12 @@ def test_within_groups_only_images_of_the_group_vote():
                 test.y[asked],
             )
             assert hits[block, asked].float().mean().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [1, 10, 26, 100])
+def test_the_largest_of_groups_of_columns_are_those_of_the_row(k):
+    """Columns that fill no group are searched too; for many neighbours there are too few groups."""
+    x = torch.randn(7, 64 * knn.GROUP + 5)
+    x[0, -1] = x[1, 0] = 9.0
+    found, expected = knn._largest(x, k), x.topk(k, dim=1)
+    assert torch.equal(found[0], expected.values) and torch.equal(found[1], expected.indices)
