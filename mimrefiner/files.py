@@ -134,7 +134,7 @@ def check_writable(folder: Path) -> None:
     """Raise InputError unless files can be written under ``folder``."""
     try:
         with atomic_file(folder / ".writable") as temporary:
-            temporary.write_text("x")
+            temporary.write_text("x", encoding="utf-8")
         (folder / ".writable").unlink(missing_ok=True)  # several runs may write to one folder
     except OSError as error:
         raise InputError(

@@ -43,8 +43,37 @@ WITH_TOKEN = {
 def with_random_weights(encoder):
     """timm begins with small layer scales, so that blocks would hardly differ."""
     for x in encoder.parameters():
-        torch.nn.init.normal_(x, std=0.2)
+        torch.nn.init.normal_(x, mean=float(x.ndim == 1), std=0.05)
     return encoder.eval()
+
+
+def check_close(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def by_hand(encoder, images):
+    """Patches as maps and class tokens after every block, None without one.
+
+    They come from timm's own ``forward_intermediates``, which for ConViT knows no class token: its
+    few lines are written out.
+    """
+    if type(encoder).__name__ != "ConVit":
+        return zip(
+            *encoder.forward_intermediates(
+                images, intermediates_only=True, return_prefix_tokens=True
+            ),
+            strict=True,
+        )
+    x, maps, prefix = encoder.patch_embed(images) + encoder.pos_embed, [], []
+    for i, block in enumerate(encoder.blocks):
+        late = i >= encoder.local_up_to_layer
+        if i == encoder.local_up_to_layer:
+            x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], 1)
+        x = block(x)
+        maps.append(x[:, int(late) :].mT)
+        prefix.append(x[:, :1] if late else None)
+    return maps, prefix
 
 
 @pytest.mark.parametrize("name", WITH_TOKEN)
@@ -57,16 +86,16 @@ def test_the_class_token_is_found_where_it_is(name):
     assert available_pools(encoder) == (("cls", "mean") if everywhere else ("mean",))
     images = torch.randn(2, *input_size(encoder))
     with torch.no_grad():
-        maps = encoder.forward_intermediates(
-            images, intermediates_only=True, return_prefix_tokens=bool(blocks)
-        )
+        if blocks:
+            maps, prefix = by_hand(encoder, images)
+        else:
+            maps = encoder.forward_intermediates(images, intermediates_only=True)
         pooled = pooled_blocks(encoder, images, range(depth_of(encoder)), ("mean",))
         cls = pooled_blocks(encoder, images, blocks, ("cls",))["cls"] if blocks else []
-    patches = [x[0] if isinstance(x, list | tuple) else x for x in maps]
-    for found, expected in zip(pooled["mean"], patches, strict=True):
-        torch.testing.assert_close(found, expected.flatten(2).mean(-1), atol=1e-4, rtol=1e-4)
+    for found, expected in zip(pooled["mean"], maps, strict=True):
+        check_close(found, expected.flatten(2).mean(-1))
     for block, found in zip(blocks, cls, strict=True):
-        torch.testing.assert_close(found, maps[block][1][:, 0], atol=1e-4, rtol=1e-4)
+        check_close(found, prefix[block][:, 0])
 
 
 def test_convits_class_token_is_offered_where_it_is(digits):
@@ -87,8 +116,8 @@ MAPS = {  # families whose blocks or stages give maps: arguments that cut them d
     "test_mambaout": {},
     "pvt_v2_b0": {},
     "test_efficientnet": {},
-    "mixer_s32_224": {"img_size": 64, "num_blocks": 2},
-    "nest_tiny_jx": {"img_size": 56},
+    "mixer_s32_224": {"img_size": 64},
+    "nest_tiny_jx": {},
     "sequencer2d_s": {"layers": (1, 1, 1, 1)},
     "samvit_base_patch16_224": {"depth": 2, "img_size": 64},
     "levit_128s": {},
@@ -105,7 +134,7 @@ def test_maps_are_pooled_over_their_pixels(name):
         pooled = pooled_blocks(encoder, images, range(depth_of(encoder)), ("mean",))["mean"]
         maps = encoder.forward_intermediates(images, intermediates_only=True)[-len(pooled) :]
     for found, expected in zip(pooled, maps, strict=True):
-        torch.testing.assert_close(found, expected.flatten(2).mean(-1), atol=1e-4, rtol=1e-4)
+        check_close(found, expected.flatten(2).mean(-1))
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def transformers_4(state):
             renamed[key] = x
             continue
         for part, piece in zip(("query", "key", "value"), x.chunk(3), strict=True):
-            renamed[key.replace("attn.qkv", f"attention.attention.{part}")] = piece
+            renamed[key.replace("attn.qkv", f"attention.attention.{part}")] = piece.clone()
     return renamed
 
 

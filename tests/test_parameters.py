@@ -26,7 +26,7 @@ def test_parameters_that_fit_pass():
             'persets = "smoke"',
             r"unknown parameter 'persets': this notebook has preset \(str, default 'tiny'\), seeds",
         ),
-        ("preset = 3", "parameter preset must be str, got 3"),
+        ("preset = [3]", r"parameter preset must be str, got \[3\]"),
         ("seeds = (0, 1)", r"parameter seeds must be str, got \(0, 1\)"),
         ('share = "half"', "parameter share must be float, got 'half'"),
     ],

@@ -51,7 +51,8 @@ def input_size(encoder: nn.Module) -> tuple[int, int, int]:
     (3, 96, 96)
     """
     channels, *size = _config_of(encoder).get("input_size") or (3, None, None)
-    embed = getattr(encoder, "patch_embed", None)
+    embed = getattr(encoder, "patch_embed", getattr(encoder, "stem", None))  # mixers have a stem
+    channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
     if (built := getattr(embed, "img_size", None)) is not None:
         size = (built, built) if isinstance(built, int) else built
     elif hasattr(encoder, "tokens_spatial_shape"):  # Hiera
@@ -81,7 +82,7 @@ def available_pools(encoder: nn.Module, blocks: str | Sequence[int] = "all") -> 
     >>> available_pools(timm.create_model("convit_tiny", img_size=32), blocks=(10, 11))
     ('cls', 'mean')
     """
-    if getattr(encoder, "cls_token", None) is None:
+    if not _adds_cls(encoder):
         return ("mean",)
     if _prefix_everywhere(encoder):
         return ("cls", "mean")
@@ -132,7 +133,7 @@ def check_pools(
         return tuple(pools)
     available = available_pools(encoder, blocks)
     if pools is not None and "cls" not in available:
-        numbers = () if getattr(encoder, "cls_token", None) is None else blocks_with_cls(encoder)
+        numbers = blocks_with_cls(encoder) if _adds_cls(encoder) else ()
         after = f"has only after blocks {', '.join(map(str, numbers))} (0-based)"
         raise InputError(
             "pooling 'cls' needs a cls token, which this model "
@@ -235,7 +236,7 @@ def split_tokens(encoder: nn.Module, output, images: Tensor) -> tuple[Tensor | N
             1, 2
         )
     prefix = _prefix_of(encoder, x.shape[1], images)
-    has_cls = prefix > 0 and getattr(encoder, "cls_token", None) is not None
+    has_cls = prefix > 0 and _adds_cls(encoder)
     return (x[:, 0] if has_cls else None), x[:, prefix:]
 
 
@@ -250,6 +251,12 @@ def _tensor_of(output, batch: int) -> Tensor | None:
     return next(rows, None)
 
 
+def _adds_cls(encoder: nn.Module) -> bool:
+    """Whether the network has a class token; NaFlexViT keeps it with its embeddings."""
+    places = (encoder, getattr(encoder, "embeds", None))
+    return any(getattr(place, "cls_token", None) is not None for place in places)
+
+
 def _prefix_everywhere(encoder: nn.Module) -> bool:
     """Whether all blocks of this family see the same prefix tokens."""
     return isinstance(encoder, VisionTransformer | Eva)
@@ -257,7 +264,7 @@ def _prefix_everywhere(encoder: nn.Module) -> bool:
 
 def prefix_tokens(encoder: nn.Module) -> int:
     """How many class and register tokens come before the patches, where there are any."""
-    cls = int(getattr(encoder, "cls_token", None) is not None)
+    cls = int(_adds_cls(encoder))
     more = getattr(encoder, "num_register_tokens", None) or 0  # DINOv2's own code
     return getattr(encoder, "num_prefix_tokens", cls + more)
 

@@ -2,7 +2,7 @@
 
 ``torch.load(weights_only=True)`` reads pickle protocol 2 and few classes. Settings that authors
 stored beside the weights become inert stand-ins, NumPy's scalars and arrays are let through, and
-protocols 4 and 5 are rewritten as protocol 2, operation by operation, without running anything.
+protocols 3 to 5 are rewritten as protocol 2, operation by operation, without running anything.
 """
 
 import io
@@ -26,6 +26,7 @@ PLAIN = {
     ("collections", "defaultdict"),
     *product(("builtins", "__builtin__"), ("dict", "list", "tuple", "int", "float", "str", "bool")),
 }
+MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of torch.save in files that are no zip archive
 LEGACY = 5  # pickles at the beginning of a file that is no zip archive
 
 
@@ -74,9 +75,12 @@ def _numpy_globals() -> list:
     makers = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
     modules = dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray", inner))
     found = [(makers[name], f"{module}.{name}") for module in modules for name in makers]
+    numeric = ("numpy.core.numeric", "numpy._core.numeric")
+    from_buffer = np.zeros(1).__reduce_ex__(5)[0]  # what protocol 5 names
+    buffers = [(from_buffer, f"{module}._frombuffer") for module in numeric]
     kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
     found += [(kind, f"numpy.dtypes.{kind.__name__}") for kind in kinds]
-    return [*found, (np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
+    return [*found, *buffers, (np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
 
 
 def _streams(source: Path | BinaryIO) -> Iterator[BinaryIO]:
@@ -96,14 +100,14 @@ def readable(path: Path) -> Path | io.BytesIO:
     """
     if not zipfile.is_zipfile(path):
         with path.open("rb") as stream:
-            if _protocol(stream.read(2)) < 4:
+            if _protocol(stream.read(2)) < 3:
                 return path
             stream.seek(0)
             parts = [as_protocol_2(stream) for _ in range(LEGACY)]
             return io.BytesIO(b"".join([*parts, stream.read()]))
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        if not any(_protocol(archive.read(name)[:2]) >= 4 for name in pickles):
+        if not any(_protocol(archive.read(name)[:2]) >= 3 for name in pickles):
             return path
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w") as copy:
@@ -114,6 +118,12 @@ def readable(path: Path) -> Path | io.BytesIO:
                 )
     out.seek(0)
     return out
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle of protocol 2 or later does, or holds one."""
+    with path.open("rb") as stream:
+        return stream.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def _protocol(head: bytes) -> int:
@@ -148,8 +158,9 @@ def as_protocol_2(stream: BinaryIO) -> bytes:
         elif name.endswith(("BINUNICODE", "BINUNICODE8")):
             out.append(value)
         elif name.endswith(("BINBYTES", "BINBYTES8")):
-            parts = (b"c_codecs\nencode\n", value.decode("latin1"), "latin1", b"\x86R")
-            out.append(b"".join(_written(part) for part in parts))
+            out.append(_bytes(value))
+        elif name == "BYTEARRAY8":
+            out.append(b"cbuiltins\nbytearray\n" + _bytes(bytes(value)) + b"\x85R")
         elif name == "MEMOIZE" or name.endswith("PUT"):
             number = len(remembered) if name == "MEMOIZE" else int(value)
             remembered.add(number)
@@ -166,6 +177,12 @@ def as_protocol_2(stream: BinaryIO) -> bytes:
         else:
             out.append(content[place - begin : stop])
     return b"".join(_written(part) for part in out)
+
+
+def _bytes(value: bytes) -> bytes:
+    """Bytes as protocol 2 has them: a string that is encoded."""
+    parts = (b"c_codecs\nencode\n", value.decode("latin1"), "latin1", b"\x86R")
+    return b"".join(_written(part) for part in parts)
 
 
 def _written(part: bytes | str) -> bytes:
@@ -192,6 +209,8 @@ def what_it_is(path: Path) -> str:
         if not any(name.endswith("data.pkl") for name in names):
             return "it is a zip archive without a checkpoint in it"
         return ""
+    if head[0] == 0x80 and MAGIC not in head:
+        return "it is a pickle that torch.save has not written: write it anew by torch.save"
     for start, what in KINDS.items():
         if head.lstrip().lower().startswith(start):
             return what

@@ -19,7 +19,7 @@ from mimrefiner.config import ViTConfig
 from mimrefiner.errors import InputError
 from mimrefiner.files import atomic_file
 from mimrefiner.models.layouts import ReleasedViT
-from mimrefiner.models.pickles import allowed, readable, what_it_is
+from mimrefiner.models.pickles import allowed, is_pickle, readable, what_it_is
 
 
 def save_encoder(encoder: nn.Module, path: Path | str) -> None:
@@ -53,7 +53,7 @@ def read_checkpoint(path: Path) -> dict:
 
     safetensors, or PyTorch's format under ``weights_only=True``. Settings that authors stored
     beside the weights (argparse, omegaconf, fairseq) become inert stand-ins; any other class is
-    refused. Pickles of protocol 4 and 5 are read too. Tensors stay on disk until they are used,
+    refused. Pickles of every protocol are read. Tensors stay on disk until they are used,
     where the format allows it.
 
     Raises:
@@ -87,13 +87,11 @@ def _why(path: Path, error: Exception) -> str:
         return refused + whole
     if what := what_it_is(path):
         return what
-    if "Unsupported operand" in str(error) or "persistent" in str(error):
+    if is_pickle(path) and ("Unsupported operand" in str(error) or "persistent" in str(error)):
         return (
             "its pickle has what weights_only does not read: where you trust it, write it anew by "
             "torch.save(torch.load(FILE, weights_only=False), NEW)"
         )
-    if "magic number" in str(error):
-        return "it is a pickle that torch.save has not written: write it anew by torch.save"
     return "damaged or no checkpoint"
 
 
