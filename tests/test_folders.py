@@ -84,11 +84,15 @@ def test_three_splits_of_other_names(tmp_path):
     assert sizes(tmp_path) == {"train": 20, "val": 4, "test": 6, "trainval": 24}
 
 
-def test_an_archive_unpacked_twice(tmp_path):
+def test_an_archive_unpacked_twice(tmp_path, said):
     for split, n in (("seg_train", 10), ("seg_test", 3)):
         put(tmp_path / split / split / "ant", n)
         put(tmp_path / split / split / "bee", n, 100)
+    put(tmp_path / "seg_pred", 4)
     assert sizes(tmp_path)["test"] == 6 and loaded(tmp_path).classes == ["ant", "bee"]
+    assert said.messages[0].endswith(
+        "2 classes: ant, bee; folders beside the splits are left out: seg_pred"
+    )
 
 
 def test_a_class_may_be_called_as_a_split(tmp_path):

@@ -317,6 +317,12 @@ def test_bools_and_missing_labels(tmp_path, said):
     assert all("no labels" in line for line in said.messages[1:]) and len(said.messages) == 4
 
 
+def test_every_negative_label_is_none(tmp_path, said):
+    simple(tmp_path / "train-0.parquet", 12, labels=[0, 7, -100] * 4)
+    assert {label for _, label in greys(loaded(tmp_path))} == {0, 7, -1}
+    assert "; 2 classes; " in said.messages[0]
+
+
 def test_withheld_labels_are_left_out_and_said(tmp_path, said):
     simple(tmp_path / "train-0.parquet")
     simple(tmp_path / "val-0.parquet", 6, 100)

@@ -31,7 +31,7 @@ class Columns:
     def note(self) -> str:
         """What was taken, for a person."""
         if self.label is None:
-            return f"column {self.image}, no labels"
+            return f"column {self.image}"
         others = f" (there is {listed(self.others)}, too)" * bool(self.others)
         return f"columns {self.image} and {self.label}{others}"
 
@@ -116,6 +116,7 @@ def numbers(
         raise InputError(f"{where}: column {columns.label} holds too large labels") from error
     if (labels < 0).all():  # how the hub marks withheld labels
         return None, classes
+    labels = np.maximum(labels, -1)
     here = None if columns.classes is None else list(columns.classes)
     if here is not None and labels.max() >= len(here):
         raise InputError(f"{where}: label {labels.max()} is none of its {len(here)} classes")

@@ -318,7 +318,8 @@ def _classes(splits: dict[str, ImageDataset]) -> str:
     whole = splits["trainval"]
     if whole.labels is None:
         return "no labels"
-    names = np.unique(whole.labels) if whole.classes is None else whole.classes
+    numbers = np.unique(whole.labels[whole.labels >= 0])
+    names = numbers if whole.classes is None else whole.classes
     text = f"{len(names)} class{'es' * (len(names) != 1)}"
     return text if whole.classes is None else f"{text}: {listed(names)}"
 

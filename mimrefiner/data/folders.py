@@ -55,7 +55,8 @@ def read_folder(path: Path) -> Source:
                 notes.append(f"{splits[split].name} has no labels and is left out")
             else:
                 parts[split] = part
-    if others := [folder.name for folder in folders if folder not in splits.values()]:
+    used = {*splits.values(), *(folder.parent for folder in splits.values())}
+    if others := [folder.name for folder in folders if folder not in used]:
         notes.append(f"folders beside the splits are left out: {listed(others)}")
     return Source(parts, classes, notes + skipped_text(skipped))
 

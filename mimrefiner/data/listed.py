@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from mimrefiner.data.images import image_endings, to_pil
 from mimrefiner.errors import InputError
 
 
@@ -37,11 +38,7 @@ class ListedImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        try:
-            with Image.open(self.files[i]) as image:
-                return image.convert("RGB"), int(self.labels[i])
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.files[i]} cannot be decoded as an image: {error}") from error
+        return to_pil(self.files[i]), int(self.labels[i])
 
 
 def is_image(file: Path) -> bool:
@@ -50,7 +47,7 @@ def is_image(file: Path) -> bool:
     >>> is_image(Path("a/b.JPEG")), is_image(Path("a/b.txt"))
     (True, False)
     """
-    return file.suffix.lower() in Image.registered_extensions()
+    return file.suffix.lower() in image_endings()
 
 
 def class_folders(path: Path) -> list[str]:

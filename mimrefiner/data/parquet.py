@@ -25,7 +25,7 @@ from mimrefiner.errors import InputError
 from mimrefiner.files import first_line
 
 EXPECTED = "a folder of parquet files, or one"
-ROWS = 256  # read at a time: no batch then comes near the 2 GiB that one array of bytes can hold
+ROWS = 64  # read at a time: no batch then comes near the 2 GiB that one array of bytes can hold
 
 
 def read_parquet(path: Path, column: str | None = None, label: str | None = None) -> Source:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mimrefiner import distributed
+from mimrefiner.data.loaders import without_traces
 from mimrefiner.data.scenes import IGNORE, Labels, resized, tensors
 from mimrefiner.device import autocast, default_device
 from mimrefiner.errors import InputError, one_of
@@ -178,7 +179,7 @@ def mean_iou(
     # One at a time, because they differ in size
     batches = DataLoader(_Scenes(mine, labels, normalise, side), 1, num_workers=num_workers)
     table = torch.zeros(1, classes**2, dtype=torch.float64, device=device)
-    for image, mask in batches:
+    for image, mask in without_traces(batches):
         mask = mask.to(device)
         counted = mask != IGNORE
         pairs = [
