@@ -21,12 +21,14 @@ from mimrefiner.errors import Stopped
 from mimrefiner.method.heads import StackedBatchNorm
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes import feature_cache
+from mimrefiner.probes.linear_grid import IN1K, linear_grid
 from mimrefiner.probes.monitor import Monitor
 from mimrefiner.study import store
 from mimrefiner.training import checkpoints, engine, optim
 from mimrefiner.training.checkpoints import Checkpoints, Saving
-from mimrefiner.training.finetune import finetune
+from mimrefiner.training.finetune import finetune, finetune_recipe
 from mimrefiner.training.memory import Memory
+from mimrefiner.training.recipes import L16
 from mimrefiner.training.refine import forward_backward
 from mimrefiner.training.run import TrainingRun
 
@@ -344,6 +346,52 @@ def test_fine_tuning_is_shared_by_the_processes(digits, tmp_path):
     assert outputs[0]["flops"] == alone["flops"]
     assert alone["loss"].std() > 1e-2
     assert torch.allclose(outputs[0]["loss"], alone["loss"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("memory", [Memory(), Memory(micro_batch=3), Memory(shard=True)])
+def test_a_recipe_of_fine_tuning_is_shared_by_the_processes(digits, tmp_path, memory):
+    """Mixing and drop path act within a share, as one process does it with micro-batches."""
+    train, val, test = (
+        digits[name].take(n) for name, n in (("train", 48), ("val", 15), ("test", 9))
+    )
+    recipe = replace(L16, epochs=2, warmup_epochs=0, batch_size=16, base_lr=0.1)
+
+    def run(_=0, memory=memory, **change):
+        changed = replace(recipe, **change)
+        encoder = mr.build_vit(mr.load_preset("smoke").encoder)
+        result = finetune_recipe(encoder, train, test, changed, val=val, memory=memory)
+        return {
+            "loss": torch.tensor(result.history["loss"]),
+            "hash": sha256_of(result.model),
+            "weight": result.model.linear.weight.detach(),
+            "values": torch.tensor(result.epochs["val"].tolist() + result.rows["value"].tolist()),
+            "flops": result.flops,
+        }
+
+    outputs, codes = on_several(run, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    alone = run(memory=Memory(), micro_batch=8)
+    first, second = outputs
+    assert first["hash"] == second["hash"] and torch.equal(first["values"], second["values"])
+    assert torch.allclose(first["loss"], alone["loss"], rtol=1e-3)
+    assert torch.allclose(first["weight"], alone["weight"], atol=1e-4)
+    assert first["flops"] == pytest.approx(alone["flops"], rel=1e-6)
+    assert torch.allclose(first["values"], alone["values"], atol=0.15)  # one image or two
+
+
+def test_linear_probes_are_shared_by_the_processes(digits, tmp_path):
+    train, val, test = (
+        digits[name].take(n) for name, n in (("train", 48), ("val", 15), ("test", 9))
+    )
+    recipe = replace(IN1K, epochs=2, batch_size=16, learning_rates=(0.5,), inputs=("cls",))
+
+    def run(_=0):
+        encoder = mr.build_vit(mr.load_preset("smoke").encoder)
+        return torch.tensor(linear_grid(encoder, train, test, recipe, val=val).probes["val"])
+
+    outputs, codes = on_several(run, tmp_path)
+    assert codes == [0, 0], (tmp_path / "failed0").read_text()
+    assert torch.equal(outputs[0], outputs[1]) and torch.allclose(outputs[0], run())
 
 
 @pytest.mark.parametrize(

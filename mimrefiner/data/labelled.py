@@ -31,6 +31,7 @@ from mimrefiner.data.views import (
     crop_view,
     uniforms,
 )
+from mimrefiner.device import to_device
 from mimrefiner.errors import InputError
 
 ERASE_TRIES = 10
@@ -38,7 +39,7 @@ ERASE_DRAWS = 1 + 4 * ERASE_TRIES  # whether; area, shape, top and left of every
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_SHAPE = (math.log(0.3), math.log(1 / 0.3))  # of height / width
 TRANSLATED = 0.45  # largest shift of RandAugment, as a share of the side
-NOISE, MIXING = 1, 2  # streams of a step's draws
+SEEDS = 2**24  # that one draw tells apart
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,15 @@ def labelled_batches(
     device = torch.device(device)
     fill = tuple(min(255, round(255 * x)) for x in mean)
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
-    generator = torch.Generator(device)
     images = _Augmented(dataset, augmentation, order.seed, fill)
     batches = order.batches(len(dataset))
     pin = device.type == "cuda"
     rows = loaded(images, batches, images.collate, num_workers, pin=pin)
-    for step, (pixels, boxes, labels) in enumerate(rows, order.first_step):
-        pixels, boxes, labels = (x.to(device, non_blocking=True) for x in (pixels, boxes, labels))
+    for pixels, boxes, labels in rows:
+        pixels, labels = (x.to(device, non_blocking=True) for x in (pixels, labels))
         x = (pixels.permute(0, 3, 1, 2).float().div_(255) - mean) / std
         if augmentation.erasing:
-            generator.manual_seed(batch_seed(order.seed, NOISE, step, order.part[0]))
-            x = erase(x, boxes, generator)
+            x = erase(x, boxes)
         yield x, labels
 
 
@@ -157,13 +156,14 @@ class _Augmented(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
         image, label = row_of(self.dataset, index)
-        draws = uniforms(self.seed, epoch, index, 1, DRAWS + 1 + ERASE_DRAWS)[0]
+        draws = uniforms(self.seed, epoch, index, 1, DRAWS + 2 + ERASE_DRAWS)[0]
         pixels = self._crop(image, draws[:DRAWS])
         if self.rand_augment is not None:
-            with drawn_from(int(draws[DRAWS] * 2**24)):
+            with drawn_from(int(draws[DRAWS] * SEEDS)):
                 pixels = np.asarray(self.rand_augment(Image.fromarray(pixels)))
         a = self.augmentation
-        return pixels, erased_box(a.size, a.erasing, draws[DRAWS + 1 :]), label
+        box = erased_box(a.size, a.erasing, draws[DRAWS + 2 :])
+        return pixels, (*box, int(draws[DRAWS + 1] * SEEDS)), label
 
     def _crop(self, image: Image.Image, draws: np.ndarray) -> np.ndarray:
         a = self.augmentation
@@ -181,7 +181,7 @@ class _Augmented(Dataset):
     def collate(self, rows):
         """One batch of many rows.
 
-        Pixels, (batch, size, size, 3) uint8; boxes, (batch, 4); labels, (batch,).
+        Pixels, (batch, size, size, 3) uint8; boxes with seeds, (batch, 5); labels, (batch,).
         """
         pixels, boxes, labels = zip(*rows, strict=True)
         return torch.from_numpy(np.stack(pixels)), torch.tensor(boxes), torch.tensor(labels)
@@ -223,14 +223,30 @@ def erased_box(size: int, p: float, draws: np.ndarray) -> tuple[int, int, int, i
     return 0, 0, 0, 0
 
 
-def erase(x: Tensor, boxes: Tensor, generator: torch.Generator) -> Tensor:
-    """``x``, (batch, 3, height, width), with standard normal noise inside ``boxes``, (batch, 4)."""
-    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
-    top, left, bottom, right = boxes[:, :, None].unbind(1)
-    inside = (rows >= top) & (rows < bottom)  # (batch, height)
-    across = (columns >= left) & (columns < right)
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    return torch.where((inside[:, :, None] & across[:, None])[:, None], noise, x)
+def erase(x: Tensor, boxes: Tensor) -> Tensor:
+    """``x`` with standard normal noise inside the boxes, in place.
+
+    Noise is drawn on the CPU, so that it is the same on every device and for any number of
+    processes.
+
+    Args:
+        x: images, (batch, 3, height, width).
+        boxes: top, left, bottom and right in pixels, zeros for none, and the seed of the noise,
+            (batch, 5), on the CPU.
+    """
+    rows = boxes[:, 2].nonzero()[:, 0]
+    if not len(rows):
+        return x
+    noise, generator = torch.empty(len(rows), *x.shape[1:]), torch.Generator()
+    for image, seed in zip(noise, boxes[rows, 4].tolist(), strict=True):
+        image.normal_(generator=generator.manual_seed(seed))
+    y, across = (torch.arange(side) for side in x.shape[2:])
+    top, left, bottom, right, _ = boxes[rows, :, None].unbind(1)
+    inside = (y >= top) & (y < bottom), (across >= left) & (across < right)
+    inside = (inside[0][:, :, None] & inside[1][:, None])[:, None]  # (rows, 1, height, width)
+    rows, noise, inside = (to_device(part, x.device) for part in (rows, noise, inside))
+    x[rows] = torch.where(inside, noise, x[rows])
+    return x
 
 
 @dataclass(frozen=True)
