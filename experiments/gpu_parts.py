@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -157,25 +158,25 @@ def _picture(pixels: np.ndarray, row: int) -> Image.Image:
 
 
 def tests(kit: Kit, seconds: float) -> None:
-    """Those that need a GPU, or their rehearsal."""
+    """Those that need a GPU, or their rehearsal.
+
+    A new process runs them: pytest must be the first to import what it watches.
+    """
     device = ["--device", "cuda" if kit.gpu else "pretend", "-m", "cuda", "tests/test_cuda.py"]
     how = ["-v", "--tb=line", "-p", "no:cacheprovider", f"--junit-xml={kit.out / 'tests.xml'}"]
-    _main("pytest", *device, *how, "-o", "junit_family=xunit1")
+    command = [sys.executable, "-m", "pytest", *device, *how, "-o", "junit_family=xunit1"]
+    if code := subprocess.run(command, cwd=CHECKOUT).returncode:
+        sys.exit(code)
 
 
 def ratios(kit: Kit, seconds: float) -> None:
     """Plain loops, plain forward passes and the CPU against what the package does."""
     device = ["--device", "cuda"] if kit.gpu else ["--device", "cpu", "--small"]
     how = ["--seconds", f"{0.8 * seconds:.0f}", "--out", kit.file("ratios")]
-    _main("tests.benchmarks.ratios", *device, *how)
-
-
-def _main(module: str, *arguments: str) -> None:
-    """Run ``python -m module`` in this process."""
     os.chdir(CHECKOUT)
     sys.path.insert(0, str(CHECKOUT))
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = ["ratios", *device, *how]
+    runpy.run_module("tests.benchmarks.ratios", run_name="__main__", alter_sys=True)
 
 
 # ---- the card

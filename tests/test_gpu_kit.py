@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,7 +204,20 @@ def test_little_has_to_be_installed():
     assert done.returncode == 0, done.stderr
 
 
-def test_tests_and_ratios_are_run_as_commands(kit, monkeypatch):
+@pytest.mark.parametrize("code", [0, 1])
+def test_tests_are_a_command_whose_status_counts(kit, monkeypatch, code):
+    run = []
+    monkeypatch.setattr(
+        gpu_parts.subprocess,
+        "run",
+        lambda command, **_: run.append(command) or SimpleNamespace(returncode=code),
+    )
+    with pytest.raises(SystemExit) if code else nullcontext():
+        gpu_parts.PARTS["tests"](kit, 100)
+    assert {"pytest", "pretend", "tests/test_cuda.py"} <= set(run[0])
+
+
+def test_ratios_get_their_options(kit, monkeypatch):
     run = []
     monkeypatch.setattr(
         gpu_parts.runpy, "run_module", lambda name, **_: run.append([name, *gpu_parts.sys.argv])
@@ -210,9 +225,6 @@ def test_tests_and_ratios_are_run_as_commands(kit, monkeypatch):
     monkeypatch.setattr(gpu_parts.os, "chdir", lambda folder: None)
     monkeypatch.setattr(gpu_parts.sys, "path", [])
     monkeypatch.setattr(gpu_parts.sys, "argv", [])
-    gpu_parts.PARTS["tests"](kit, 100)
     gpu_parts.PARTS["ratios"](kit, 100)
-    tests, ratios = run
-    assert tests[0] == "pytest" and {"pretend", "tests/test_cuda.py"} <= set(tests)
-    assert ratios[0] == "tests.benchmarks.ratios"
-    assert {"--small", "80", kit.file("ratios")} <= set(ratios)
+    assert run[0][0] == "tests.benchmarks.ratios"
+    assert {"--small", "80", kit.file("ratios")} <= set(run[0])
