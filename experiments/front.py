@@ -17,8 +17,9 @@ from mimrefiner.data.datasets import ImageDataset, data_hash, short_name
 from mimrefiner.device import default_device, frozen, full_float32
 from mimrefiner.errors import InputError
 from mimrefiner.files import Entry
-from mimrefiner.models.blocks import available_pools, hooked, pooled_blocks
+from mimrefiner.models.blocks import hooked, pooled_blocks
 from mimrefiner.models.encoders import eval_transform
+from mimrefiner.models.pools import available_pools
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes.features import Features, Transformed, pixel_features
 from mimrefiner.progress import progress
@@ -54,16 +55,19 @@ class Front:
             raise InputError("the first blocks of this encoder are not those whose tokens are kept")
         tokens, first = self._kept(dataset)
         depth, device = len(encoder.blocks), default_device()
-        tail, later = LastBlocks(encoder, self.blocks), depth - self.blocks
+        tail = nn.Sequential(*encoder.blocks[self.blocks :])
         x = {
-            pool: torch.cat([part, part.new_empty(later, *part.shape[1:])])
+            pool: torch.cat([part, part.new_empty(len(tail), *part.shape[1:])])
             for pool, part in first.items()
         }
+        prefix = encoder.num_prefix_tokens
         with torch.no_grad(), frozen(tail, device), full_float32():
             for rows in _batches(len(tokens)):
-                batch = torch.from_numpy(tokens[rows].copy()).to(device)
-                pooled = pooled_blocks(tail, batch, range(later), tuple(first))
-                _put(pooled, x, rows, self.blocks)
+                out = torch.from_numpy(tokens[rows].copy()).to(device)
+                for number, block in enumerate(tail, self.blocks):
+                    out = block(out)
+                    pooled = {"cls": [out[:, 0]], "mean": [out[:, prefix:].mean(1)]}
+                    _put({pool: pooled[pool] for pool in x}, x, rows, number)
         labels = np.full(len(dataset), -1) if dataset.labels is None else dataset.labels
         return Features(x, torch.from_numpy(labels), tuple(range(depth)), depth)
 
@@ -118,19 +122,6 @@ def first_blocks(encoder: nn.Module, blocks: int) -> nn.Module:
     front = copy.copy(encoder)
     front._modules = {**encoder._modules, "blocks": encoder.blocks[:blocks], "norm": nn.Identity()}
     return copy.deepcopy(front)
-
-
-class LastBlocks(nn.Module):
-    """The blocks of a ViT from ``first`` on and its final norm, as an encoder of tokens."""
-
-    def __init__(self, encoder: nn.Module, first: int):
-        super().__init__()
-        self.blocks, self.norm = encoder.blocks[first:], encoder.norm
-        self.cls_token, self.num_prefix_tokens = encoder.cls_token, encoder.num_prefix_tokens
-
-    def forward_features(self, tokens: Tensor) -> Tensor:
-        """Tokens in, tokens out, (batch, tokens, dim) both."""
-        return self.norm(self.blocks(tokens))
 
 
 def _batches(images: int) -> list[slice]:

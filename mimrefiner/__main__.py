@@ -554,7 +554,8 @@ def _upernet(args, train, val):
 def _dense(args, train, val):
     from mimrefiner.data.scenes import Labels
     from mimrefiner.device import default_device
-    from mimrefiner.models.blocks import depth_of, input_size
+    from mimrefiner.models.blocks import depth_of
+    from mimrefiner.models.tokens import input_size
     from mimrefiner.probes.dense import ade20k, ade20k_transfer
     from mimrefiner.study.benchmarks import dense_into
 

@@ -7,14 +7,9 @@ import torch
 from PIL import Image
 
 import mimrefiner as mr
-from mimrefiner.models.blocks import (
-    available_pools,
-    blocks_with_cls,
-    depth_of,
-    input_size,
-    pooled_blocks,
-    split_tokens,
-)
+from mimrefiner.models.blocks import depth_of, pooled_blocks
+from mimrefiner.models.pools import available_pools, blocks_with_cls
+from mimrefiner.models.tokens import input_size, split_tokens
 
 # Families that keep a class token, or add it late: name, arguments, blocks with the token
 WITH_TOKEN = {

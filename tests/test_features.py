@@ -8,9 +8,10 @@ import torch
 from peak import PeakBytes
 
 import mimrefiner as mr
-from mimrefiner.models.blocks import available_pools, block_modules, hooked, pooled_blocks
+from mimrefiner.models.blocks import block_modules, hooked, pooled_blocks
 from mimrefiner.models.catalogue import CATALOGUE
 from mimrefiner.models.encoders import eval_transform
+from mimrefiner.models.pools import available_pools
 
 PLAIN = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 

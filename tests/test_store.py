@@ -1,4 +1,3 @@
-import functools
 import os
 import subprocess
 import sys
@@ -116,7 +115,8 @@ def test_of_two_processes_one_trains(preset):
 def test_training_that_was_cut_off_goes_on(preset, monkeypatch):
     whole = store.pretrained(preset)
     monkeypatch.setenv("MIMREFINER_CACHE", str(files.cache_folder().parent / "other"))
-    monkeypatch.setattr(store, "Saving", functools.partial(store.Saving, every=2))
+    saving = store.Saving
+    monkeypatch.setattr(store, "Saving", lambda *args, **how: saving(*args, **how | {"every": 2}))
     set_lr, steps = run.set_lr, []
 
     def cut(*args):

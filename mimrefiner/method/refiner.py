@@ -19,7 +19,8 @@ from mimrefiner.errors import InputError
 from mimrefiner.method.heads import Heads
 from mimrefiner.method.losses import average_pairs, nna_terms
 from mimrefiner.method.nn_queue import NNQueue
-from mimrefiner.models.blocks import check_pools, pooled_blocks
+from mimrefiner.models.blocks import pooled_blocks
+from mimrefiner.models.pools import check_pools
 
 
 @dataclass

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import check_pools, depth_of, pooled_blocks
+from mimrefiner.models.blocks import depth_of, pooled_blocks
 from mimrefiner.models.encoders import load_encoder
 from mimrefiner.models.layouts import PostNormBlock, ReleasedViT
+from mimrefiner.models.pools import check_pools
 from mimrefiner.models.weights import read_metadata, save_encoder, write_safetensors
 
 ENCODER_FILE, HEAD_FILE = "encoder.safetensors", "classifier.safetensors"

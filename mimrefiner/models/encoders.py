@@ -19,11 +19,12 @@ from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
 from mimrefiner.files import ASSETS, atomic_file, cache_folder, expanded, first_line
 from mimrefiner.models import from_timm
-from mimrefiner.models.blocks import blank_pass, input_size
 from mimrefiner.models.catalogue import BY_NAME, CatalogueRow
 from mimrefiner.models.from_timm import HUB, INPUT, LOCAL
 from mimrefiner.models.keys import find_encoder, from_transformers, is_transformers
 from mimrefiner.models.layouts import ReleasedViT, ViTShape, convert
+from mimrefiner.models.pools import blank_pass
+from mimrefiner.models.tokens import input_size
 from mimrefiner.models.weights import (
     is_own_file,
     read_checkpoint,
@@ -509,7 +510,7 @@ def eval_transform(encoder: nn.Module):
     """The encoder's own preparation of an image: resize, centre crop, normalise.
 
     Takes a PIL image and returns (3, height, width), as ``pretrained_cfg`` says and in the size
-    that the encoder has now (:func:`mimrefiner.models.blocks.input_size`).
+    that the encoder has now (:func:`mimrefiner.models.tokens.input_size`).
     """
     size = input_size(encoder)
     if size[0] != 3:

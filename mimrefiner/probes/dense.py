@@ -22,8 +22,10 @@ from mimrefiner.data.scenes import IGNORE, Labels, SceneBatches, SceneCrop
 from mimrefiner.data.views import Order
 from mimrefiner.device import frozen, seeded
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import check_pools, depth_of, hooked, input_size, split_tokens
+from mimrefiner.models.blocks import depth_of, hooked
 from mimrefiner.models.encoders import normalisation
+from mimrefiner.models.pools import check_pools
+from mimrefiner.models.tokens import input_size, split_tokens
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.segmentation import Window, mean_iou, to_size
 from mimrefiner.progress import progress

@@ -20,8 +20,10 @@ from mimrefiner.data.datasets import stratified_split
 from mimrefiner.data.views import Order, view_batches
 from mimrefiner.device import frozen
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import check_pools, input_size, pooled_blocks
+from mimrefiner.models.blocks import pooled_blocks
 from mimrefiner.models.encoders import normalisation
+from mimrefiner.models.pools import check_pools
+from mimrefiner.models.tokens import input_size
 from mimrefiner.probes.checks import (
     check_alike,
     check_count,

@@ -23,14 +23,9 @@ from mimrefiner.data.labelled import Transformed
 from mimrefiner.device import autocast, default_device, frozen, full_float32
 from mimrefiner.errors import InputError
 from mimrefiner.files import write_csv
-from mimrefiner.models.blocks import (
-    block_modules,
-    check_pools,
-    depth_of,
-    hooked,
-    input_size,
-    split_tokens,
-)
+from mimrefiner.models.blocks import block_modules, depth_of, hooked
+from mimrefiner.models.pools import check_pools
+from mimrefiner.models.tokens import input_size, split_tokens
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.features import parse_pool
 from mimrefiner.probes.linear import LEARNING_RATES, LESS, JointProbes

@@ -27,8 +27,10 @@ from mimrefiner.data.datasets import load_dataset, short_name, stratified_split
 from mimrefiner.data.rows import row_of
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import ASSETS, atomic_file, check_writable
-from mimrefiner.models.blocks import available_pools, depth_of, input_size
+from mimrefiner.models.blocks import depth_of
 from mimrefiner.models.encoders import load_encoder
+from mimrefiner.models.pools import available_pools
+from mimrefiner.models.tokens import input_size
 from mimrefiner.probes.checks import check_count
 from mimrefiner.probes.features import Features, extract_features, parse_pool, pixel_features
 from mimrefiner.probes.knn import knn_hits

@@ -11,8 +11,9 @@ from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.data.subsets import few_labels, inat18_shots
 from mimrefiner.device import default_device, has_bfloat16
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import available_pools, depth_of
+from mimrefiner.models.blocks import depth_of
 from mimrefiner.models.encoders import load_encoder
+from mimrefiner.models.pools import available_pools
 from mimrefiner.probes.features import extract_features
 from mimrefiner.probes.shots import CONVERGED, PUBLISHED, logistic_shots
 

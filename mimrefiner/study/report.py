@@ -22,8 +22,10 @@ from mimrefiner.data.rows import size_of
 from mimrefiner.device import default_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import Entry, atomic_file, write_csv, write_json
-from mimrefiner.models.blocks import available_pools, block_modules, check_pools, input_size
+from mimrefiner.models.blocks import block_modules
 from mimrefiner.models.encoders import eval_transform, load_encoder, random_twin
+from mimrefiner.models.pools import available_pools, check_pools
+from mimrefiner.models.tokens import input_size
 from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes import protocols
 from mimrefiner.probes.checks import (

@@ -15,9 +15,9 @@ from mimrefiner.data.labelled import Transformed
 from mimrefiner.data.loaders import without_traces
 from mimrefiner.device import autocast, full_float32, plain_attention
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import input_size
 from mimrefiner.models.classifier import ImageClassifier
 from mimrefiner.models.encoders import eval_transform, normalisation
+from mimrefiner.models.tokens import input_size
 from mimrefiner.progress import progress
 
 
