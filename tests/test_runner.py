@@ -63,7 +63,8 @@ HEAD = 'preset = "smoke"\nseeds = "0"\nout = ""\nfail = False\n'
 WRITE = f"""
 from pathlib import Path
 for what, columns in (("results", {ROW_COLUMNS}), ("claims", {CLAIM_COLUMNS})):
-    lines = [",".join(columns), ",".join(["NAME"] * len(columns))]
+    row = ["1" if name in ("difference", "low", "high") else "NAME" for name in columns]
+    lines = [",".join(columns), ",".join(row)]
     (Path(out) / what).mkdir(exist_ok=True)
     (Path(out) / what / "NAME.csv").write_text("\\n".join(lines))
 """
