@@ -39,6 +39,10 @@ def lab(tmp_path_factory):
         (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
         cell.source += f'\npreset = "smoke"\nout = "{folder}/out"'
         nbformat.write(notebook, folder / source.name)
+    settings = folder / "config/lab/user-settings/@jupyterlab/notebook-extension"
+    settings.mkdir(parents=True)
+    # All cells are laid out, so that a test finds what has been scrolled out of view
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
