@@ -199,7 +199,7 @@ def answer(found: Sequence[Found]) -> str:
     """What the verdicts of one question say, as a sentence; differences are in points."""
     by = {verdict: [f for f in found if f.verdict == verdict] for verdict in WORDS}
     if not by["seen"] and not by["opposite"]:
-        return f"This cannot be told at this scale; nothing was seen ({listed(found)})."
+        return f"At this scale we cannot tell: no effect was seen ({listed(found)})."
     named = (("yes", "seen"), ("not seen", "not seen"), ("the opposite", "opposite"))
     parts = [f"{words}: {listed(by[verdict])}" for words, verdict in named if by[verdict]]
     sentence = "; ".join(parts)
@@ -226,8 +226,8 @@ def summary(claims: Sequence[dict[str, str]]) -> str:
     sentence = f"Refinement lifts the last block in {len(seen)} of {len(lifted)} settings"
     if seen:
         most = max(seen, key=lambda f: f.number("difference"))
-        gain = f"{most.number('difference'):.1f} points of k-NN accuracy on {most.row.label}"
-        sentence += f", at most by {gain}"
+        gain = f"{most.number('difference'):.1f} points of k-NN accuracy"
+        sentence += f", most of all on {most.row.label}, by {gain}"
     return (
         f"{sentence}; it beats the same computation spent on more pre-training in {len(beats)} of "
         f"{len(longer)}."

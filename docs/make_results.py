@@ -40,8 +40,8 @@ HEAD = """# Results
 
 The picture has one line for each claim: a diamond is the mean difference, circles are seeds, and
 the colour is the verdict. Every model behind it is small: the paper refines models of 303 M to
-1.9 B parameters on ImageNet-1K, and these have 0.6 M (digits, Fashion-MNIST) and 5 M
-(Tiny-ImageNet after six epochs). The authors expect much of the drop behind the peak, and the
+1.9 B parameters on ImageNet-1K, while ours have 0.6 M (digits, Fashion-MNIST) and 5 M
+(Tiny-ImageNet after six epochs). The authors expect much of the drop after the peak, and the
 benefit of several heads, only from about 300 M parameters on. Agreement at this scale does not
 prove their results, and disagreement does not refute them.
 
@@ -57,34 +57,34 @@ This page is written by `python docs/make_results.py` from the committed tables.
 """
 CAUTION = """Two things need care:
 
-- Claims that were measured before the shown interval became the deciding one (Tiny-ImageNet, and
-  digits until the notebooks are published again) show the interval of the mean over seeds. Where
-  that excludes zero and a single seed's does not, the verdict says *not in every seed*.
-- No interval is corrected for the number of claims: of a hundred claims about single models
-  without any effect, about five are expected outside theirs. Three seeds that must agree make
-  chance rarer, but they share one pre-trained model and one set of test images. Read the sizes of
-  the differences, and whether related claims agree."""
+- Older claims (Tiny-ImageNet, and digits until the notebooks are published again) show the
+  interval of the mean over seeds. Where it excludes zero but the interval of a single seed does
+  not, the verdict says *not in every seed*.
+- No interval is corrected for the number of claims: of a hundred claims about single models, all
+  without any effect, about five would still show an interval that excludes zero. Where three seeds
+  must agree, such accidents are rarer, but the seeds share one pre-trained model and one set of
+  test images. Look at the sizes of the differences, and at whether related claims agree."""
 
 NATURAL = """{models} ({blocks} blocks, width {dim}, patch {patch}) were pre-trained without
 labels on {data}'s training images at {size} px: {epochs}. {weak}{chosen} There is one
-pre-training per model; ± is the standard deviation over seeds of refinement. All models meet the
-same probes (orders, draws of labelled images, starts of k-means), on features in bfloat16.
+pre-training per model; ± is the standard deviation over seeds of refinement. All models are probed
+alike (same orders, same draws of labelled images, same starts of k-means), on features in bfloat16.
 Device: {device}.
 
-- *{data}*: {n_test} validation images, which no model and no choice has seen, classified with
+- *{data}*: {n_test} validation images, which served no training and no choice, classified with
   {n_train} training images. *fruit64*: photos of {kinds} kinds of fruit; no model was trained on
   them.
 - Accuracies are in %. Linear, few-shot (mean of {draws} draws of the labelled images) and
   clusters use the last block's cls token. *Within a kind*: only photos of the same kind (pears,
   melons, apples, citrus fruit) vote, so that fine differences decide.
 - The tables show the best block on these test images, for orientation. The claims use a block
-  chosen on held-out training images of {data}, also those about fruit64, whose own validation
-  photos show the heaps of its training photos.
+  chosen on held-out training images of {data}. This holds for claims about fruit64 too, whose own
+  validation photos show the same piles of fruit as its training photos.
 - Refined models are weight averages (EMA), the others are not. Raw pixels are those of images
-  shrunk to 32 px. Random weights are one draw: where a model is no better than they are, it has
-  not learnt enough to say anything.
-- *Fine-tuned with labels* spends what refinement does on training with labels. It has seen the
-  labels of the images that vote, and it is no upper bound of what labels can do.
+  shrunk to 32 px. Random weights are one draw: if a model is no better than they are, it has
+  learnt too little to tell us anything.
+- *Fine-tuned with labels* spends the computation of refinement on training with labels. This model
+  has seen the labels of the images that vote, and longer training could get more out of them.
 """
 ABLATIONS = """k-NN accuracy (%) of the last block's cls token. Variants with one seed are
 exploratory: they only say which would be worth more seeds. `experiments/ablations.py` lists what
@@ -94,21 +94,21 @@ each one changes.
 TOY = "A ViT of 0.6 M parameters, preset `tiny`, as drawn in `figures/`.\n\n"
 PHOTOGRAPHS = """The packaged `mae_tiny_64` and `mae_tiny_64_refined` on fruit64, as the
 notebooks show them: half precision, one seed, and the best block chosen on fruit64's own
-validation photos, which show the heaps of its training photos.
+validation photos, which show the same piles of fruit as its training photos.
 
 """
 CHOSEN = """Validation images chose the learning rate of stage 3 for the MAE (below); everything
-else, the rates of SimMIM's refinement and of the controls too, was set beforehand."""
-CHOICE = """The MAE, one seed, with a tenth of the training images held out for choices; k-NN of
-the last block's cls token, share of images. The preset, and so the measurements above, take the
-rate {rate:g}.
+else was set beforehand, including the rates for SimMIM's refinement and for the controls."""
+CHOICE = """The MAE with one seed; a tenth of the training images was held out for the choice. The
+values are k-NN accuracies (shares) of the last block's cls token. The preset takes the rate
+{rate:g}, and so do the measurements above.
 
 """
-TRAINED = "Wall time is that of a machine that did other work too; the computation is counted."
+TRAINED = "Wall times include other work on the same processor; the computation was counted."
 WEAK = """The epochs are what a few hours of two CPU cores allow, so the models are weak. For the
 same reason there are 2 + 4 views instead of the paper's 2 + 10, and only the MAE has controls.
-Decoders of other depths, a deeper model, other data sets (CIFAR) and training with labels to its
-end were left out; preset `natural-gpu` has all but the last. """
+Decoders of other depths, a deeper model, other data sets (CIFAR) and training with labels until it
+converges were left out; preset `natural-gpu` has all of these but the last. """
 
 
 STUDIES = {"real": "A released encoder on CIFAR-10", "cifar": "An MAE pre-trained on CIFAR-10"}

@@ -7,11 +7,14 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 
+import mimrefiner as mr
+from mimrefiner.method.refiner import MIMRefiner
 from mimrefiner.study.claims import ROW_COLUMNS, claims_table
 from mimrefiner.study.tables import markdown_table
 
@@ -146,13 +149,13 @@ def test_the_sentences_follow_the_verdicts():
         "Fashion-MNIST −2.0."
     ]
     assert forest.summary(claims) == (
-        "Refinement lifts the last block in 1 of 2 settings, at most by 5.0 points of k-NN "
-        "accuracy on digits; it beats the same computation spent on more pre-training in 0 of 0."
+        "Refinement lifts the last block in 1 of 2 settings, most of all on digits, by 5.0 points "
+        "of k-NN accuracy; it beats the same computation spent on more pre-training in 0 of 0."
     )
     unseen = LIFTS | {"verdict": "not seen"}
     assert forest.sentences([unseen]) == [
-        "**Does refinement lift the last block?** This cannot be told at this scale; nothing was "
-        "seen (digits +5.0)."
+        "**Does refinement lift the last block?** At this scale we cannot tell: no effect was seen "
+        "(digits +5.0)."
     ]
 
 
@@ -273,6 +276,30 @@ def test_colab_is_offered_where_it_can_work(hooks):
     assert "colab.research.google.com/github/some/one/blob/main/notebooks/00_quickstart" in line
     assert "pip install git+https://github.com/some/one<" in line
     assert hooks.colab("https://example.org/a/b", "x.ipynb") == hooks.colab(None, "x.ipynb") == ""
+
+
+def test_the_example_of_readme_fits_the_encoder_that_it_names(monkeypatch):
+    """It once took a recipe for patches of 4 px, which a ViT of patches of 16 px refuses."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    load_encoder, load_dataset, refined = mr.load_encoder, mr.load_dataset, []
+
+    def refine(encoder, dataset, config):
+        refined.append(MIMRefiner(encoder, config))
+        return SimpleNamespace(ema_encoder=encoder)
+
+    def small(name, **_):
+        assert name == "vit_base_patch16_224.mae"
+        return load_encoder("vit_tiny_patch16_224", pretrained=False)  # as deep, and patches of 16
+
+    def some(name, split):
+        assert name == "imagefolder:PATH"
+        return load_dataset("fruit64", split=split).take(10)
+
+    monkeypatch.setattr(mr, "load_encoder", small)
+    monkeypatch.setattr(mr, "load_dataset", some)
+    monkeypatch.setattr(mr, "refine", refine)
+    exec(code, {})
+    assert refined[0].config.resolve_blocks(12) == (8, 9, 10, 11)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "REPRODUCING.md"])
