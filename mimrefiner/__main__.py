@@ -438,7 +438,7 @@ def do_low_shot(args) -> None:
     )
     write_csv(rows, args.out / "rows.csv")
     _print_rows(args.out)
-    print(f"mean of {len(rows)} splits: {100 * rows['value'].mean():.1f} %")
+    _print_once(f"mean of {len(rows)} splits: {100 * rows['value'].mean():.1f} %")
 
 
 def _labelled_arguments(add) -> None:
@@ -491,6 +491,14 @@ def _print_rows(out: Path) -> None:
         print(f"{100 * row.value:5.1f} %  {row.protocol}, {row.pool}, {row.setting}{images}")
 
 
+def _print_once(text: str) -> None:
+    """Print a result; of several processes the first one does."""
+    from mimrefiner.distributed import rank
+
+    if rank() == 0:
+        print(text)
+
+
 def add_segment(commands) -> None:
     what = "segment scenes: fine-tune UperNet, or probe frozen features (ADE20K)"
     example = "mimrefiner segment mae_refined_l16 ADEChallengeData2016 --out runs/ade20k"
@@ -532,8 +540,7 @@ def do_segment(args) -> None:
     check_writable(args.out)
     rows = (_upernet if args.probe == "upernet" else _dense)(args, train, val)
     shown = rows[["block", "pool", "metric", "value", "n_test", "setting"]]
-    print(shown.to_string(index=False))
-    print(f"rows.csv is in {args.out}")
+    _print_once(f"{shown.to_string(index=False)}\nrows.csv is in {args.out}")
 
 
 def _upernet(args, train, val):
@@ -682,8 +689,8 @@ def do_robustness(args) -> None:
     check_writable(args.out)
     _share(args)
     how = {"classes": classes, "protocol": protocol, "num_workers": args.workers}
-    print(markdown_table(robustness_into(args.out, model, folders, **how)), end="")
-    print(f"rows.csv and table.md are in {args.out}")
+    table = markdown_table(robustness_into(args.out, model, folders, **how))
+    _print_once(f"{table}rows.csv and table.md are in {args.out}")
 
 
 def add_datasets(commands) -> None:

@@ -50,7 +50,7 @@ def segment(tmp_path, scenes, *options):
     return main(["segment", encoder, str(scenes), *common, *options])
 
 
-def test_segment_fine_tunes_and_is_read_again(encoder, scenes, tmp_path, capsys):
+def test_segment_fine_tunes_and_is_read_again(encoder, scenes, tmp_path, capsys, monkeypatch):
     options = ["--size", "32", "--steps", "2", "--batch-size", "4"]
     assert segment(tmp_path, scenes, *options) == 0
     rows = pd.read_csv(tmp_path / "out" / "rows.csv")
@@ -61,8 +61,12 @@ def test_segment_fine_tunes_and_is_read_again(encoder, scenes, tmp_path, capsys)
     assert segment(tmp_path, scenes, *options) == 2
     assert "holds a finished run: use an empty folder, or --resume" in capsys.readouterr().err
     assert segment(tmp_path, scenes, *options, "--resume") == 0
+    assert capsys.readouterr().out.count("sliding, last") == 1
     assert segment(tmp_path, scenes, *options, "--resume", "--seed", "1") == 2
     assert "other settings (seed)" in capsys.readouterr().err
+    monkeypatch.setattr("mimrefiner.distributed.rank", lambda: 1)  # as the second of two
+    assert segment(tmp_path, scenes, *options, "--resume") == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("probe", "rows"), [("linear", 2), ("blocks", 4)])
@@ -88,6 +92,18 @@ def test_segment_refuses_in_one_line(encoder, scenes, tmp_path, capsys):
         assert segment(tmp_path, scenes, *options) == 2
         said_here = capsys.readouterr().err
         assert said in said_here and said_here.count("\n") == 1
+    assert not (tmp_path / "out" / "rows.csv").exists()
+
+
+def test_what_no_group_can_do_is_refused_by_each_process(encoder, scenes, tmp_path, capsys):
+    """One process would take the run and wait in it for the others, which wait for its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mimrefiner.distributed.world", lambda: 2)
+        assert segment(tmp_path, scenes, "--probe", "linear", "--epochs", "1") == 2
+        assert "start the command without torchrun" in capsys.readouterr().err
+        arguments = ["vtab", str(tmp_path / "encoder.safetensors"), "--six"]
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        assert "the runs of VTAB-6 are independent: share them" in capsys.readouterr().err
     assert not (tmp_path / "out" / "rows.csv").exists()
 
 

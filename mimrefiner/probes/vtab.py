@@ -232,11 +232,7 @@ def vtab1k(
         InputError: lists that do not belong together, fewer images than a batch, no cls token, a
             folder with runs of other settings, or a process group.
     """
-    if distributed.world() > 1:
-        raise InputError(
-            "the runs of VTAB-1K are independent: share them among processes by --gpus, or start "
-            "the command several times with the same --out, without torchrun"
-        )
+    _refuse_group("VTAB-1K")
     protocol, computing = protocol or VTABProtocol(), computing or Computing()
     searches = [Search(encoder, task, parts, protocol, folder) for task, parts in data.items()]
 
@@ -310,7 +306,11 @@ def vtab6(
 
     Returns:
         The rows of :func:`mimrefiner.probes.linear_grid.linear_grid` with a column ``dataset``.
+
+    Raises:
+        InputError: an unknown name, a folder with runs of other settings, or a process group.
     """
+    _refuse_group("VTAB-6")
     computing = computing or Computing()
     for name in names:
         one_of("data set of VTAB-6", name, tuple(SIX))
@@ -331,6 +331,15 @@ def vtab6(
         {"dataset": name, **row} for name, entry in entries.items() for row in entry.facts()["rows"]
     ]
     return pd.DataFrame(found)
+
+
+def _refuse_group(what: str) -> None:
+    """InputError in a process group: one process would take a run and wait for the others."""
+    if distributed.world() > 1:
+        raise InputError(
+            f"the runs of {what} are independent: share them among processes by --gpus, or start "
+            "the command several times with the same --out, without torchrun"
+        )
 
 
 def six_table(rows: pd.DataFrame) -> pd.DataFrame:

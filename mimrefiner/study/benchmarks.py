@@ -112,7 +112,15 @@ def dense_into(
 
     Where there are several learning rates, a tenth of the training scenes, drawn by the seed,
     chooses among them, and the probes are trained on the others.
+
+    Raises:
+        InputError: a process group, and what :func:`mimrefiner.probes.dense.dense_probe` refuses.
     """
+    if distributed.world() > 1:
+        raise InputError(
+            "linear probes of segmentation are trained in one process: start the command without "
+            "torchrun"
+        )
     settings = {
         **asdict(config),
         "weights": sha256_of(encoder),
