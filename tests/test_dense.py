@@ -1,3 +1,4 @@
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -125,8 +126,21 @@ def test_rates_are_for_256_images_and_weights_begin_as_published(vit, folder, mo
         assert 0.008 < layer.weight.std() < 0.012 and not layer.bias.any()
     dense._train(model, next(parts(folder)), config, 0)
     assert len(seen) == 30  # 3 batches of 8 from 24 images, ten times
-    assert max(rates[0] for rates in seen) == pytest.approx(0.1 * 8 / 256)
+    peak, low = 0.1 * 8 / 256, 1e-6
+    # Three steps of warm-up that begin at a quarter; the cosine would end one step after the last
+    rising = [peak * part / 4 for part in (1, 2, 3)]
+    falling = [low + (peak - low) * (1 + math.cos(math.pi * s / 27)) / 2 for s in range(27)]
+    assert [rates[0] for rates in seen] == pytest.approx(rising + falling)
     assert max(rates[1] for rates in seen) == pytest.approx(0.4 * 8 / 256)
+
+
+def test_the_encoder_runs_in_bfloat16_and_the_probes_in_float32(monkeypatch):
+    monkeypatch.setattr("mimrefiner.device.has_bfloat16", lambda device: True)
+    wide = mr.build_vit(mr.ViTConfig(dim=192, depth=2, num_heads=2))
+    model, seen = dense.DenseProbes(wide, small(blocks=(1,))), []
+    wide.blocks[1].mlp.fc2.register_forward_hook(lambda module, given, x: seen.append(x.dtype))
+    assert model(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+    assert seen == [torch.bfloat16]
 
 
 def test_a_window_of_the_images_size_is_a_plain_forward(vit):

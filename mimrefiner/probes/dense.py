@@ -20,7 +20,7 @@ from mimrefiner.config import check_blocks
 from mimrefiner.data.loaders import loaded
 from mimrefiner.data.scenes import IGNORE, Labels, SceneBatches, SceneCrop
 from mimrefiner.data.views import Order
-from mimrefiner.device import frozen, seeded
+from mimrefiner.device import autocast, frozen, seeded
 from mimrefiner.errors import InputError
 from mimrefiner.models.blocks import depth_of, hooked
 from mimrefiner.models.encoders import normalisation
@@ -29,7 +29,7 @@ from mimrefiner.models.tokens import input_size, split_tokens
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.segmentation import Window, mean_iou, to_size
 from mimrefiner.progress import progress
-from mimrefiner.training.optim import cosine_lr
+from mimrefiner.training.optim import LabelledStage
 
 ADE20K = Labels(150, ignore_zero=True)
 WHOLE_SCENE = SceneCrop(224)
@@ -110,7 +110,9 @@ def ade20k_transfer(depth: int) -> DenseConfig:
 
 
 class DenseProbes(nn.Module):
-    """Linear classifiers on patch tokens of a frozen encoder.
+    """Linear classifiers, in float32, on patch tokens of a frozen encoder.
+
+    The encoder runs in bfloat16 where that helps, as in the released code.
 
     Attributes:
         kinds: (blocks, with cls token) of every batch norm; behind each is one layer per learning
@@ -138,7 +140,8 @@ class DenseProbes(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits per patch, (probes, batch, classes, rows, columns)."""
-        maps, cls_maps = token_maps(self.encoder, images, self.blocks)
+        with autocast(images.device, self.encoder):
+            maps, cls_maps = token_maps(self.encoder, images, self.blocks)
         logits = []
         for i, (norm, (group, cls)) in enumerate(zip(self.norms, self.kinds, strict=True)):
             parts = [maps[block] for block in group]
@@ -268,14 +271,15 @@ def _train(
         for layer, rate in zip(model.layers, rates, strict=True)
     ]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    stages = [_schedule(group["peak"], steps) for group in groups]
     how = config.labels, config.crop, normalisation(model.encoder), config.seed
     scenes = SceneBatches(train, *how)
     keys = Order(batch_size, steps, config.seed).batches(len(train))
     batches = loaded(scenes, keys, scenes.collate, num_workers, pin=device.type == "cuda")
     for step, batch in enumerate(progress(batches, "dense probe", steps), 1):
         model.norms.train()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step - 1, steps, 0.1 * steps, group["peak"], 1e-6)
+        for group, stage in zip(optimizer.param_groups, stages, strict=True):
+            group["lr"] = stage.lr(step - 1)
         optimizer.zero_grad()
         images, masks = (x.to(device, non_blocking=True) for x in batch)
         _backward(model, images, masks, config.window.enlarge)
@@ -283,6 +287,11 @@ def _train(
         due = step % (config.evaluate_every * per_epoch) == 0 or step == steps
         if evaluate is not None and due:
             evaluate()
+
+
+def _schedule(peak: float, steps: int) -> LabelledStage:
+    """The rate of every step, up to ``peak``; batches are counted as of 256 images."""
+    return LabelledStage(1, steps, 256, 256, warmup=0.1 * steps, base_lr=peak, min_lr=1e-6)
 
 
 def _backward(model: DenseProbes, images: Tensor, masks: Tensor, enlarge: str) -> None:
