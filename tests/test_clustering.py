@@ -3,6 +3,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics import normalized_mutual_info_score
 
 import mimrefiner as mr
 from mimrefiner.probes.clustering import matched_accuracy
@@ -33,6 +35,30 @@ def test_matching_equals_the_best_permutation():
     )
     assert matched_accuracy(labels, found) == pytest.approx(best)
     assert matched_accuracy(labels, labels * 10 + 3) == 1.0
+
+
+def test_of_many_images_whole_runs_of_mini_batches_are_compared(monkeypatch):
+    """The one of lowest inertia is kept, over all images."""
+    monkeypatch.setattr("mimrefiner.probes.clustering.MANY_IMAGES", 100)
+    kept = []
+
+    class Kept(MiniBatchKMeans):
+        def fit(self, x):
+            kept.append(super().fit(x))
+            return self
+
+    monkeypatch.setattr("mimrefiner.probes.clustering.MiniBatchKMeans", Kept)
+    y = torch.arange(200) % 20
+    rows = mr.cluster(
+        Features({"cls": (torch.randn(20, 4)[y] + 0.3 * torch.randn(200, 4))[None]}, y, (11,), 12),
+        starts=3,
+    )
+    inertias = [run.inertia_ for run in kept]
+    assert len(inertias) == 3 and len(set(inertias)) > 1
+    assert [(run.n_init, run.max_iter) for run in kept] == [(3, 1000)] * 3
+    best = kept[int(np.argmin(inertias))]
+    found = rows.set_index("metric")["value"]["NMI"]
+    assert found == pytest.approx(normalized_mutual_info_score(y, best.labels_))
 
 
 def test_without_labels_the_clusters_judge_themselves(features):
