@@ -111,7 +111,18 @@ Decoders of other depths, a deeper model, other data sets (CIFAR) and training w
 converges were left out; preset `natural-gpu` has all of these but the last. """
 
 
-STUDIES = {"real": "A released encoder on CIFAR-10", "cifar": "An MAE pre-trained on CIFAR-10"}
+STUDIES = {"real": "A real encoder on CIFAR-10", "cifar": "An MAE pre-trained on CIFAR-10"}
+ABOUT = {
+    "real": """A ViT-S/14 of the DINOv2 family that somebody trained further, with a decoder, to
+find what is salient in a photograph. `experiments/real_encoder.py` says what is known of the file,
+which is not part of this project. Refinement saw about 14,000 training images of CIFAR-10 at 98 px,
+each at most once in a stage; the controls have the same number of operations. The first six of
+twelve blocks are frozen, and the last four have heads. All encoders are measured in half-precision
+weights; raw pixels are those of images shrunk to 32 px. Rows are added as they are measured.
+
+""",
+    "cifar": "",
+}
 
 
 def models_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -167,16 +178,28 @@ def folded(title: str, *parts: str) -> str:
 
 
 def study_section(name: str) -> str:
-    """The claims of a study that ``experiments/collect.py`` wrote; "" where there is none."""
-    claims = read(name, "_claims")
-    if claims is None:
+    """Models, trainings and claims that ``experiments/collect.py`` wrote; "" where nothing is."""
+    rows, claims = read(name), read(name, "_claims")
+    if rows is None or claims is None:
         return ""
-    of_data = claims.fillna("").groupby(["model", "dataset", "pool"], sort=False)
-    tables = [
-        folded(f"Claims: {', '.join(filter(None, where))}", markdown_table(claims_table(part)))
-        for where, part in of_data
-    ]
-    return f"\n## {STUDIES[name]}\n{''.join(tables)}"
+    parts = [f"\n## {STUDIES[name]}\n\n", ABOUT[name]]
+    for dataset, part in rows.groupby("dataset", sort=False):
+        n_train, n_test = (f"{part[column].max():,}" for column in ("n_train", "n_test"))
+        title = f"All models on {dataset}: {n_test} test images, {n_train} that vote (%)"
+        parts.append(folded(title, markdown_table(models_table(part))))
+    facts = read(name, "_training")
+    if facts is not None:
+        shown = facts.assign(weights_sha256=facts["weights_sha256"].str[:12])
+        parts.append(folded("What was trained", markdown_table(shown.drop(columns="settings"))))
+    choice = read(name, "_choice")
+    if choice is not None:
+        last = choice[(choice["block"] == choice["block"].max()) & (choice["pool"] == "cls")]
+        table = markdown_table(last.drop(columns=["weights_sha256", "git_sha"]))
+        parts.append(folded("Validation images, on which settings are chosen", table))
+    for where, part in claims.fillna("").groupby(["model", "dataset", "pool"], sort=False):
+        title = f"Claims: {', '.join(filter(None, where))}"
+        parts.append(folded(title, markdown_table(claims_table(part).drop(columns="notebook"))))
+    return "".join(parts)
 
 
 def natural_section(name: str) -> str:

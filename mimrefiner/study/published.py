@@ -12,14 +12,16 @@ def experiments_folder() -> Path:
     return project_folder() / "experiments"
 
 
+def study(name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows and claims of the study ``name``, such as natural or real."""
+    file = experiments_folder() / f"evidence_{name}.csv"
+    return pd.read_csv(file), pd.read_csv(file.with_name(f"evidence_{name}_claims.csv"))
+
+
 def evidence() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows and claims of the natural images: those of the GPU where there are any."""
-    folder = experiments_folder()
-    name = next(
-        name for name in ("natural-gpu", "natural") if (folder / f"evidence_{name}.csv").is_file()
-    )
-    rows, claims = (pd.read_csv(folder / f"evidence_{name}{part}.csv") for part in ("", "_claims"))
-    return rows, claims
+    on_gpu = (experiments_folder() / "evidence_natural-gpu.csv").is_file()
+    return study("natural-gpu" if on_gpu else "natural")
 
 
 def ablation_rows(preset_name: str) -> pd.DataFrame:
