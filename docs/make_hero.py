@@ -34,6 +34,7 @@ NAMES = {  # what rows and figures call a model -> its name in the picture
 }
 COLOURS = {"before": "#4c72a0", "refined": PULL, "same compute": "#7b4ea3", "raw pixels": "#57606a"}
 WORDS = {"same compute": "same compute, more masking"}
+ENCODERS = {"cifar10": "a ViT-S/14 that had been trained to find salient regions"}
 TITLES = {"digits": "digits", "cifar10": "CIFAR-10", "tiny-imagenet": "Tiny-ImageNet"}
 COLUMNS = ("dataset", "n_test", "model", "seed", "block", "value")
 
@@ -144,9 +145,12 @@ def finding(points: Sequence[Point]) -> str:
     data = TITLES.get(points[0].dataset, points[0].dataset)
     best = max(range(len(before)), key=before.__getitem__)
     where = f"block {best + 1} of {len(before)}"
+    encoder = ENCODERS.get(points[0].dataset)
+    whose = f" of {encoder}" if encoder else ""
     sentence = (
-        f"On {data}, refinement takes the last block from {before[-1]:.1f} to {refined[-1]:.1f} % "
-        f"k-NN accuracy; the best block before was {where} with {before[best]:.1f} %"
+        f"On {data}, refinement takes the last block{whose} from {before[-1]:.1f} to "
+        f"{refined[-1]:.1f} % k-NN accuracy; "
+        f"the best block before was {where} with {before[best]:.1f} %"
     )
     if same:
         sentence += f", and the same computation spent on more masking gives {same[-1]:.1f} %"
@@ -176,7 +180,7 @@ def method(depth: int = 12, heads: int = 4) -> list[str]:
             parts.append(arrow(x + BLOCK / 2, FLOOR - 6, x + BLOCK / 2, FLOOR - 28))
             parts.append(box(x - 1, FLOOR - 62, BLOCK + 2, 32, TRAINED))
     end = FIRST + STEP * depth
-    parts.append(text(FIRST, FLOOR + 100, "a ViT, pre-trained by masking", 12, INK, "start"))
+    parts.append(text(FIRST, FLOOR + 100, "a pre-trained ViT", 12, INK, "start"))
     parts.append(text(FIRST, FLOOR - 42, "a head on each of the last blocks", 12, INK, "start"))
     start = FIRST + STEP * (depth - heads)
     parts += [
@@ -185,8 +189,8 @@ def method(depth: int = 12, heads: int = 4) -> list[str]:
     parts.append(text(start - 92, 74, "queue of other images", 12, INK, "end"))
     middle = start + 21.5
     parts.append(arrow(middle, FLOOR - 66, middle, 82, PULL, 3))
-    parts.append(text(middle + 12, 104, "pulled to its", 12, PULL, "start", "bold"))
-    parts.append(text(middle + 12, 119, "nearest neighbour", 12, PULL, "start", "bold"))
+    parts.append(text(middle + 9, 104, "pulled to its", 11.5, PULL, "start", "bold"))
+    parts.append(text(middle + 9, 119, "nearest neighbour", 11.5, PULL, "start", "bold"))
     parts.append(text(end - STEP + BLOCK, FLOOR + 100, "labels: none", 12, FAINT, "end"))
     return parts
 
