@@ -74,7 +74,6 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         Row("fruit photos (never trained on)", f"photographs: {LIFTS}", FRUIT),
     ),
     "Does it beat the same computation spent on more pre-training?": (
-        Row("CIFAR-10 (a real ViT-S/14)", LONGER, REAL),
         Row("CIFAR-10 (our MAE)", LONGER, CIFAR),
         Row("digits", LONGER, DIGITS),
         Row("Tiny-ImageNet (cls token)", LONGER, MAE),

@@ -87,6 +87,7 @@ def test_the_forest_plot_and_readme_show_the_claims():
     assert (DOCS / "forest.svg").read_text() == forest.draw(claims), "python docs/make_forest.py"
     text = (ROOT / "README.md").read_text()
     assert text == readme.filled(text), "python docs/make_readme.py"
+    assert " nan " not in text
     with pytest.raises(ValueError, match="0 places for result"):
         readme.filled("no marks")
 
