@@ -34,15 +34,16 @@ NAMES = {  # what rows and figures call a model -> its name in the picture
 }
 COLOURS = {"before": "#4c72a0", "refined": PULL, "same compute": "#7b4ea3", "raw pixels": "#57606a"}
 WORDS = {"same compute": "same compute, more masking"}
-ENCODERS = {"cifar10": "a ViT-S/14 that had been trained to find salient regions"}
+ENCODERS = {"real-encoder": "a ViT-S/14 that had been trained to find salient regions"}  # by preset
 TITLES = {"digits": "digits", "cifar10": "CIFAR-10", "tiny-imagenet": "Tiny-ImageNet"}
-COLUMNS = ("dataset", "n_test", "model", "seed", "block", "value")
+COLUMNS = ("preset", "dataset", "n_test", "model", "seed", "block", "value")
 
 
 @dataclass(frozen=True)
 class Point:
     """The k-NN accuracy (a share) of one model and seed after one block (0-based)."""
 
+    preset: str
     dataset: str
     n_test: int
     model: str
@@ -89,11 +90,12 @@ def from_digits(figures: Path) -> list[Point]:
         if claim["claim"] == "the refined last block beats raw pixels"
         and (claim["dataset"], claim["model"]) == ("digits", "")
     )
-    facts = {"dataset": "digits", "n_test": claim["n_test"]}
+    facts = {"preset": "tiny", "dataset": "digits", "n_test": claim["n_test"]}
     found = [_point({**row, **facts, "model": NAMES[row["label"]]}) for row in rows]
     refined = mean_line(found, "refined")[-1]
     value = (refined - float(claim["difference"])) / 100
-    return [*found, Point("digits", int(claim["n_test"]), "raw pixels", 0, 0, round(value, 4))]
+    pixels = {**facts, "model": "raw pixels", "seed": 0, "block": 0, "value": round(value, 4)}
+    return [*found, _point(pixels)]
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -104,8 +106,8 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def _point(row: dict) -> Point:
-    kinds = {"dataset": str, "n_test": int, "model": str, "seed": int, "block": int, "value": float}
-    return Point(**{name: kind(row[name]) for name, kind in kinds.items()})
+    kinds = {"n_test": int, "seed": int, "block": int, "value": float}
+    return Point(**{name: kinds.get(name, str)(row[name]) for name in COLUMNS})
 
 
 def read(file: Path = NUMBERS) -> list[Point]:
@@ -145,15 +147,17 @@ def finding(points: Sequence[Point]) -> str:
     data = TITLES.get(points[0].dataset, points[0].dataset)
     best = max(range(len(before)), key=before.__getitem__)
     where = f"block {best + 1} of {len(before)}"
-    encoder = ENCODERS.get(points[0].dataset)
+    encoder, seeds = ENCODERS.get(points[0].preset), len(lines_of(points, "refined"))
     whose = f" of {encoder}" if encoder else ""
     sentence = (
         f"On {data}, refinement takes the last block{whose} from {before[-1]:.1f} to "
-        f"{refined[-1]:.1f} % k-NN accuracy; "
+        f"{refined[-1]:.1f} % k-NN accuracy ({seeds} {'seed' if seeds == 1 else 'seeds'}); "
         f"the best block before was {where} with {before[best]:.1f} %"
     )
     if same:
         sentence += f", and the same computation spent on more masking gives {same[-1]:.1f} %"
+    else:
+        sentence += ". What the same computation gives on more masking is not measured yet"
     pixels = mean_line(points, "raw pixels")
     if pixels and pixels[-1] > refined[-1]:
         sentence += f". Raw pixels do better still ({pixels[-1]:.1f} %): these images are easy"

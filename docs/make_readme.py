@@ -39,7 +39,7 @@ def few_labels(file: Path) -> str:
     means = 100 * rows.pivot_table("value", "block", "model")
     first, last = means.index[0], means.iloc[-1]  # the best block before, and the last one
     return (
-        f"With one labelled image of each class it goes from {last['before']:.1f} to "
+        f"With one labelled image of each class the last block goes from {last['before']:.1f} to "
         f"{last['refined']:.1f} % (block {first + 1} before: {means.loc[first, 'before']:.1f} %)."
     )
 
