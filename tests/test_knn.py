@@ -201,8 +201,11 @@ def test_search_in_pieces_and_in_low_precision_finds_the_same(knn_file, monkeypa
 def test_rescored_similarities_are_float32(knn_file):
     _, (train_x, _, test_x, _) = knn_file
     bank, queries = (torch.nn.functional.normalize(x, dim=-1) for x in (train_x, test_x))
-    exact, rows = knn._nearest(queries, bank, bank, 5)
-    coarse, coarse_rows = knn._nearest(queries, bank, bank.bfloat16(), 5)
+    low = bank.bfloat16()
+    exact, rows = knn._nearest(queries, bank, bank, 5, bank.new_empty(len(queries), len(bank)))
+    coarse, coarse_rows = knn._nearest(
+        queries, bank, low, 5, low.new_empty(len(queries), len(bank))
+    )
     assert torch.equal(rows, coarse_rows)
     assert torch.allclose(exact, coarse, atol=1e-6)
 

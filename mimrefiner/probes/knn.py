@@ -126,28 +126,31 @@ def _search(
     for piece in pieces:
         part = _directions(bank[piece], moments, device)
         coarse = part.to(search_dtype)
-        found = [
-            _nearest(few, part, coarse, k)
-            for few in queries.split(max(1, at_once // (4 * len(part))))
-        ]
+        rows = max(1, at_once // (4 * len(part)))
+        # The same memory for every product: fresh pages cost a tenth of the time on a CPU
+        room = coarse.new_empty(min(rows, len(queries)), len(part))
+        found = [_nearest(few, part, coarse, k, room) for few in queries.split(rows)]
         similarity, row = (torch.cat(x) for x in zip(*found, strict=True))
         row += piece.start
         if best is not None:
             similarity, order = torch.cat([best[0], similarity], 1).topk(min(k, piece.stop), dim=1)
             row = torch.cat([best[1], row], 1).gather(1, order)
         best = similarity, row
-        del part, coarse, found  # before the next piece is made
+        del part, coarse, found, room  # before the next piece is made
     return best
 
 
-def _nearest(queries: Tensor, bank: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(
+    queries: Tensor, bank: Tensor, coarse: Tensor, k: int, room: Tensor
+) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest rows of one piece of the bank.
 
-    ``coarse`` is the piece in the precision of the search.
+    ``coarse`` is the piece in the precision of the search, ``room`` takes the similarities.
     """
+    similarity = torch.mm(queries.to(coarse.dtype), coarse.T, out=room[: len(queries)])
     if coarse.dtype == bank.dtype:
-        return _largest(queries @ bank.T, min(k, len(bank)))
-    _, row = _largest(queries.to(coarse.dtype) @ coarse.T, min(k + SPARE, len(bank)))
+        return _largest(similarity, min(k, len(bank)))
+    _, row = _largest(similarity, min(k + SPARE, len(bank)))
     similarity = torch.cat(
         [  # in pieces: (queries, k, dim) is larger than the bank
             torch.einsum("qd,qkd->qk", few, bank[chosen])
