@@ -12,6 +12,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parent.parent
 FLOORS = (  # from the top; rooms side by side do not meet
     ("experiments",),
+    ("commands",),
     ("batch",),
     ("study",),
     ("probes",),

@@ -93,15 +93,38 @@ def frozen(encoder: nn.Module, device: torch.device | str) -> Iterator[None]:
     >>> encoder.training, encoder.weight.requires_grad
     (True, True)
     """
-    home, was_training = next(encoder.parameters()).device, encoder.training
+    home = next(encoder.parameters()).device
     needed = [x.requires_grad for x in encoder.parameters()]
-    encoder.eval().requires_grad_(False).to(device)
+    with evaluated(encoder):
+        encoder.requires_grad_(False).to(device)
+        try:
+            yield
+        finally:
+            encoder.to(home)
+            for x, flag in zip(encoder.parameters(), needed, strict=True):
+                x.requires_grad_(flag)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Within this block all of ``model`` is in eval mode.
+
+    Afterwards each of its modules is in the mode that it was in before.
+
+    >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(2).eval())
+    >>> with evaluated(model):
+    ...     [module.training for module in model]
+    [False, False]
+    >>> [module.training for module in model]
+    [True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:
-        encoder.train(was_training).to(home)
-        for x, flag in zip(encoder.parameters(), needed, strict=True):
-            x.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

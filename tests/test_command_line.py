@@ -69,7 +69,7 @@ def test_only_errors_about_files_of_a_person_are_one_line(
     def fail(args):
         raise error
 
-    monkeypatch.setattr("mimrefiner.__main__.do_export", fail)
+    monkeypatch.setattr("mimrefiner.commands.models.do_export", fail)
     arguments = ["export", "simmim_digits", "--to", str(tmp_path / "out")]
     if can_be_mended:
         assert main(arguments) == 2

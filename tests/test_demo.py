@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mimrefiner import __main__ as command_line
+from mimrefiner.__main__ import main
+from mimrefiner.commands import probing
 from mimrefiner.study import demo
 
 README = Path(__file__).parent.parent / "README.md"
@@ -18,12 +19,12 @@ def shown(tmp_path_factory):
     """The folder of a demo, what it said, and what it opened."""
     folder, opened = tmp_path_factory.mktemp("demo"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command_line.webbrowser, "open", opened.append)
+        patch.setattr(probing.webbrowser, "open", opened.append)
         patch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
         patch.setenv("MIMREFINER_CACHE", str(folder / "empty"))
         said = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(words)))
-        assert command_line.main(["demo", "--out", str(folder / "demo"), "--open"]) == 0
+        assert main(["demo", "--out", str(folder / "demo"), "--open"]) == 0
     assert not (folder / "empty").exists()  # nothing was trained, nothing fetched
     return folder / "demo", "\n".join(said), opened
 

@@ -16,6 +16,7 @@ CHECKOUT = Path(__file__).parent.parent
 ROOMS = (
     {"experiments"},
     {"__main__"},
+    {"commands"},
     {"__init__"},
     {"batch"},
     {"study"},
@@ -153,7 +154,8 @@ def test_planted_offences_are_found(tmp_path, file, line, complaint):
     assert any(complaint in problem for problem in problems(tmp_path))
 
 
-SPEAKING = {"__main__", "batch", "experiments"}  # rooms that talk to a terminal or a notebook
+# Rooms that talk to a terminal or a notebook
+SPEAKING = {"__main__", "commands", "batch", "experiments"}
 LONGEST = 60  # lines of one function, with its docstring
 
 

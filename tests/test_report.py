@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 import mimrefiner as mr
-from mimrefiner.__main__ import _numbers, main
+from mimrefiner.__main__ import main
+from mimrefiner.commands.options import numbers
 from mimrefiner.study import report
 
 
@@ -206,7 +207,7 @@ def test_options_of_the_command_line_are_checked(tmp_path, capsys):
             == 2
         )
         assert message in capsys.readouterr().err.splitlines()[-1]
-    assert _numbers("--shots", "1,1e-2,0.1") == (1, 0.01, 0.1)
+    assert numbers("--shots", "1,1e-2,0.1") == (1, 0.01, 0.1)
 
 
 def test_cached_features_give_the_same_report(vit, data, tmp_path):

@@ -11,11 +11,11 @@ from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.probes.protocols import KMEANS, KNN, LINEAR, SHOTS, low_shot
 from mimrefiner.study.presets import (
     IMAGENET,
-    IMAGENET_TRAIN,
     PAPER_MODELS,
     PAPER_SIZES,
     load_preset,
 )
+from mimrefiner.training.recipes import IMAGENET_TRAIN
 
 PAPER_VALUES = ASSETS / "paper_values.csv"
 FAMILIES = {  # as the paper names a model -> as the table of models begins its name

@@ -9,7 +9,6 @@ from mimrefiner.errors import InputError
 from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.models.layouts import ReleasedViT, ViTShape
 from mimrefiner.study.presets import (
-    IMAGENET_TRAIN,
     PAPER_SIZES,
     load_preset,
     paper_crops,
@@ -26,7 +25,7 @@ from mimrefiner.training.cost import (
 )
 from mimrefiner.training.finetune_cost import finetune_bytes, finetune_total
 from mimrefiner.training.memory import PLENTY, Memory
-from mimrefiner.training.recipes import RECIPES, recipe_named
+from mimrefiner.training.recipes import IMAGENET_TRAIN, RECIPES, recipe_named
 
 GIB = 2**30
 TRAINING_IMAGES = {

@@ -13,7 +13,6 @@ from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import variable_folder
 
 IMAGENET = "imagefolder:imagenet"  # as presets and result rows name it
-IMAGENET_TRAIN = 1_281_167  # its training images
 # Name in presets -> variable that says where it lies, what it is, what the folder holds
 FOLDERS = {
     IMAGENET: ("MIMREFINER_IMAGENET", "ImageNet-1K", "train/CLASS/IMAGE and val/CLASS/IMAGE"),

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mimrefiner import distributed
 from mimrefiner.data.labelled import Transformed
 from mimrefiner.data.loaders import without_traces
-from mimrefiner.device import autocast, full_float32, plain_attention
+from mimrefiner.device import autocast, evaluated, full_float32, plain_attention
 from mimrefiner.errors import InputError
 from mimrefiner.models.classifier import ImageClassifier
 from mimrefiner.models.encoders import eval_transform, normalisation
@@ -65,7 +65,7 @@ def logit_batches(
     (torch.Size([3, 10]), torch.Size([3]))
     """
     testing = testing or Testing()
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     chosen = dataset if rows is None else Subset(dataset, rows)
     loader = DataLoader(
         Transformed(chosen, preparation(model.encoder, testing.squeeze)),
@@ -74,8 +74,7 @@ def logit_batches(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the global one belongs to what is being trained
     )
-    model.eval()
-    try:
+    with evaluated(model):
         for images, labels in progress(without_traces(loader), "test", len(loader), "batch"):
             precision = autocast(device, model.encoder)
             if testing.float32:
@@ -83,8 +82,6 @@ def logit_batches(
             with precision, full_float32(), plain_attention(model, device):
                 logits = model(images.to(device, non_blocking=True))
             yield logits.float().cpu(), labels
-    finally:
-        model.train(was_training)
 
 
 def accuracy(model: ImageClassifier, dataset: Dataset, testing: Testing | None = None) -> float:
