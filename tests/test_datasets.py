@@ -139,8 +139,11 @@ def test_bad_input_is_named(tmp_path, image_folder):
         ),
         (
             f"cifar10:{image_folder}",
-            "does not hold cifar10 as torchvision has it, the folder cifar",
+            "does not hold cifar10 as torchvision has it, the folder cifar-10-batches-py: files "
+            "are missing there, or have other checksums than the original ones$",
         ),
+        ("imagefolder:~nosuchuser/a", "~nosuchuser/a: no home folder is known here"),
+        ("~nosuchuser/a", "~nosuchuser/a: no home folder is known here"),
         (f"imagefolder:{tmp_path}/none", "does not exist"),
         (f"parquet:{tmp_path}/train", "holds no .parquet files: expected train-"),
     ]:

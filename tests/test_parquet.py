@@ -283,21 +283,61 @@ def test_names_as_labels_become_classes(kind, tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (
-            [0, None] * 10,
-            r"column label must be whole numbers .*, got 10 of 20 missing: convert it",
-        ),
-        ([0.0, 1.0] * 10, "must be whole numbers .*, got double"),
+        ([0.0, 1.5] * 10, "column label must be whole numbers .*, got fractions: convert it"),
+        ([0.0, float("nan")] * 10, "must be whole numbers .*, got fractions"),
+        ([[0, 1]] * 20, "must be whole numbers .*, got list<.*: convert it, or choose another"),
         ([2**63 + 1, 1] * 10, "column label holds too large labels"),
     ],
 )
 def test_labels_that_are_none_are_named(labels, message, tmp_path):
-    kind = pa.uint64() if labels[0] and labels[0] > 1 else None
+    kind = pa.uint64() if labels[0] == 2**63 + 1 else None
     columns = {"image": structs(range(20)), "label": pa.array(labels, kind)}
     write(tmp_path / "train-0.parquet", columns)
     with pytest.raises(mr.InputError, match=message):
         loaded(tmp_path)
     assert loaded(f"{tmp_path},label=").labels is None  # without them
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0.0, 1.0] * 10, [0, 1] * 10),
+        ([0, None] * 10, [0, -1] * 10),
+        ([3.0, None] * 10, [3, -1] * 10),
+        (["bee", None, "ant", "bee"] * 5, [1, -1, 0, 1] * 5),
+    ],
+)
+def test_whole_floats_and_missing_labels_are_read_as_rows_are(labels, expected, tmp_path, said):
+    write(tmp_path / "train-0.parquet", {"image": structs(range(20)), "target": labels})
+    found = greys(loaded(tmp_path), loaded(tmp_path, "test"))
+    assert found == list(zip(range(20), expected, strict=True))
+    assert "columns image and target" in said.messages[0]
+
+
+def test_labels_that_training_lacks_are_refused(tmp_path):
+    simple(tmp_path / "train-0.parquet", 9, labels=[0, 1, 2] * 3)
+    simple(tmp_path / "test-0.parquet", 6, labels=[1, 2, 3] * 2)
+    message = (
+        r"\(test\): 2 of 6 images have labels that no training image has \(3; training has 0, 1, "
+        r"2\): number the classes in the same way for both"
+    )
+    with pytest.raises(mr.InputError, match=message):
+        loaded(tmp_path)
+    simple(tmp_path / "test-0.parquet", 6, labels=[2, -1] * 3)  # some classes may be missing
+    assert loaded(tmp_path, "test").labels.tolist() == [2, -1] * 3
+    # Where names say what labels mean, a rare class may be without training images
+    simple(tmp_path / "named" / "train-0.parquet", 9, labels=["ant", "bee", "cat"] * 3)
+    simple(tmp_path / "named" / "test-0.parquet", 2, labels=["cat"] * 2)
+    assert loaded(tmp_path / "named", "test").labels.tolist() == [2, 2]
+
+
+def test_a_column_of_splits_is_said_not_to_be_used(tmp_path, said):
+    columns = {"image": structs(range(20)), "label": [0, 1] * 10, "split": ["train", "test"] * 10}
+    write(tmp_path / "all.parquet", columns)
+    assert len(loaded(tmp_path)) == 14
+    assert said.messages[0].endswith(
+        "column split is not used: the names of files say what is train or test"
+    )
 
 
 def test_bools_and_missing_labels(tmp_path, said):

@@ -5,13 +5,15 @@ import sys
 import time
 from contextlib import suppress
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import mimrefiner as mr
 from mimrefiner.__main__ import main
 from mimrefiner.commands.options import numbers
-from mimrefiner.study import report
+from mimrefiner.study import explorer, report
 
 
 @pytest.fixture
@@ -69,6 +71,73 @@ def test_resume_keeps_what_is_finished(vit, data, tmp_path, monkeypatch):
             file.name: file.read_bytes() for file in tmp_path.iterdir()
         } == before  # bad input changes nothing
     assert "weights_sha256" in json.loads((tmp_path / "settings.json").read_text())["settings"]
+
+
+def test_other_data_under_the_same_name_or_size_are_not_resumed(vit, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (24, 32, 32, 3), dtype=np.uint8)
+    rows = [(x, i % 2) for i, x in enumerate(pixels)]
+    swapped = [(x, 1 - label) for x, label in rows]
+    options = {"baselines": False, "blocks": (2,), "out": tmp_path / "own"}
+    first = mr.probe(vit, (rows, rows), **options)["value"].tolist()
+    assert mr.probe(vit, (rows, list(rows)), resume=True, **options)["value"].tolist() == first
+    for train, test in ((rows, swapped), (swapped, rows), (rows, [(255 - x, y) for x, y in rows])):
+        with pytest.raises(mr.InputError, match="holds a report of other data_sha256: choose an"):
+            mr.probe(vit, (train, test), resume=True, **options)
+    # A folder whose images moved between its classes
+    for i, x in enumerate(pixels):
+        file = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(file)
+    name, options["out"] = f"imagefolder:{tmp_path / 'photos'}", tmp_path / "named"
+    mr.probe(vit, name, **options)
+    for old, new in (("a/0.png", "b/0.png"), ("b/1.png", "a/1.png")):
+        (tmp_path / "photos" / old).rename(tmp_path / "photos" / new)
+    with pytest.raises(mr.InputError, match="holds a report of other data_sha256"):
+        mr.probe(vit, name, resume=True, **options)
+
+
+def test_what_is_no_pair_of_data_sets_is_one_line(vit, digits, tmp_path):
+    rows = [digits["train"][i] for i in range(12)]
+    for data, message in [
+        (digits["train"], r"got ImageDataset of length \d+$"),
+        (rows, "got list of length 12$"),
+        ((rows, rows, rows), "got tuple of length 3$"),
+        (tmp_path, "got the path .*: write imagefolder:.* or parquet:.*, as text$"),
+        ({"train": rows, "val": rows}, "got dict with train, val$"),
+        (7, "got int$"),
+        ((rows, "digits"), "expected a map-style data set, .* got str"),
+    ]:
+        with pytest.raises(mr.InputError, match=message) as found:
+            mr.probe(vit, data)
+        assert "\n" not in str(found.value)
+        with pytest.raises(mr.InputError, match=message):
+            explorer.write(tmp_path / "page.html", data, vit)
+    options = {"blocks": (2,), "baselines": False}
+    named = mr.probe(vit, {"train": rows, "test": rows[:6]}, **options)
+    assert named.equals(mr.probe(vit, (rows, rows[:6]), **options))
+
+
+def test_test_labels_that_training_lacks_are_refused(vit, digits, tmp_path):
+    train = [(digits["train"][i][0], i % 3) for i in range(12)]
+    later = [(image, label + 1) for image, label in train]
+    message = (
+        r"the test set: 4 of 12 images have labels that no training image has \(3; training has "
+        r"0, 1, 2\): number the classes in the same way"
+    )
+    options = {"blocks": (2,), "baselines": False}
+    for probe in ("knn", "linear", "low_shot"):
+        with pytest.raises(mr.InputError, match=message):
+            mr.probe(vit, (train, later), probes=(probe,), shots=(1,), **options)
+    with pytest.raises(mr.InputError, match=message):
+        explorer.write(tmp_path / "page.html", (train, later), vit)
+    some = [row for row in train if row[1] != 1]  # a class may be missing
+    assert len(mr.probe(vit, (train, some), **options)) == 2
+    assert len(mr.probe(vit, (train, later), probes=("rank",), **options)) == 2  # no labels asked
+    # Parts of one source are numbered together, even where a rare class went to the test set
+    rare = digits["train"].subset(np.flatnonzero(digits["train"].labels < 9)).take(40)
+    assert 9 in digits["test"].labels
+    assert len(mr.probe(vit, (rare, digits["test"].take(40)), **options)) == 2
 
 
 def test_rows_that_were_changed_are_probed_again_and_said(vit, data, tmp_path, caplog):

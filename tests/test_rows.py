@@ -1,5 +1,7 @@
 """Data sets that somebody else made: what a row may be, and the one line for what it may not."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -63,7 +65,8 @@ def test_paths_and_bytes_are_read(tmp_path):
         ((), "got tuple"),
         (7, "got int"),
         ((7, 1), "expected a PIL image, .* got int"),
-        (("nowhere.png", 1), "nowhere.png cannot be decoded .* No such file"),
+        (("nowhere.png", 1), "nowhere.png cannot be read: No such file"),
+        ((RED, 10**30), "image 1: label 10+ is too large: number the classes 0, 1, ..."),
     ],
 )
 def test_other_rows_are_one_line(row, message):
@@ -94,6 +97,17 @@ def test_the_same_pictures_give_the_same_features_in_every_form(vit):
     assert data_hash(forms[0]) == data_hash(forms[2])
 
 
+def test_what_others_call_their_attributes_does_no_harm():
+    """Data sets of other people have names, rows and labels of their own."""
+
+    class Own(list):
+        name, rows, labels = Path("a"), [("a", 1), ("b",)], ["ant", "bee"]
+
+    changed = Own([(RED, 0), (RED, 0)])
+    same = [data_hash(Own([(RED, 0), (RED, 1)])) for _ in range(2)]
+    assert same[0] == same[1] != data_hash(changed)
+
+
 def test_training_takes_dict_rows(vit):
     rows = [{"image": np.full((32, 32), 20 * i, np.uint8), "label": i % 2} for i in range(8)]
     config = mr.PretrainConfig(epochs=1, batch_size=4)
@@ -107,9 +121,22 @@ def test_a_stream_is_no_data_set(vit):
         def __iter__(self):
             yield RED, 0
 
+    class Sized(Stream):
+        def __len__(self):
+            return 1
+
     table = pd.DataFrame({"image": [RED], "label": [0]})
     loader = DataLoader([(RED, 0)], collate_fn=list)
-    for data in (Stream(), iter([(RED, 0)]), 7, {"train": [(RED, 0)]}, "digits", table, loader):
+    for data in (
+        Stream(),
+        Sized(),
+        iter([(RED, 0)]),
+        7,
+        {"train": [(RED, 0)]},
+        "digits",
+        table,
+        loader,
+    ):
         with pytest.raises(mr.InputError, match=r"expected a map-style data set, .* got "):
             mr.extract_features(vit, data)
 

@@ -99,21 +99,12 @@ def numbers(
     if column.null_count == len(column):
         return None, classes
     is_text = kinds.is_string(column.type) or kinds.is_large_string(column.type)
-    whole = is_text or kinds.is_integer(column.type) or kinds.is_boolean(column.type)
-    if column.null_count or not whole:
-        found = f"{column.null_count} of {len(column)} missing" * bool(column.null_count)
-        raise InputError(
-            f"{where}: column {columns.label} must be whole numbers (-1: none) or class names, "
-            f"got {found or column.type}: convert it, or choose another with label=NAME"
-        )
     if is_text:
         values = column.to_pylist()
-        classes = sorted(set(values)) if classes is None else classes
+        named = set(values) - {None}
+        classes = sorted(named) if classes is None else classes
         return _numbered(values, classes, where), classes
-    try:
-        labels = column.cast(pa.int64()).to_numpy().copy()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{where}: column {columns.label} holds too large labels") from error
+    labels = _whole(column, columns.label, where)
     if (labels < 0).all():  # how the hub marks withheld labels
         return None, classes
     labels = np.maximum(labels, -1)
@@ -127,8 +118,26 @@ def numbers(
     return labels, classes
 
 
-def _numbered(values: list[str], classes: list[str], where: str) -> np.ndarray:
-    number = {name: i for i, name in enumerate(classes)}
+def _whole(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
+    """Labels as int64, -1 where there is none; floats must be whole, as pandas leaves them."""
+    floats = kinds.is_floating(column.type)
+    try:
+        if floats or kinds.is_integer(column.type) or kinds.is_boolean(column.type):
+            labels = column.cast(pa.float64() if floats else pa.int64())
+            labels = labels.fill_null(-1).to_numpy()
+            if not floats or ((labels == np.rint(labels)) & (np.abs(labels) < 2**62)).all():
+                return labels.astype(np.int64)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{where}: column {name} holds too large labels") from error
+    found = "fractions" if floats else column.type
+    raise InputError(
+        f"{where}: column {name} must be whole numbers (-1: none) or class names, got {found}: "
+        "convert it, or choose another with label=NAME (label= alone: no labels)"
+    )
+
+
+def _numbered(values: list[str | None], classes: list[str], where: str) -> np.ndarray:
+    number = {name: i for i, name in enumerate(classes)} | {None: -1}
     if unknown := sorted(set(values) - number.keys()):
         raise InputError(f"{where} has classes that train has not: {listed(unknown)}")
     return np.array([number[value] for value in values], dtype=np.int64)
@@ -159,7 +168,8 @@ def holds_images(kind: pa.DataType) -> bool:
 def _holds_labels(kind: pa.DataType) -> bool:
     kind = _stored(kind)
     text = kinds.is_string(kind) or kinds.is_large_string(kind)
-    return text or kinds.is_integer(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
+    number = kinds.is_integer(kind) or kinds.is_floating(kind)
+    return text or number or kinds.is_boolean(kind) or kinds.is_null(kind)
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:

@@ -10,13 +10,14 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
 
 from mimrefiner import distributed
 from mimrefiner.data.catalogue import CATALOGUE, DOWNLOADED
@@ -25,7 +26,7 @@ from mimrefiner.data.images import to_pil
 from mimrefiner.data.rows import number_of, parts_of, size_of
 from mimrefiner.data.sources import Part, Source, existing_folder, listed
 from mimrefiner.errors import InputError, one_of
-from mimrefiner.files import ASSETS, data_folder
+from mimrefiner.files import ASSETS, data_folder, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +105,15 @@ class ImageDataset:
         kept._pixels = (images, place) if isinstance(images, np.ndarray) else None
         return kept
 
+    def file(self, i: int) -> Path | None:
+        """The file that image ``i`` is in; None where it has no file of its own."""
+        held = self._load(int(self.rows[i]))
+        return held if isinstance(held, Path) else None
+
     def file_name(self, i: int) -> str | None:
         """The name of the file that image ``i`` is in; None where it has no file of its own."""
-        held = self._load(int(self.rows[i]))
-        return held.name if isinstance(held, Path) else None
+        file = self.file(i)
+        return None if file is None else file.name
 
     @property
     def pixels(self) -> np.ndarray | None:
@@ -189,25 +195,25 @@ def _read(name: str, options: dict[str, str]) -> Source:
             + (f"expected {', '.join(known)}" if known else "parquet:PATH and hf:NAME do")
         )
     if kind == "imagefolder" and path:
-        return read_folder(Path(path).expanduser())
+        return read_folder(expanded(path))
     # Imported here, like pyarrow elsewhere: other data sets need none
     if kind == "parquet" and path:
         from mimrefiner.data.parquet import read_parquet
 
-        return read_parquet(Path(path).expanduser(), **options)
+        return read_parquet(expanded(path), **options)
     if kind == "hf" and path:
         from mimrefiner.data.hub import read_hub
 
         return read_hub(path, **options)
     if kind in DOWNLOADED and (path or not colon):
-        return _downloaded(kind, Path(path).expanduser() if path else None)
+        return _downloaded(kind, expanded(path) if path else None)
     if name == "digits":
         return _digits()
     if name == "fruit64":
         return _fruit64()
     hint = ""
-    if Path(name).expanduser().exists():
-        is_parquet = name.endswith(".parquet") or any(Path(name).expanduser().glob("*.parquet"))
+    if expanded(name).exists():
+        is_parquet = name.endswith(".parquet") or any(expanded(name).glob("*.parquet"))
         hint = f"; for the path give {'parquet' if is_parquet else 'imagefolder'}:{name}"
     raise InputError(f"unknown data set {name!r}: choose one of {', '.join(CATALOGUE)}{hint}")
 
@@ -222,18 +228,81 @@ def short_name(data: str) -> str:
     return kind if kind in DOWNLOADED else Path(path).name or data
 
 
+def train_and_test(data, seed: int = 0) -> tuple:
+    """The training and the test images that a probe was given.
+
+    Args:
+        data: what :func:`load_dataset` takes; (train, test); or ``{"train": ..., "test": ...}``.
+        seed: draws the splits of a named data set.
+
+    Returns:
+        Two map-style data sets of (image, label).
+
+    Raises:
+        InputError: one data set, three, a path or anything else.
+
+    >>> train, test = train_and_test("digits")
+    >>> len(train), len(test)
+    (1258, 539)
+    """
+    if isinstance(data, str):
+        return tuple(load_dataset(data, split=split, seed=seed) for split in ("trainval", "test"))
+    if isinstance(data, Mapping) and set(data) == {"train", "test"}:
+        data = data["train"], data["test"]
+    if isinstance(data, tuple | list) and len(data) == 2:
+        for part in data:
+            size_of(part)  # an InputError for what is no data set
+        return tuple(data)
+    raise InputError(
+        "expected training and test images, as (train, test), {'train': ..., 'test': ...} or a "
+        f"name such as imagefolder:PATH, got {_given(data)}"
+    )
+
+
+def numbered_together(train, test) -> bool:
+    """Whether labels mean the same in both sets by what these say of themselves.
+
+    They do if they were loaded by one name, or if their class names are known and equal.
+
+    >>> numbered_together(load_dataset("digits", split="train"), [])
+    False
+    """
+    parts = []
+    for part in (train, test):
+        while isinstance(part, Subset):
+            part = part.dataset
+        parts.append(part)
+    if all(isinstance(part, ImageDataset) for part in parts) and parts[0].name == parts[1].name:
+        return True
+    names = [getattr(part, "classes", None) for part in parts]
+    known = all(isinstance(part, Sequence) for part in names)
+    return known and list(names[0]) == list(names[1])
+
+
+def _given(data) -> str:
+    """What came in place of training and test images."""
+    if isinstance(data, Path):
+        return f"the path {data}: write imagefolder:{data} or parquet:{data}, as text"
+    if isinstance(data, Mapping):
+        return f"{type(data).__name__} with {listed(data) or 'nothing'}"
+    try:
+        return f"{type(data).__name__} of length {len(data)}"
+    except TypeError:
+        return type(data).__name__
+
+
 def data_hash(dataset, images: int = 64) -> str:
     """SHA-256 of what a map-style data set holds, wherever its files lie.
 
     Its name without a path, its rows and labels where it lists them, and the pixels of about
     ``images`` images that are spread evenly over it (with their labels, where it lists none).
     """
-    name, labels = getattr(dataset, "name", ""), getattr(dataset, "labels", None)
-    total = size_of(dataset)
+    name, labels = str(getattr(dataset, "name", "")), _whole(getattr(dataset, "labels", None))
+    total, rows = size_of(dataset), _whole(getattr(dataset, "rows", None))
     digest = hashlib.sha256(f"{name.partition(':')[0]} {total}".encode())
-    digest.update(np.asarray(getattr(dataset, "rows", ())).tobytes())
-    if labels is not None:
-        digest.update(np.asarray(labels, dtype=np.int64).tobytes())
+    for numbers in (rows, labels):
+        if numbers is not None:
+            digest.update(numbers.tobytes())
     for i in range(0, total, max(1, total // images)):
         image, label = parts_of(dataset[i], i)
         pixels = isinstance(image, Image.Image | np.ndarray | Tensor)
@@ -242,6 +311,14 @@ def data_hash(dataset, images: int = 64) -> str:
         if labels is None and label != -1:
             digest.update(str(label).encode())
     return digest.hexdigest()
+
+
+def _whole(values) -> np.ndarray | None:
+    """Whole numbers as int64; None for what somebody else's data set has under that name."""
+    try:
+        return None if values is None else np.asarray(values, dtype=np.int64)
+    except (ValueError, TypeError):
+        return None
 
 
 def stratified_split(
@@ -380,8 +457,10 @@ def _downloaded(name: str, path: Path | None) -> Source:
         (train, classes), (test, _) = fetch(True), fetch(False)
     except (OSError, RuntimeError) as error:
         if path is not None:
+            why = "files are missing there, or have other checksums than the original ones"
+            why = why if "download=True" in str(error) else str(error)
             raise InputError(
-                f"{path} does not hold {name} as torchvision has it, the folder {own}: {error}"
+                f"{path} does not hold {name} as torchvision has it, the folder {own}: {why}"
             ) from error
         raise InputError(
             f"{name} is not in {root} and could not be downloaded ({error}): check the network, "

@@ -8,7 +8,7 @@ import numpy as np
 
 from mimrefiner.data.columns import find_columns, numbers
 from mimrefiner.data.parquet import image_of
-from mimrefiner.data.sources import Part, Source, listed, split_named
+from mimrefiner.data.sources import Part, Source, check_numbering, listed, split_named
 from mimrefiner.errors import InputError
 from mimrefiner.files import first_line
 
@@ -82,6 +82,8 @@ def _source(library, tables, where: str, column: str | None, label: str | None) 
         elif part.labels is None and parts["train"].labels is not None:
             notes.append(f"{split} has no labels and is left out")
             continue
+        elif part.labels is not None and classes is None and parts["train"].labels is not None:
+            check_numbering(parts["train"].labels, part.labels, f"{where} ({called})")
         parts[split] = part
     if others := [name for name in tables if named[name] is None]:
         notes.append(f"left out: {listed(others)}")

@@ -15,6 +15,7 @@ from mimrefiner.data.columns import Columns, array_type, find_columns, holds_ima
 from mimrefiner.data.sources import (
     Part,
     Source,
+    check_numbering,
     existing,
     is_hidden,
     listed,
@@ -41,7 +42,7 @@ def read_parquet(path: Path, column: str | None = None, label: str | None = None
 
     Raises:
         InputError: no such files, several data sets side by side, no column of images, labels that
-            are neither numbers nor names.
+            are neither numbers nor names, or held-out labels that training lacks.
     """
     shards, skipped = _shards(existing(path, EXPECTED))
     parts, notes, classes, first = {}, skipped_text(skipped), None, None
@@ -53,7 +54,14 @@ def read_parquet(path: Path, column: str | None = None, label: str | None = None
         elif part.labels is None and parts["train"].labels is not None:
             notes.append(f"{split} has no labels and is left out")
             continue
+        elif part.labels is not None and classes is None and parts["train"].labels is not None:
+            check_numbering(parts["train"].labels, part.labels, f"{path} ({split})")
         parts[split] = part
+    names = set(_schema(shards["train"][0]).names) - {first.image, first.label}
+    if unused := [name for name in names if name.lower() == "split"]:
+        notes.append(
+            f"column {unused[0]} is not used: the names of files say what is train or test"
+        )
     return Source(parts, classes, [first.note(), *notes])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from mimrefiner.data.images import to_pil
 from mimrefiner.errors import InputError
@@ -21,6 +22,7 @@ LABEL_NAMES = (
     *("label", "labels", "fine_label", "class", "cls", "target", "targets", "category", "y"),
     *("class_id", "label_id", "category_id", "class_label", "coarse_label"),
 )
+LARGEST = 2**63  # what 64 bits cannot hold
 A_ROW = "(image, label) or {'image': ..., 'label': ...}"
 
 
@@ -36,7 +38,8 @@ def by_name(names: Iterable[str], preferred: Sequence[str]) -> str | None:
 
 def size_of(dataset) -> int:
     """The number of rows; InputError for what is no map-style data set."""
-    tables = isinstance(dataset, Mapping | str | Path) or hasattr(dataset, "iloc")
+    # A stream inherits the method that gives rows, and may have a length
+    tables = isinstance(dataset, Mapping | str | Path | IterableDataset) or hasattr(dataset, "iloc")
     if not tables and hasattr(dataset, "__getitem__"):
         with contextlib.suppress(TypeError):
             return len(dataset)
@@ -107,7 +110,9 @@ def number_of(label, i: int) -> int:
         label = label.reshape(-1)[0].item()
     whole = isinstance(label, numbers.Integral | np.bool_)
     if whole or (isinstance(label, numbers.Real) and float(label).is_integer()):
-        return int(label)
+        if abs(int(label)) < LARGEST:
+            return int(label)
+        raise InputError(f"image {i}: label {label} is too large: number the classes 0, 1, ...")
     what = f"class {label!r}" if isinstance(label, str) else _described(label)
     raise InputError(
         f"image {i}: expected a whole number as label (-1: none), got {what}: number the classes, "

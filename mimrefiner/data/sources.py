@@ -1,6 +1,10 @@
 """What a source of images holds as it lies there, before splits are drawn; names of splits."""
 
+import itertools
+import json
+import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +20,8 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "testset"),
 }
 SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+RESULTS = ("settings.json", "manifest.json")  # what :class:`mimrefiner.files.Entry` writes last
 # Beside dot names: what systems leave in folders
 NOT_OURS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -72,6 +78,36 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in NOT_OURS
 
 
+def class_name(folder: Path) -> str:
+    """The name of a folder of a class, whichever way the system writes its accents.
+
+    >>> class_name(Path("cafe\u0301")) == class_name(Path("caf\u00e9"))
+    True
+    """
+    return unicodedata.normalize("NFC", folder.name)
+
+
+def is_result(folder: Path | str) -> bool:
+    """Whether a folder holds results of this package, or nothing but folders that do.
+
+    A report that is written below the images, into ``runs/report``, is no class of theirs.
+    """
+    for name in RESULTS:
+        file = os.path.join(folder, name)
+        if os.path.isfile(file):
+            try:
+                with open(file, encoding="utf-8") as stream:
+                    return json.load(stream).keys() >= {"settings", "facts", "files"}
+            except (OSError, ValueError, AttributeError):
+                return False
+    with os.scandir(folder) as entries:
+        first = next(entries, None)
+        inside = itertools.chain([first], entries)
+        return first is not None and all(
+            entry.is_dir(follow_symlinks=False) and is_result(entry.path) for entry in inside
+        )
+
+
 def existing(path: Path, what: str) -> Path:
     """``path``, if it is there; InputError, which says ``what`` was expected, if it is not."""
     if not path.exists():
@@ -81,9 +117,34 @@ def existing(path: Path, what: str) -> Path:
 
 def existing_folder(path: Path, what: str) -> Path:
     """``path``, if it is a folder; InputError, which says ``what`` was expected, if it is not."""
-    if not existing(path, what).is_dir():
+    if existing(path, what).is_file() and path.suffix.lower() in ARCHIVES:
+        raise InputError(f"{path} is an archive: unpack it first, and give {what}")
+    if not path.is_dir():
         raise InputError(f"{path} is a file: expected {what}")
     return path
+
+
+def check_numbering(known: np.ndarray, labels: np.ndarray, where: str) -> None:
+    """InputError where a held-out set has labels that no training image has.
+
+    Two sets that were numbered apart, one from 0 and one from 1, would give a wrong number. A
+    held-out set may lack some of the training classes.
+
+    Args:
+        known: the labels of the training images, -1 for none.
+        labels: those of the held-out set.
+        where: what messages call that.
+
+    >>> check_numbering(np.array([0, 1, 2]), np.array([2, 0, -1]), "the test set")
+    """
+    unknown = (labels >= 0) & ~np.isin(labels, known)
+    if unknown.any():
+        others, classes = np.unique(labels[unknown]), np.unique(known[known >= 0])
+        raise InputError(
+            f"{where}: {unknown.sum():,} of {len(labels):,} images have labels that no training "
+            f"image has ({listed(others)}; training has {listed(classes)}): number the classes in "
+            "the same way for both, or leave these images out"
+        )
 
 
 def skipped_text(skipped: Counter) -> list[str]:

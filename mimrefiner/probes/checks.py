@@ -35,7 +35,10 @@ def check_labels(y: Tensor, what: str, *, everywhere: bool = False) -> Tensor:
             f"{what} needs labels, and this data set has none: clustering and CKA work without"
         )
     if len(classes) == 1:
-        raise InputError(f"{what} needs at least two classes, and all labels are {classes.item()}")
+        raise InputError(
+            f"{what} needs at least two classes, and all labels are {classes.item()}: give images "
+            "of more classes, one folder for each"
+        )
     without = int((y < 0).sum())
     if everywhere and without:
         raise InputError(

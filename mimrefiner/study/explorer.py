@@ -23,8 +23,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from mimrefiner.data.datasets import load_dataset, short_name, stratified_split
+from mimrefiner.data.datasets import (
+    numbered_together,
+    short_name,
+    stratified_split,
+    train_and_test,
+)
 from mimrefiner.data.rows import row_of
+from mimrefiner.data.sources import check_numbering
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import ASSETS, atomic_file, check_writable
 from mimrefiner.models.blocks import depth_of
@@ -103,7 +109,7 @@ class Side:
 
 def write(
     out: Path | str,
-    data: str | tuple[Dataset, Dataset],
+    data: str | tuple[Dataset, Dataset] | dict[str, Dataset],
     before: nn.Module | str,
     after: nn.Module | str | None = None,
     settings: Settings | None = None,
@@ -117,7 +123,7 @@ def write(
     Args:
         out: the file, under 8 MB.
         data: what :func:`mimrefiner.load_dataset` takes, or (train, test), map-style data sets of
-            (image, label).
+            (image, label), or ``{"train": ..., "test": ...}``.
         before: a timm model, or what :func:`mimrefiner.load_encoder` takes.
         after: another one with as many blocks, shown beside the first; None shows one.
         settings: what the page shows; None takes the defaults.
@@ -138,6 +144,8 @@ def write(
     pool = _pool_of(encoders, settings.pool)
     train, test = _parts(data, settings)
     features = [_features(encoder, train, test, pool, loading) for encoder in encoders]
+    if len(train) < settings.limit and not numbered_together(train, test):
+        check_numbering(*(part.y.numpy() for part in features[0]), "the test set")
     rows = _shown(features[0][1].y.numpy(), settings)
     sides, drawn = [], {}
     for name, (bank, shown) in zip(_names(given), features, strict=True):
@@ -413,8 +421,7 @@ def _packed(values: np.ndarray) -> str:
 
 def _parts(data, settings: Settings) -> tuple[Dataset, Dataset]:
     """Training and test images, at most ``limit`` of each."""
-    if isinstance(data, str):
-        data = [load_dataset(data, split=part, seed=settings.seed) for part in ("trainval", "test")]
+    data = train_and_test(data, settings.seed)
     if any(getattr(part, "labels", ()) is None for part in data):
         raise InputError("the explorer counts right neighbours, and this data set has no labels")
     if len(data[1]) <= NEIGHBOURS:

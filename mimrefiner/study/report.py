@@ -6,7 +6,7 @@ Every probe writes its rows when it ends, so that an interrupted report goes on 
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from mimrefiner import distributed
 from mimrefiner.config import check_blocks
-from mimrefiner.data.datasets import ImageDataset, load_dataset
+from mimrefiner.data.datasets import ImageDataset, data_hash, numbered_together, train_and_test
 from mimrefiner.data.rows import size_of
+from mimrefiner.data.sources import check_numbering
 from mimrefiner.device import default_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import Entry, atomic_file, write_csv, write_json
@@ -37,7 +38,7 @@ from mimrefiner.probes.checks import (
     tidy,
 )
 from mimrefiner.probes.clustering import cluster, number_of_clusters
-from mimrefiner.probes.feature_cache import cached_features
+from mimrefiner.probes.feature_cache import HASHED, cached_features
 from mimrefiner.probes.features import Features, extract_features, parse_pool, pixel_features
 from mimrefiner.probes.knn import hits_to_rows, knn_hits
 from mimrefiner.probes.linear import hold_out, linear_probe
@@ -75,7 +76,7 @@ choice.
 
 def probe(
     encoder: nn.Module | str,
-    data: str | tuple[Dataset, Dataset],
+    data: str | tuple[Dataset, Dataset] | dict[str, Dataset],
     *,
     blocks: str | Sequence[int] = "all",
     pools: Sequence[str] | None = None,
@@ -97,14 +98,15 @@ def probe(
 
     Args:
         encoder: a timm model, or what :func:`mimrefiner.load_encoder` takes.
-        data: what :func:`mimrefiner.load_dataset` takes, or (train, test) of (image, label).
+        data: what :func:`mimrefiner.load_dataset` takes, (train, test), or a dict of these two.
         blocks: "all" or 0-based numbers.
         pools: such as "cls", "mean", "cls+mean_last4"; None takes cls and mean where there are.
         probes: any of knn, linear, low_shot, cluster, rank.
         shots: labelled images per class, or shares of all, for the low-shot probe.
         clusters: how many k-means makes; None makes as many as there are classes.
         out: the folder of report.csv, .md, .png, .pdf and every probe's rows; None writes nothing.
-        resume: keep the finished probes in ``out``, of the same weights, data and settings.
+        resume: keep the finished probes in ``out``, of the same weights, settings and data (which
+            labels and about 1,024 images identify).
         cache: a folder that keeps the features, so that a stopped extraction can go on.
         pretrained: False probes random weights.
         baselines: also probe raw pixels and the same network with random weights.
@@ -129,6 +131,7 @@ def probe(
     loading = {"batch_size": batch_size, "num_workers": num_workers, "autocast": autocast}
     named = load_encoder(encoder, pretrained=pretrained) if isinstance(encoder, str) else encoder
     plan = make_plan(named, data, task, {"blocks": blocks, "pools": pools, **loading}, baselines)
+    plan = plan if out is None else plan.identified()
     folder = None if out is None else ReportFolder.opened(Path(out), plan.settings, resume)
     return _reported(plan, folder, cache, report_title(encoder, data))
 
@@ -180,6 +183,8 @@ class Task:
                 what = LABELLED[name]
                 classes = check_labels(y, what, everywhere=name != "low_shot")
                 check_test_labels(test_y, what)
+                if not numbered_together(train, test):
+                    check_numbering(y.numpy(), test_y.numpy(), "the test set")
             if name == "low_shot":
                 for shot in self.shots:
                     draw_shots(y, classes, shot, self.seed)
@@ -244,6 +249,11 @@ class ReportPlan:
     compared: tuple[str, ...]
     settings: dict
 
+    def identified(self) -> "ReportPlan":
+        """The same with hashes of the data: by a later run, a name may stand for other images."""
+        hashes = [data_hash(part, HASHED) for part in (self.train, self.test)]
+        return replace(self, settings=self.settings | {"data_sha256": hashes})
+
 
 def make_plan(
     encoder: nn.Module, data, task: Task, extraction: dict, baselines: bool
@@ -254,10 +264,7 @@ def make_plan(
         encoder, data, task, baselines: see :func:`probe`.
         extraction: keywords of :func:`mimrefiner.extract_features` as a user gives them.
     """
-    if isinstance(data, str):
-        train, test = (load_dataset(data, split=part) for part in ("trainval", "test"))
-    else:
-        train, test = data
+    train, test = train_and_test(data)
     blocks, pools, depth = extraction["blocks"], extraction["pools"], len(block_modules(encoder))
     numbers = tuple(range(depth)) if blocks == "all" else check_blocks(blocks, depth)
     pools = available_pools(encoder, numbers) if pools is None else tuple(pools)
@@ -336,6 +343,8 @@ def _extracted(
     encoder = random_twin(plan.encoder) if model == "random weights" else plan.encoder
     kept = None if cache is None else Path(cache) / model.replace(" ", "_")
     parts = _features(plan, encoder, kept)
+    if LABELLED.keys() & missing and not numbered_together(plan.train, plan.test):
+        check_numbering(*(part.y.numpy() for part in parts), "the test set")
     return missing, tuple(part.joined(plan.pools) for part in parts)
 
 
