@@ -39,6 +39,42 @@ def folder(tmp_path):
     return tmp_path
 
 
+def one_scene(folder, mask, image=None):
+    """What is read of a folder with one image, of zeros, and one mask."""
+    image = np.zeros((6, 6, 3), np.uint8) if image is None else image
+    for kind, pixels in (("images", image), ("masks", mask)):
+        (folder / kind / "train").mkdir(parents=True, exist_ok=True)
+        held = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        held.save(folder / kind / "train" / "a.png")
+    return scenes.SegmentationFolder(folder, "train")[0]
+
+
+def test_masks_keep_their_numbers_or_are_refused(tmp_path):
+    numbers = np.arange(36).reshape(6, 6) % 3
+    palette = Image.fromarray(numbers.astype(np.uint8))
+    palette = palette.convert("P")
+    palette.putdata(numbers.ravel().tolist())
+    for mask in (numbers.astype(np.uint8), numbers.astype(np.uint16), palette):
+        assert np.array_equal(np.asarray(one_scene(tmp_path, mask)[1]), numbers)
+    assert np.array_equal(np.asarray(one_scene(tmp_path, numbers > 1)[1]), numbers > 1)
+    for mask, message in [
+        ((numbers * 129).astype(np.uint16), "holds the number 258: expected classes of 0 to 254"),
+        (np.stack([numbers] * 3, -1).astype(np.uint8), "is an image of mode RGB: expected a mask"),
+        (np.stack([numbers] * 2, -1).astype(np.uint8), "is an image of mode LA: expected a mask"),
+    ]:
+        with pytest.raises(mr.InputError, match=rf"masks/train/a\.png {message}") as found:
+            one_scene(tmp_path, mask)
+        assert "\n" not in str(found.value)
+
+
+def test_images_of_scenes_are_read_as_all_images_are(tmp_path):
+    grey = np.full((6, 6), 32_896, np.uint16)  # 128 * 257
+    image, _ = one_scene(tmp_path, np.zeros((6, 6), np.uint8), grey)
+    assert image.getpixel((0, 0)) == (128, 128, 128)
+    (tmp_path / "images" / "train" / "._a.png").write_bytes(b"\0\5\x16\7")  # of macOS
+    assert len(scenes.SegmentationFolder(tmp_path, "train")) == 1
+
+
 def parts(folder):
     return (scenes.SegmentationFolder(folder, split) for split in ("train", "val"))
 

@@ -114,10 +114,11 @@ def test_the_dimension_of_the_channels_is_found():
         (Image.new("I", (8, 8), 70_000), r"32-bit whole numbers \(mode I\) from 70000 to 70000"),
         (Image.new("F", (8, 8), 300), r"floats \(mode F\) in 0\.\.1 or of uint8, got 300 to 300"),
         (7, "expected a PIL image, .* or a path, got int"),
-        (None, "got NoneType"),
+        (None, "^7 is missing: leave out rows without an image$"),
+        (Image.new("RGB", (0, 0)), r"^7: expected an image with pixels, got size \(0, 0\)$"),
         (b"", "^7 cannot be decoded as an image: it is empty$"),
         (b"x" * 40, "^7 cannot be decoded as an image: Pillow knows no format that begins like it"),
-        ({"bytes": None, "path": None}, "got NoneType"),
+        ({"bytes": None, "path": None}, "^7 is missing: "),
     ],
 )
 def test_what_no_rule_covers_is_one_line(image, message):
@@ -165,6 +166,19 @@ def test_a_huge_image_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
     with pytest.raises(mr.InputError, match=r"^\S*map\.png has more than 10,000 pixels"):
         to_pil(tmp_path / "map.png")
+
+
+def test_a_large_image_needs_no_warning(tmp_path, monkeypatch, recwarn):
+    Image.new("L", (400, 30), 7).save(tmp_path / "map.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert to_pil(tmp_path / "map.png").getpixel((0, 0)) == (7, 7, 7)
+    assert not recwarn.list
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(mr.InputError, match=r"folder\.png cannot be read: Is a directory$"):
+        to_pil(tmp_path / "folder.png")
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9])

@@ -94,6 +94,8 @@ def to_pil(image, name: str = "") -> Image.Image:
         return _from_array(_numpy(image), "an image tensor", name)
     if isinstance(image, np.ndarray):
         return _from_array(image, "an image array", name)
+    if image is None:
+        raise InputError(f"{name or 'an image'} is missing: leave out rows without an image")
     if not isinstance(image, Image.Image):
         raise InputError(f"{_begin(name)}expected {WHAT_COUNTS}, got {type(image).__name__}")
     try:
@@ -101,7 +103,7 @@ def to_pil(image, name: str = "") -> Image.Image:
     except InputError:
         raise
     except UNREADABLE as error:  # opened by somebody else, decoded here
-        raise _unreadable(error, name or getattr(image, "filename", "") or "an image") from error
+        raise unreadable(error, name or getattr(image, "filename", "") or "an image") from error
 
 
 def _begin(name: str) -> str:
@@ -110,16 +112,29 @@ def _begin(name: str) -> str:
 
 def _decoded(file: str | Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            opened = Image.open(file)  # large is fine; twice as large is an error
+        with opened as image:
             return _rgb(image, name)
     except InputError:
         raise
     except UNREADABLE as error:
-        raise _unreadable(error, name, file) from error
+        raise unreadable(error, name, file) from error
 
 
-def _unreadable(error: Exception, name: str, file=None) -> InputError:
-    """What to say of an image that cannot be decoded."""
+def unreadable(error: Exception, name: str, file=None) -> InputError:
+    """What to say of an image that cannot be read or decoded.
+
+    Args:
+        error: what Pillow raised, one of :data:`UNREADABLE`.
+        name: what the message calls the image.
+        file: its path or its encoded bytes, where they are known.
+
+    >>> unreadable(OSError("Truncated File Read"), "a.jpg")
+    InputError('a.jpg cannot be decoded as an image: Truncated File Read')
+    """
+    if isinstance(error, OSError) and error.errno is not None:  # the system's word, not Pillow's
+        return InputError(f"{name} cannot be read: {error.strerror}")
     if isinstance(error, Image.DecompressionBombError):
         return InputError(
             f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit: make it "
@@ -133,6 +148,8 @@ def _unreadable(error: Exception, name: str, file=None) -> InputError:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise InputError(f"{_begin(name)}expected an image with pixels, got size {image.size}")
     # The format is lost when an image is turned
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS)
     image = _upright(image)

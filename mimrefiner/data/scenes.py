@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as colours
 
+from mimrefiner.data.images import UNREADABLE, to_pil, unreadable
 from mimrefiner.data.listed import is_image
+from mimrefiner.data.sources import is_hidden
 from mimrefiner.errors import InputError
+from mimrefiner.files import expanded
 
 IGNORE = 255  # the label of pixels that do not count
 TRIES = 10  # squares that are looked at before one is taken that a single class fills
@@ -21,6 +24,7 @@ LAYOUTS = (
     "PATH/images/SPLIT and PATH/masks/SPLIT, or ADE20K's images/training, annotations/training "
     "and so on"
 )
+MASK_MODES = ("L", "P", "1", "I")
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation")}
 JITTER = (
     colours.adjust_brightness,
@@ -43,7 +47,7 @@ class SegmentationFolder(Dataset):
 
     Raises:
         InputError: a missing or empty folder, an image without mask, files that cannot be read,
-            sizes that differ.
+            masks of colours or with numbers beyond 255, sizes that differ.
 
     >>> from tempfile import mkdtemp
     >>> folder = Path(mkdtemp())
@@ -56,10 +60,11 @@ class SegmentationFolder(Dataset):
     """
 
     def __init__(self, path: Path | str, split: str):
-        path = Path(path).expanduser()
+        path = expanded(path)
         images = _part(path, ("images",), split)
         masks = _part(path, ("masks", "annotations"), split)
-        self.files = [(f, masks / f"{f.stem}.png") for f in sorted(images.iterdir()) if is_image(f)]
+        found = sorted(f for f in images.iterdir() if is_image(f) and not is_hidden(f.name))
+        self.files = [(file, masks / f"{file.stem}.png") for file in found]
         if not self.files:
             raise InputError(f"{images} holds no images")
         for image, mask in self.files:
@@ -70,19 +75,34 @@ class SegmentationFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Image.Image]:
-        try:
-            with Image.open(self.files[i][0]) as image, Image.open(self.files[i][1]) as mask:
-                mask = Image.fromarray(np.asarray(mask, dtype=np.uint8))
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError) as error:
-            raise InputError(
-                f"{self.files[i][0]} or its mask cannot be decoded: {error}"
-            ) from error
+        image, mask = to_pil(self.files[i][0]), _read_mask(self.files[i][1])
         if image.size != mask.size:
             raise InputError(
-                f"{self.files[i][0]} is {image.size} and its mask {mask.size} pixels wide and high"
+                f"{self.files[i][0]} is {image.size} and its mask {mask.size} pixels wide and high "
+                "(images are turned upright as their EXIF orientation says, masks are not)"
             )
         return image, mask
+
+
+def _read_mask(file: Path) -> Image.Image:
+    """A class per pixel, of mode L; InputError for colours and for numbers beyond 0..255."""
+    try:
+        with Image.open(file) as opened:
+            mode, mask = opened.mode, np.asarray(opened)
+    except UNREADABLE as error:
+        raise unreadable(error, str(file), file) from error
+    if mode not in MASK_MODES and not mode.startswith("I;16"):
+        raise InputError(
+            f"{file} is an image of mode {mode}: expected a mask with the number of a class per "
+            "pixel, grey or with a palette (modes L, P, 1, I;16); turn colours into numbers"
+        )
+    low, high = int(mask.min()), int(mask.max())
+    if low < 0 or high > IGNORE:
+        raise InputError(
+            f"{file} holds the number {low if low < 0 else high}: expected classes of 0 to "
+            f"{IGNORE - 1}, and {IGNORE} for none; masks that number objects do not tell classes"
+        )
+    return Image.fromarray(mask.astype(np.uint8))
 
 
 def _part(path: Path, kinds: tuple[str, ...], split: str) -> Path:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from mimrefiner.data.images import to_pil
 from mimrefiner.data.listed import ListedImages, class_folders, is_image, read_list
 from mimrefiner.errors import InputError, one_of
-from mimrefiner.files import data_folder
+from mimrefiner.files import data_folder, expanded
 
 PARTS = ("train800", "val200", "train800val200", "test")
 GROUPS = ("natural", "specialised", "structured")
@@ -102,7 +103,7 @@ def read_task(folder: Path, task: Task) -> dict[str, ListedImages]:
     Raises:
         InputError: a missing folder, list or image.
     """
-    path = Path(folder).expanduser() / task.name
+    path = expanded(folder) / task.name
     if not path.is_dir():
         raise InputError(
             f"{path} does not exist: expected the folder that vtab-1k.zip makes, with a folder for "
@@ -155,7 +156,7 @@ class Gathered(Dataset):
         row = self.rows[i]
         which = int(np.searchsorted(self.starts, row, side="right")) - 1
         image = self.sources[which][int(row - self.starts[which])][0]
-        return image.convert("RGB"), int(self.labels[i])
+        return to_pil(image, f"{self.name}: image {row}"), int(self.labels[i])
 
     def subset(self, rows: Sequence[int], drawn: str = "") -> "Gathered":
         """The images at positions ``rows``."""
@@ -173,8 +174,7 @@ class FileImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, None]:
-        with Image.open(self.files[i]) as image:
-            return image.convert("RGB"), None
+        return to_pil(self.files[i]), None
 
 
 def whole(name: str) -> tuple[Gathered, Gathered]:
