@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -120,6 +121,17 @@ def test_a_class_may_be_called_as_a_split(tmp_path):
             "holds one class, kaggle, .* give imagefolder:.*/kaggle$",
         ),
         (("Data/CLS-LOC/train/ant", "Data/CLS-LOC/val"), "give imagefolder:.*/Data/CLS-LOC$"),
+        (
+            ("cat/train", "cat/test", "dog/train", "dog/test", "dog/val"),
+            "each of cat, dog in .* holds folders of splits: give one of them, such as "
+            "imagefolder:.*/cat, or, if they are classes, put the splits outside, as SPLIT/CLASS",
+        ),
+        (
+            ("images/001.Albatross", "images/002.Ani"),
+            "holds one class, images, and .*/images holds folders of images, such as 001.Albatross:"
+            " give imagefolder:.*/images, if these are the classes",
+        ),
+        (("a/b/c/ant", "a/b/c/bee"), "holds one class, a, and .* give imagefolder:.*/a/b/c, if"),
         ((".",), "holds no images: .* found 4 images outside of folders, which have no class"),
         (("train/ant", "val"), r"val holds no images: .* found 4 images outside of folders"),
     ],
@@ -138,6 +150,78 @@ def test_two_classes_that_are_one_folder_are_refused(tmp_path):
     (tmp_path / "bee").symlink_to(tmp_path / "ant")
     with pytest.raises(mr.InputError, match="holds ant twice, by links, as two classes"):
         loaded(tmp_path)
+
+
+def test_a_file_in_two_classes_by_links_is_refused(tmp_path):
+    put(tmp_path / "ant", 4)
+    put(tmp_path / "bee", 4)
+    (tmp_path / "bee" / "x.png").symlink_to(tmp_path / "ant" / "2.png")
+    message = r"ant/2\.png and .*/bee/x\.png are one file, by links, in two classes"
+    with pytest.raises(mr.InputError, match=message):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_test_images_that_link_to_training_images_are_refused(whole, tmp_path):
+    for name in ("ant", "bee"):
+        put(tmp_path / "train" / name, 6)
+        put(tmp_path / "test" / "bee", 2)
+    if whole:
+        (tmp_path / "test" / "ant").symlink_to(tmp_path / "train" / "ant")
+    else:
+        (tmp_path / "test" / "ant").mkdir()
+        for i in range(6):
+            link = tmp_path / "test" / "ant" / f"linked{i}.png"
+            link.symlink_to(tmp_path / "train" / "ant" / f"{i}.png")
+    message = r"^6 images are both train and test, by links, such as .*/train/ant/0\.png and "
+    with pytest.raises(mr.InputError, match=message):
+        loaded(tmp_path)
+
+
+def test_linked_files_of_other_places_are_images(tmp_path):
+    """A subset that is made of links, as people do with ImageNet."""
+    put(tmp_path / "store", 12)
+    for split, rows in (("train", range(8)), ("test", range(8, 12))):
+        for i in rows:
+            file = tmp_path / "data" / split / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.symlink_to(tmp_path / "store" / f"{i}.png")
+    assert greys(loaded(tmp_path / "data")) == [(i, i % 2) for i in range(8)]
+    assert greys(loaded(tmp_path / "data", "test")) == [(i, i % 2) for i in range(8, 12)]
+
+
+def test_results_below_the_images_are_no_class(vit, tmp_path, said):
+    for i, name in enumerate(("ant", "bee")):
+        put(tmp_path / name, 10, 100 * i)
+    first = mr.probe(
+        vit, f"imagefolder:{tmp_path}", baselines=False, out=tmp_path / "runs" / "report"
+    )
+    put(tmp_path / "bee" / "runs", 1, 7)  # not ours: an image of the class
+    assert (tmp_path / "runs" / "report" / "report.png").is_file() and len(first)
+    again = loaded(tmp_path)
+    assert again.classes == ["ant", "bee"] and len(again) + len(loaded(tmp_path, "test")) == 21
+    put(tmp_path / "runs" / "cat", 3)  # a folder that holds other things too is a class
+    assert loaded(tmp_path).classes == ["ant", "bee", "runs"]
+    assert len(loaded(tmp_path)) + len(loaded(tmp_path, "test")) == 24
+
+
+def test_class_names_with_accents_may_be_written_in_two_ways(tmp_path):
+    one, other = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    put(tmp_path / "train" / one, 4, 10)
+    put(tmp_path / "train" / "bar", 4)
+    put(tmp_path / "val" / other, 2, 20)
+    test = loaded(tmp_path, "test")
+    assert test.classes == ["bar", one] and greys(test) == [(20, 1), (21, 1)]
+    put(tmp_path / "train" / other, 4, 30)
+    with pytest.raises(mr.InputError, match=f"holds {one} twice, with accents written in two ways"):
+        loaded(tmp_path)
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    message = r"photos\.zip is an archive: unpack it first, and give a folder of images"
+    with pytest.raises(mr.InputError, match=message):
+        loaded(tmp_path / "photos.zip")
 
 
 def test_two_splits_that_are_one_folder_are_refused(tmp_path):
@@ -163,6 +247,7 @@ def test_hidden_entries_are_left_out_at_every_level(tmp_path, said):
 
 def test_links_are_followed_and_circles_end(tmp_path, said):
     put(tmp_path / "store" / "more", 3, 20)
+    put(tmp_path / "cats" / "deep", 3, 30)
     put(tmp_path / "data" / "ant", 4)
     put(tmp_path / "data" / "bee", 4, 100)
     (tmp_path / "data" / "ant" / "linked").symlink_to(tmp_path / "store" / "more")
@@ -171,10 +256,10 @@ def test_links_are_followed_and_circles_end(tmp_path, said):
     (tmp_path / "data" / "ant" / "self").symlink_to(tmp_path / "data" / "ant" / "self")
     (tmp_path / "data" / "ant" / "same.png").symlink_to(tmp_path / "data" / "ant" / "0.png")
     (tmp_path / "data" / "ant" / "gone.png").symlink_to(tmp_path / "gone.png")
-    (tmp_path / "data" / "cat").symlink_to(tmp_path / "store")
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "cats")
     found = greys(loaded(tmp_path / "data")) + greys(loaded(tmp_path / "data", "test"))
     expected = [(i, 0) for i in (0, 1, 2, 3, 20, 21, 22)]
-    expected += [(100 + i, 1) for i in range(4)] + [(20 + i, 2) for i in range(3)]
+    expected += [(100 + i, 1) for i in range(4)] + [(30 + i, 2) for i in range(3)]
     assert sorted(found) == sorted(expected)
     assert said.messages[0].endswith("3 classes: ant, bee, cat; left out: broken links (2)")
 

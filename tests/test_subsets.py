@@ -80,6 +80,54 @@ def test_published_lists_are_read_in_any_form(tree, tmp_path, written):
     assert len(images) == 27 and images.drawn == ""
 
 
+@pytest.fixture
+def alike(tmp_path):
+    """Two classes whose files have the same names, with a space in some."""
+    for part, n in (("train", 4), ("test", 2)):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (8, 8)).save(tmp_path / part / name / f"no {i}.png")
+                Image.new("RGB", (8, 8)).save(tmp_path / part / name / f"{i}.png")
+    return mr.load_dataset(f"imagefolder:{tmp_path}", split="trainval")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bee/1.png\nant/1.png\nbee/no 2.png\n",
+        "/data/train/bee/1.png 1\nelsewhere\\ant\\1.png 0\r\n'train/bee/no 2.png',\n",
+        '\ufeff"bee/1.png", "ant/1.png",\r\nbee/no 2.png\r\n',
+    ],
+)
+def test_folders_tell_files_of_one_name_apart(alike, tmp_path, text):
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    part = read_list(alike, tmp_path / "list.txt")
+    assert names(part) == ["bee/1.png", "ant/1.png", "bee/no 2.png"]
+    assert part.labels.tolist() == [1, 0, 1]
+
+
+def test_a_name_that_may_be_two_files_is_refused(alike, tmp_path):
+    file = tmp_path / "list.txt"
+    for name in ("1.png", "train/1.png"):
+        file.write_text(name)
+        message = rf"names {name}, and .* has 2 files of that name, such as .*: write CLASS/NAME"
+        with pytest.raises(mr.InputError, match=message):
+            read_list(alike, file)
+    (tmp_path / "train" / "bee" / "3.png").unlink()
+    rest = mr.load_dataset(f"imagefolder:{tmp_path}", split="trainval")
+    file.write_text("bee/3.png")  # ant's is another image
+    with pytest.raises(mr.InputError, match=r"names 1 of 1 images that .* does not have"):
+        read_list(rest, file)
+
+
+def test_images_that_are_named_twice_are_taken_once(alike, tmp_path, caplog):
+    (tmp_path / "list.txt").write_text("bee/1.png\nant/0.png\nbee/1.png\n")
+    part = read_list(alike, tmp_path / "list.txt")
+    assert names(part) == ["bee/1.png", "ant/0.png"] and part.drawn == "list.txt, 2 images"
+    assert "list.txt names 1 images twice: each is taken once" in caplog.text
+
+
 def test_what_does_not_fit_a_list_is_said_in_one_line(tree, tmp_path):
     images = mr.load_dataset(f"imagefolder:{tree}", split="trainval")
     with pytest.raises(mr.InputError, match=r"no\.txt does not exist: expected a published list"):

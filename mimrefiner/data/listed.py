@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from mimrefiner.data.images import image_endings, to_pil
+from mimrefiner.data.sources import class_name, is_hidden
 from mimrefiner.errors import InputError
 
 
@@ -52,7 +53,8 @@ def is_image(file: Path) -> bool:
 
 def class_folders(path: Path) -> list[str]:
     """The names of the folders in ``path``, sorted; InputError where there is none."""
-    found = sorted(f.name for f in path.iterdir() if f.is_dir()) if path.is_dir() else []
+    inside = path.iterdir() if path.is_dir() else ()
+    found = sorted(f.name for f in inside if f.is_dir() and not is_hidden(f.name))
     if not found:
         raise InputError(f"{path} holds no folders of classes: expected {path}/CLASS/IMAGE")
     return found
@@ -66,15 +68,17 @@ def read_classes(path: Path, classes: Sequence[str]) -> ListedImages:
     Raises:
         InputError: a folder that ``classes`` does not name, or no images.
     """
-    place = {name: i for i, name in enumerate(classes)}
+    place = {class_name(Path(name)): i for i, name in enumerate(classes)}
     files, labels = [], []
-    for name in class_folders(path):
+    for folder in class_folders(path):
+        name = class_name(path / folder)
         if name not in place:
             raise InputError(
                 f"{path} has a folder {name}, which is none of the model's {len(place)} classes: "
                 "test sets need folders named as those of training"
             )
-        found = sorted(f for f in (path / name).iterdir() if is_image(f))
+        inside = (path / folder).iterdir()
+        found = sorted(f for f in inside if is_image(f) and not is_hidden(f.name))
         files += found
         labels += [place[name]] * len(found)
     if not files:
@@ -91,7 +95,7 @@ def read_list(file: Path, folder: Path, name: str) -> ListedImages:
     if not file.is_file():
         raise InputError(f"{file} does not exist: expected a list of PATH LABEL lines")
     files, labels = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")

@@ -3,8 +3,11 @@
 Every part says in ``drawn`` where it comes from, and rows of results carry that.
 """
 
+import itertools
+import logging
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -13,9 +16,12 @@ import torch
 
 from mimrefiner.data.datasets import ImageDataset, stratified_split
 from mimrefiner.errors import InputError
+from mimrefiner.files import expanded
 
-# The names of images in a list of any form: lines of names or paths, or a Python list of them
-NAME = re.compile(r"[^\s\"',/\\]+\.(?:jpe?g|png|webp|bmp|tiff?)\b", re.IGNORECASE)
+logger = logging.getLogger(__name__)
+
+# Names and paths of images in a list of any form: a line each, or a Python list of them
+NAME = re.compile(r"[^\s\"',]+\.(?:jpe?g|png|webp|bmp|tiff?)\b", re.IGNORECASE)
 
 
 def few_labels(
@@ -47,8 +53,11 @@ def few_labels(
         _check_amount(part, len(dataset), amount, file)
         return part
     labels = _labels(dataset)
-    part = dataset.subset(drawn_rows(labels, amount, seed))
-    part.drawn = f"{amount_text(amount)}, drawn with seed {seed}"
+    rows, known = drawn_rows(labels, amount, seed), np.count_nonzero(labels >= 0)
+    part, text = dataset.subset(rows), amount_text(amount)
+    if amount < 1 and len(rows) > round(amount * known):
+        text = f"{100 * len(rows) / known:.2g} %, one of each class"
+    part.drawn = f"{text}, drawn with seed {seed}"
     return part
 
 
@@ -104,35 +113,90 @@ def read_list(dataset: ImageDataset, file: Path | str) -> ImageDataset:
 
     Lists of MSN (``imagenet_subsets1/1imgs_class.txt``), SimCLR v2
     (``imagenet_subsets/10percent.txt``) and ImageNetSubsetGenerator (``versions/*.py``) are read:
-    whatever stands around them, names that end like an image count, with or without a folder.
+    whatever stands around them, names that end like an image count, with or without folders. A
+    line that is the name of a file as a whole may hold spaces. Folders tell files of one name
+    apart; an image that is named twice is taken once, and a warning says so.
 
     Args:
         dataset: images in files of their own, all that the list may name (split "trainval").
         file: the list.
 
     Raises:
-        InputError: a missing list, one without names, or names that the data set does not have.
+        InputError: a missing list, one without names, or names that the data set does not have, or
+            has several times.
     """
-    file = Path(file).expanduser()
+    file = expanded(file)
     if not file.is_file():
         raise InputError(
             f"{file} does not exist: expected a published list of image names, "
             "or leave it out to draw the images by seed"
         )
-    names = NAME.findall(file.read_text(encoding="utf-8", errors="replace"))
-    if not names:
-        raise InputError(f"{file} names no images: expected names such as n01440764_5698.JPEG")
-    place = {name: i for i, name in enumerate(_file_names(dataset, "a list of images"))}
-    missing = [name for name in names if name not in place]
-    if missing:
+    place = defaultdict(list)
+    for i, name in enumerate(_file_names(dataset, "a list of images")):
+        place[name].append(i)
+    names = _listed_names(file, place)
+    found = [_named(dataset, place, name) for name in names]
+    if missing := [name for name, rows in zip(names, found, strict=True) if not rows]:
         raise InputError(
             f"{file} names {len(missing):,} of {len(names):,} images that {dataset.name} "
             f"({dataset.split}) does not have, such as {missing[0]}: it belongs to another data "
             "set, or part of this one is held out (use the split trainval)"
         )
-    part = dataset.subset([place[name] for name in names])
-    part.drawn = f"{file.name}, {len(names):,} images"
+    for name, rows in zip(names, found, strict=True):
+        if len(rows) > 1:
+            raise InputError(
+                f"{file} names {name}, and {dataset.name} has {len(rows)} files of that name, such "
+                f"as {dataset.file(rows[0])} and {dataset.file(rows[1])}: write CLASS/NAME"
+            )
+    rows = list(dict.fromkeys(row for (row,) in found))
+    if len(rows) < len(found):
+        logger.warning("%s names %d images twice: each is taken once", file, len(found) - len(rows))
+    part = dataset.subset(rows)
+    part.drawn = f"{file.name}, {len(rows):,} images"
     return part
+
+
+def _listed_names(file: Path, known: Mapping[str, list[int]]) -> list[str]:
+    """The names and paths that a list holds; ``known`` has the names of files."""
+    names = []
+    # Windows' editors begin a file with a mark of their own
+    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        whole, found = line.strip(" \t,\"'"), NAME.findall(line)
+        names += [whole] if len(found) < 2 and _parts(whole)[-1] in known else found
+    if not names:
+        raise InputError(f"{file} names no images: expected names such as n01440764_5698.JPEG")
+    return names
+
+
+def _parts(name: str) -> list[str]:
+    """The folders and the name of a path of any system."""
+    return re.split(r"[/\\]", name)
+
+
+def _named(dataset: ImageDataset, known: Mapping[str, list[int]], name: str) -> list[int]:
+    """Positions of the images that a name or path may mean, those whose folders fit it best.
+
+    A folder of the path that is a class must be the image's; other folders may be called otherwise
+    than where the list was made.
+    """
+    *folders, last = _parts(name)
+    rows, classes = known.get(last, []), dataset.classes or ()
+    if folders and dataset.labels is not None and (said := set(folders) & set(classes)):
+        rows = [row for row in rows if classes[dataset.labels[row]] in said]
+    if len(rows) < 2 or not folders:
+        return rows
+    fits = {row: _common(folders, dataset.file(row).parent.parts) for row in rows}
+    return [row for row in rows if fits[row] == max(fits.values())]
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many parts two paths have in common at their ends.
+
+    >>> _common(["train", "a"], ["photos", "train", "a"])
+    2
+    """
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def inat18_shots(dataset: ImageDataset, shots: int, split: int) -> ImageDataset:
