@@ -58,8 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _processes():
             args.do(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a pipe may have closed, as head does: now, not when Python ends
     except InputError as error:
         return _ended(2, f"error: {error}")
+    except BrokenPipeError:
+        # Nobody reads any more: silent, with the status of a shell for SIGPIPE. What is left in the
+        # buffer must go somewhere, or Python complains at its end
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if not _can_be_mended(error, args):
             raise

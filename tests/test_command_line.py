@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -360,6 +361,17 @@ def test_status_and_message_reach_the_shell(tmp_path):
     assert done.stderr.startswith(
         "mimrefiner: error: unknown preset 'huge': choose one of smoke, tiny, fashion, natural, "
     )
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_leaves_ends_a_command_silently(buffered):
+    """``mimrefiner datasets | head -1``: the reader is gone before the first line is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, *(() if buffered else ("-u",)), "-m", "mimrefiner", "datasets"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_finished_run_is_not_trained_over(tmp_path, capsys):

@@ -219,8 +219,11 @@ def test_bad_input_is_one_clear_line(vit, thirds):
     train, _, test = thirds
     cases = [
         ({"test": test.subset([])}, "needs test images, and there are none"),
-        ({"test": colours(None)}, "a label for every image, the test images lack"),
-        ({"train": colours([*range(63), -1])}, "a label for every image, the train images lack"),
+        ({"test": colours(None)}, "a label for every image, and not every test image has"),
+        (
+            {"train": colours([*range(63), -1])},
+            "a label for every image, and not every train image has one",
+        ),
         ({"test": colours([3] * 64)}, "test images have label 3, and there are 3 classes, 0 to 2"),
         ({"classes": 2}, "the train images have label 2, and there are 2 classes, 0 to 1"),
         ({"train": colours([0] * 64)}, "at least two classes, the data set has 1"),

@@ -40,7 +40,8 @@ def test_views_depend_on_seed_epoch_and_image_only(digits):
 
 def test_a_batch_larger_than_the_data_is_named(digits):
     with pytest.raises(
-        mr.InputError, match="a batch of 16 needs at least that many images, the data set has 9"
+        mr.InputError,
+        match="a batch of 16 needs at least that many images, the data set has 9: take a smaller",
     ):
         batches(digits["train"].subset(range(9)))
 

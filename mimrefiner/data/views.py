@@ -60,7 +60,8 @@ class Order:
         size, (rank, world) = self.batch_size, self.part
         if images < size:
             raise InputError(
-                f"a batch of {size} needs at least that many images, the data set has {images}"
+                f"a batch of {size} needs at least that many images, the data set has {images}: "
+                "take a smaller batch_size (of commands: another --preset), or more images"
             )
         if size % world:
             raise InputError(f"a batch of {size} cannot be shared equally by {world} processes")

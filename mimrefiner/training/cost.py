@@ -310,7 +310,8 @@ def make_plan(
     if config.batch_size > images:
         raise InputError(
             f"a batch of {config.batch_size} needs at least that many images, "
-            f"the data set has {images}"
+            f"the data set has {images}: take a smaller batch_size (of commands: another "
+            "--preset), or more images"
         )
     weights, c = parameters(s), config
     heads, both = (step_flops(s, c, train_encoder=train, memory=memory) for train in (False, True))
