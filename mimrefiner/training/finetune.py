@@ -184,7 +184,9 @@ def count_classes(sets: dict[str, Dataset], classes: int | None = None) -> int:
         if not len(dataset):
             raise InputError(f"fine-tuning needs {name} images, and there are none")
         if labels is None or min(labels) < 0:
-            raise InputError(f"fine-tuning needs a label for every image, the {name} images lack")
+            raise InputError(
+                f"fine-tuning needs a label for every image, and not every {name} image has one"
+            )
     if classes is None:
         names = getattr(sets["train"], "classes", None)
         classes = len(names) if names else int(max(sets["train"].labels)) + 1
