@@ -23,7 +23,8 @@ from mimrefiner.errors import InputError
 from mimrefiner.files import Entry, write_csv
 from mimrefiner.models.encoders import build_vit
 from mimrefiner.models.masked import build_masked_model
-from mimrefiner.models.weights import save_encoder, write_safetensors
+from mimrefiner.models.tensors import write_safetensors
+from mimrefiner.models.weights import save_encoder
 from mimrefiner.notices import show_notices
 from mimrefiner.study.presets import Preset
 from mimrefiner.study.tables import git_sha

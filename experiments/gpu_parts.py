@@ -30,7 +30,8 @@ from mimrefiner.files import CHECKOUT, atomic_file, write_json
 from mimrefiner.models.encoders import build_vit
 from mimrefiner.models.layouts import ViTShape
 from mimrefiner.models.masked import build_masked_model
-from mimrefiner.models.weights import save_encoder, write_safetensors
+from mimrefiner.models.tensors import write_safetensors
+from mimrefiner.models.weights import save_encoder
 from mimrefiner.notices import show_notices
 from mimrefiner.probes.features import Features, extract_features
 from mimrefiner.probes.knn import hits_to_rows, knn_hits

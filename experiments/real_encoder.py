@@ -31,7 +31,8 @@ from mimrefiner.config import PretrainConfig, RefineConfig
 from mimrefiner.data.augment import small_views
 from mimrefiner.errors import InputError
 from mimrefiner.models.encoders import load_encoder
-from mimrefiner.models.weights import read_checkpoint, vit_config, write_safetensors
+from mimrefiner.models.tensors import read_checkpoint, write_safetensors
+from mimrefiner.models.weights import vit_config
 from mimrefiner.notices import show_notices
 from mimrefiner.study.presets import Preset
 

@@ -4,9 +4,9 @@ Blocks are 0-based. Learning rates are base rates: the rate used is ``base_lr * 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 from mimrefiner.errors import InputError, one_of
 
@@ -223,12 +223,14 @@ class RefineConfig:
     seed: int = 0
 
     def __post_init__(self):
-        c, t = self, self.temperature
+        c = self
         one_of("pool", c.pool, ("cls", "mean"))
         one_of("pairing", c.pairing, PAIRINGS)
         one_of("loss_schedule", c.loss_schedule, LOSS_SCHEDULES)
-        _check(0 < t < math.inf, f"temperature must be > 0 and finite, got {t}")
+        _above_0(temperature=c.temperature, refine_epochs=c.refine_epochs)
+        _whole(1, queue_size=c.queue_size, batch_size=c.batch_size)
         for top_k in (c.heads_top_k, c.refine_top_k):
+            _check(isinstance(top_k, Integral), f"top_k must be a whole number, got {top_k!r}")
             _check(
                 1 <= top_k <= c.queue_size,
                 f"top_k must be between 1 and the queue size {c.queue_size}, got {top_k}",
@@ -241,19 +243,18 @@ class RefineConfig:
             c.batch_size > 1,
             f"batch_size must be at least 2 (batch norm, negatives), got {c.batch_size}",
         )
-        _check(c.refine_epochs > 0, f"refine_epochs must be > 0, got {c.refine_epochs}")
         _whole(0, frozen_blocks=c.frozen_blocks)
         _whole(1, hidden_dim=c.hidden_dim, out_dim=c.out_dim, predictor_dim=c.predictor_dim)
-        _whole(1, queue_size=c.queue_size)
         _finite(heads_epochs=c.heads_epochs, refine_epochs=c.refine_epochs)
         _finite(warmup_epochs=c.warmup_epochs)
         _finite(heads_base_lr=c.heads_base_lr, refine_base_lr=c.refine_base_lr)
         _finite(encoder_weight_decay=c.encoder_weight_decay, head_weight_decay=c.head_weight_decay)
         _check(
-            0 < c.layer_decay <= 1, f"layer_decay must be > 0 and at most 1, got {c.layer_decay}"
+            isinstance(c.layer_decay, Real) and 0 < c.layer_decay <= 1,
+            f"layer_decay must be > 0 and at most 1, got {c.layer_decay!r}",
         )
         _check(
-            c.ema_decay is None or 0 <= c.ema_decay < 1,
+            c.ema_decay is None or (isinstance(c.ema_decay, Real) and 0 <= c.ema_decay < 1),
             f"ema_decay must be >= 0 and < 1, or None, got {c.ema_decay}",
         )
         _check_training(c)
@@ -305,11 +306,14 @@ def _check_training(c: PretrainConfig | RefineConfig) -> None:
     )
     _finite(min_lr=c.min_lr)
     _check(
-        len(c.betas) == 2 and all(0 <= beta < 1 for beta in c.betas),
+        isinstance(c.betas, Sequence)
+        and len(c.betas) == 2
+        and all(isinstance(beta, Real) and 0 <= beta < 1 for beta in c.betas),
         f"betas must be two numbers >= 0 and < 1, got {c.betas}",
     )
     _check(
-        c.clip_norm is None or c.clip_norm > 0, f"clip_norm must be > 0 or None, got {c.clip_norm}"
+        c.clip_norm is None or (isinstance(c.clip_norm, Real) and c.clip_norm > 0),
+        f"clip_norm must be > 0 or None, got {c.clip_norm!r}",
     )
 
 
@@ -323,7 +327,18 @@ def _whole(least: int, **values: int) -> None:
 
 def _finite(**values: float) -> None:
     for name, value in values.items():
-        _check(0 <= value < math.inf, f"{name} must be >= 0 and finite, got {value}")
+        _check(
+            isinstance(value, Real) and 0 <= value < math.inf,
+            f"{name} must be >= 0 and finite, got {value!r}",
+        )
+
+
+def _above_0(**values: float) -> None:
+    for name, value in values.items():
+        _check(
+            isinstance(value, Real) and 0 < value < math.inf,
+            f"{name} must be > 0 and finite, got {value!r}",
+        )
 
 
 def _check(fine: bool, message: str) -> None:

@@ -8,11 +8,49 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mimrefiner.errors import InputError
+
+PRECISIONS = ("float32", "bfloat16", "float16", "float64")
+
 
 def default_device() -> torch.device:
     """The GPU where there is one; else, and in a group of processes on CPUs, the CPU."""
     on_cpus = dist.is_initialized() and dist.get_backend() == "gloo"
     return torch.device("cuda" if torch.cuda.is_available() and not on_cpus else "cpu")
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """``device``, or for None the one of :func:`default_device`.
+
+    Raises:
+        InputError: no device of that name, or none on this machine.
+
+    >>> device_of("cpu")
+    device(type='cpu')
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device must be such as 'cpu' or 'cuda:0', got {device!r}") from error
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == "cuda" and (found.index or 0) >= here:
+        raise InputError(f"device {found} is not here: torch sees {here} GPUs; leave device out")
+    return found
+
+
+def dtype_of(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A precision of :data:`PRECISIONS`, given as torch's type or by its name; None stays None.
+
+    >>> dtype_of("autocast", "bfloat16")
+    torch.bfloat16
+    """
+    kinds = {kind: getattr(torch, kind) for kind in PRECISIONS}
+    found = kinds.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is not None and found not in kinds.values():
+        raise InputError(f"{name} must be one of torch's {', '.join(PRECISIONS)}, got {dtype!r}")
+    return found
 
 
 def autocast(device: torch.device, encoder: nn.Module) -> torch.autocast:

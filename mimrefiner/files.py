@@ -130,15 +130,15 @@ def write_json(value, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_writable(folder: Path) -> None:
-    """Raise InputError unless files can be written under ``folder``."""
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Raise InputError unless files can be written under ``folder``, which ``option`` names."""
     try:
         with atomic_file(folder / ".writable") as temporary:
             temporary.write_text("x", encoding="utf-8")
         (folder / ".writable").unlink(missing_ok=True)  # several runs may write to one folder
     except OSError as error:
         raise InputError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder with --out"
+            f"cannot write to {folder} ({error.strerror}): choose another folder with {option}"
         ) from error
 
 

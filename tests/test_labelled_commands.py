@@ -110,6 +110,24 @@ def test_low_shot(capsys):
         (["linear", "vit.safetensors", "digits", "--recipe", "x"], "unknown recipe 'x'"),
         (["low-shot", "vit.safetensors", "digits", "--labels", "900"], "fewer than 900 shots"),
         (["low-shot", "vit.safetensors", "digits", "--labels", "x"], "--labels must be numbers"),
+        (
+            ["low-shot", "vit.safetensors", "digits", "--labels", "1,2"],
+            "--labels takes one number here, got '1,2'",
+        ),
+        (
+            ["finetune", "vit.safetensors", "digits", "--labels", "1,2"],
+            "--labels takes one number here, got '1,2'",
+        ),
+        (["finetune", "vit.safetensors", "digits", "--seed", "-1"], "--seed must be >= 0, got -1"),
+        (["linear", "vit.safetensors", "digits", "--seed", "-1"], "--seed must be >= 0, got -1"),
+        (
+            ["low-shot", "vit.safetensors", "digits", "--labels", "1", "--seed", "-1"],
+            "--seed must be >= 0, got -1",
+        ),
+        (
+            ["linear", "vit.safetensors", "digits", "--epochs", "nan"],
+            "expected finite epochs > 0 and batch_size >= 2, got nan",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, capsys, tmp_path):

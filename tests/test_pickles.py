@@ -12,7 +12,7 @@ import torch
 
 import mimrefiner as mr
 from mimrefiner.models.pickles import as_protocol_2
-from mimrefiner.models.weights import read_checkpoint
+from mimrefiner.models.tensors import read_checkpoint
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
 

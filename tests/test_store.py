@@ -44,6 +44,13 @@ def test_what_was_trained_is_loaded_and_equal(preset, monkeypatch):
         store.pretrained(preset.with_seed(1))
 
 
+def test_a_cache_that_cannot_be_used_is_named_by_its_variable(preset, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(mr.InputError, match=r"cannot write to .*another folder with MIMREFINER_CA"):
+        store.pretrained(preset)
+
+
 def test_loader_processes_change_no_weight(preset, monkeypatch):
     alone = sha256_of(store.finetuned(preset, 2e-3).encoder)
     monkeypatch.setenv("MIMREFINER_CACHE", os.environ["MIMREFINER_CACHE"] + "-more")

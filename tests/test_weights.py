@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 
 import mimrefiner as mr
-from mimrefiner.models.weights import read_checkpoint, save_encoder
+from mimrefiner.models.tensors import read_checkpoint
+from mimrefiner.models.weights import save_encoder
 
 
 @pytest.fixture

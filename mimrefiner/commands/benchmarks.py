@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from mimrefiner.commands.options import (
+    check_seed,
     encoder_arguments,
     given_encoder,
     integers,
@@ -52,6 +53,7 @@ def do_segment(args) -> None:
     from mimrefiner.data.scenes import SegmentationFolder
     from mimrefiner.errors import one_of
 
+    check_seed(args)
     one_of("--probe", args.probe, ("upernet", "linear", "blocks"))
     wrong = {"upernet": ("epochs", "best_on_test")}.get(args.probe, ("steps",))
     for option in wrong:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from mimrefiner.commands.options import (
     MODEL,
+    check_seed,
     encoder_arguments,
     given_encoder,
     memory_arguments,
     new_command,
-    numbers,
+    number,
     parts_of,
     print_once,
 )
@@ -96,8 +97,9 @@ def do_low_shot(args) -> None:
     from mimrefiner.study.labelled import low_shot_rows
 
     one_of("solver", args.solver, SOLVERS)
+    check_seed(args)
     check_writable(args.out)
-    (labels,) = numbers("--labels", args.labels)[:1]
+    labels = number("--labels", args.labels)
     rows = low_shot_rows(
         args.model,
         args.data,
@@ -142,9 +144,10 @@ def _encoder_and_labelled(args):
     """The model, and the images that it is trained and tested on."""
     from mimrefiner.study.labelled import labelled_sets
 
+    check_seed(args)
     check_writable(args.out)
+    labels = number("--labels", args.labels) if args.labels else None
     encoder = given_encoder(args, image_size=args.size)
-    labels = numbers("--labels", args.labels)[0] if args.labels else None
     whole = args.all_images or args.best_on_test
     return encoder, labelled_sets(
         args.data, labels=labels, listed=args.listed, whole=whole, seed=args.seed

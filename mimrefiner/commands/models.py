@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from mimrefiner.commands.options import LIKE, NUM_HEADS, new_command
+from mimrefiner.files import check_writable
 
 
 def add_datasets(commands) -> None:
@@ -46,5 +47,6 @@ def do_export(args) -> None:
     from mimrefiner import load_encoder
     from mimrefiner.models.export import export
 
+    check_writable(args.to.parent, "--to")
     encoder = load_encoder(args.model, num_heads=args.num_heads, like=args.like)
     print(export(encoder, args.to, args.format, args.dtype))

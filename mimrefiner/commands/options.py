@@ -159,6 +159,19 @@ def numbers(option: str, text: str) -> tuple[int | float, ...]:
         raise InputError(f"{option} must be numbers with commas between, got {text!r}") from None
 
 
+def number(option: str, text: str) -> int | float:
+    """The one number that an option takes."""
+    found = numbers(option, text)
+    if len(found) != 1:
+        raise InputError(f"{option} takes one number here, got {text!r}: run the command for each")
+    return found[0]
+
+
+def check_seed(args) -> None:
+    if args.seed < 0:
+        raise InputError(f"--seed must be >= 0, got {args.seed}")
+
+
 def print_once(text: str) -> None:
     """Print a result; of several processes the first one does."""
     from mimrefiner.distributed import rank

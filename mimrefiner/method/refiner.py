@@ -19,7 +19,7 @@ from mimrefiner.errors import InputError
 from mimrefiner.method.heads import Heads
 from mimrefiner.method.losses import average_pairs, nna_terms
 from mimrefiner.method.nn_queue import NNQueue
-from mimrefiner.models.blocks import pooled_blocks
+from mimrefiner.models.blocks import pooled_blocks, unwrapped
 from mimrefiner.models.pools import check_pools
 
 
@@ -52,7 +52,8 @@ class MIMRefiner(nn.Module):
     encoder's output after the final LayerNorm (which post-norm models do not have).
 
     Args:
-        encoder: a timm ViT; it is used, not copied.
+        encoder: a timm ViT; it is used, not copied. What ``torch.compile`` or DataParallel put
+            around it comes off.
         config: see :class:`mimrefiner.config.RefineConfig`; its seed draws the new weights.
 
     Raises:
@@ -72,6 +73,7 @@ class MIMRefiner(nn.Module):
 
     def __init__(self, encoder: nn.Module, config: RefineConfig):
         super().__init__()
+        encoder = unwrapped(encoder)
         _check_encoder(encoder, config)
         self.encoder = encoder
         self.config = config

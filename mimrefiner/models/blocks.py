@@ -1,15 +1,48 @@
 """What a block is, and how its tokens are pooled."""
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mimrefiner.errors import InputError
 from mimrefiner.models.tokens import split_tokens
 
 CONTAINERS = ("blocks", "stages", "layers", "levels")  # where timm's families keep theirs
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without what ``torch.compile``, DataParallel or DDP put around it.
+
+    Training goes by the names of parameters, and a wrapper stands before each of them.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> unwrapped(nn.DataParallel(layer)) is layer
+    True
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """``model`` unwrapped, as training takes it: a copy where its weights are not float32.
+
+    >>> in_float32(nn.Linear(2, 2).half()).weight.dtype
+    torch.float32
+    """
+    model = unwrapped(model)
+    if all(x.dtype == torch.float32 for x in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
 
 
 def block_modules(encoder: nn.Module) -> Sequence[nn.Module]:
@@ -51,6 +84,15 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[
             handle.remove()
 
 
+def features_of(encoder: nn.Module, images: Tensor):
+    """What the encoder gives without its classifier; models that are not timm's give all.
+
+    >>> features_of(nn.Flatten(), torch.zeros(2, 3, 4)).shape
+    torch.Size([2, 12])
+    """
+    return getattr(encoder, "forward_features", encoder)(images)
+
+
 def pooled_blocks(
     encoder: nn.Module,
     images: Tensor,
@@ -62,7 +104,7 @@ def pooled_blocks(
     """Run ``encoder`` once and pool the raw output of every block in ``blocks``.
 
     Args:
-        encoder: a timm ViT, or anything with blocks or stages and ``forward_features``.
+        encoder: a timm ViT, or anything with blocks or stages.
         images: normalised images, (batch, 3, height, width).
         blocks: 0-based blocks.
         pools: one or both of "cls" and "mean".
@@ -91,7 +133,7 @@ def pooled_blocks(
 
     modules = block_modules(encoder)
     with hooked([modules[block] for block in blocks], pool):
-        encoder.forward_features(images)
+        features_of(encoder, images)
     if any(x is None for per_block in pooled.values() for x in per_block):
         raise InputError(
             f"{type(encoder).__name__} cannot be probed: its blocks are not called one by one"

@@ -15,7 +15,8 @@ from mimrefiner.models.blocks import depth_of, pooled_blocks
 from mimrefiner.models.encoders import load_encoder
 from mimrefiner.models.layouts import PostNormBlock, ReleasedViT
 from mimrefiner.models.pools import check_pools
-from mimrefiner.models.weights import read_metadata, save_encoder, write_safetensors
+from mimrefiner.models.tensors import read_metadata, write_safetensors
+from mimrefiner.models.weights import save_encoder
 
 ENCODER_FILE, HEAD_FILE = "encoder.safetensors", "classifier.safetensors"
 HEAD_STD = 2e-5  # of the classifier's first weights, as MAE's

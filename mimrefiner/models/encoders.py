@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -15,29 +15,38 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimrefiner.config import ViTConfig
-from mimrefiner.device import seeded
+from mimrefiner.device import dtype_of, seeded
 from mimrefiner.errors import InputError
 from mimrefiner.files import ASSETS, atomic_file, cache_folder, expanded, first_line
 from mimrefiner.models import from_timm
 from mimrefiner.models.catalogue import BY_NAME, CatalogueRow
 from mimrefiner.models.from_timm import HUB, INPUT, LOCAL
 from mimrefiner.models.keys import find_encoder, from_transformers, is_transformers
-from mimrefiner.models.layouts import ReleasedViT, ViTShape, convert
+from mimrefiner.models.layouts import ReleasedViT, ViTShape, check_sizes, convert
 from mimrefiner.models.pools import blank_pass
-from mimrefiner.models.tokens import input_size
+from mimrefiner.models.tensors import read_checkpoint, read_metadata
+from mimrefiner.models.tokens import input_size, settings_of
 from mimrefiner.models.weights import (
+    OWN,
     is_own_file,
-    read_checkpoint,
+    plain_vit,
     read_encoder_file,
-    read_metadata,
+    rebuilt,
     vit_config,
 )
 
 logger = logging.getLogger(__name__)
 
-OWN = "mimrefiner_vit"  # the architecture that build_vit makes
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".npz", ".pkl")
-TRANSFORMERS = ("vit", "vit_mae", "ijepa", "dinov2", "dinov2_with_registers")  # that are read
+LONGEST_NAME = 240  # bytes that file systems take, less a suffix
+# transformers' kinds that are read, with the epsilon of their LayerNorms where no config says it
+TRANSFORMERS = {
+    "vit": 1e-12,
+    "vit_mae": 1e-12,
+    "ijepa": 1e-12,
+    "dinov2": 1e-6,
+    "dinov2_with_registers": 1e-6,
+}
 
 
 def build_vit(
@@ -55,17 +64,7 @@ def build_vit(
     >>> encoder.embed_dim, len(encoder.blocks)
     (32, 2)
     """
-    with seeded(seed):
-        encoder = timm.models.VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            num_classes=0,
-            global_pool="token",
-            dynamic_img_size=True,
-        )
+    encoder = plain_vit(config, seed)
     encoder.pretrained_cfg = {
         "architecture": OWN,
         "input_size": (3, config.image_size, config.image_size),
@@ -118,6 +117,7 @@ class _Wishes:
     pretrained: bool = True
     dtype: torch.dtype | None = None
     like: str | None = None
+    row: CatalogueRow | None = None
 
 
 def load_encoder(
@@ -127,7 +127,7 @@ def load_encoder(
     image_size: int | None = None,
     num_heads: int | None = None,
     pretrained: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     like: str | None = None,
 ) -> nn.Module:
     """Load an encoder in eval mode, without a classifier.
@@ -150,7 +150,8 @@ def load_encoder(
             are resized.
         num_heads: attention heads, where a file does not tell (files of this package do).
         pretrained: False gives random weights of the same shape.
-        dtype: converts the weights tensor by tensor, such as to torch.bfloat16; None: float32.
+        dtype: converts the weights tensor by tensor, such as to torch.bfloat16, or "bfloat16";
+            None: float32.
         like: a timm name whose mean, std, interpolation and crop are taken; None takes those of the
             file or of the name, and ImageNet's, with a word, where neither says.
 
@@ -163,6 +164,7 @@ def load_encoder(
     >>> len(encoder.blocks), encoder.pretrained_cfg["input_size"]
     (12, (3, 32, 32))
     """
+    dtype, source = dtype_of("dtype", dtype), _checked(source)
     if image_size is not None and not (isinstance(image_size, Integral) and image_size >= 1):
         raise InputError(f"image_size must be a whole number >= 1, got {image_size}")
     if num_heads is not None and not (isinstance(num_heads, Integral) and num_heads >= 1):
@@ -174,6 +176,20 @@ def load_encoder(
     encoder = with_size(encoder, image_size)
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **settings, "loaded_from": str(source)}
     return encoder
+
+
+def _checked(source: str | Path) -> str | Path:
+    """``source``, if it may name a model."""
+    if isinstance(source, nn.Module):
+        raise InputError(
+            "load_encoder takes a name or a path, and this is a model already: give it to "
+            "extract_features, probe or refine as it is"
+        )
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise InputError(f"expected the name of a model, or the path of a file, got {source!r}")
+    if any(len(part.encode()) > LONGEST_NAME for part in str(source).split("/")):
+        raise from_timm.unknown_name(str(source))
+    return source
 
 
 def _parted(source: str | Path) -> tuple[str, str | None]:
@@ -231,8 +247,8 @@ def _with_file(name: str, path: Path, wishes: _Wishes) -> nn.Module:
     """The architecture ``name`` of timm's or of the catalogue with the weights in ``path``."""
     path, row = expanded(path), BY_NAME.get(name)
     if row and (row.url or not from_timm.is_timm_name(name)):
-        heads = wishes.num_heads or row.heads
-        return _from_file(path, _Wishes(None, heads, wishes.pretrained, wishes.dtype), known=True)
+        given = replace(wishes, image_size=None, num_heads=wishes.num_heads or row.heads, row=row)
+        return _from_file(path, given, known=True)
     plain = name.removeprefix("timm/")
     if not from_timm.is_timm_name(plain):
         raise from_timm.unknown_name(plain)
@@ -275,13 +291,28 @@ def _from_transformers_folder(folder: Path, config: Mapping, wishes: _Wishes) ->
             f"{folder} holds transformers' {kind!r}: of transformers' models "
             f"{', '.join(TRANSFORMERS)} can be loaded"
         )
+    activation = config.get("hidden_act", "gelu")
+    if activation not in ("gelu", "gelu_python"):  # both are the exact one, as timm's is
+        raise InputError(
+            f"{folder} holds a {kind!r} with hidden_act {activation!r}: only gelu can be loaded"
+        )
     heads = wishes.num_heads or config.get("num_attention_heads")
     settings = from_timm.input_of_processor(folder)
     like = wishes.like or ("its preprocessor_config.json" if "mean" in settings else None)
     more = _Wishes(wishes.image_size, heads, wishes.pretrained, wishes.dtype, like)
     encoder = _from_published_file(from_timm.weights_in(folder), more)
+    _set_eps(encoder, config.get("layer_norm_eps", TRANSFORMERS[kind]))
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **settings}
     return encoder
+
+
+def _set_eps(encoder: nn.Module, eps: float) -> None:
+    """Let all LayerNorms of ``encoder`` add ``eps`` to the variance."""
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+    if isinstance(encoder, ReleasedViT):
+        encoder.shape = replace(encoder.shape, norm_eps=eps)
 
 
 def _file_of(source: str | Path) -> Path | None:
@@ -346,7 +377,7 @@ def _from_file(path: Path, wishes: _Wishes, *, known: bool = False) -> nn.Module
             f"{path} does not exist or is no file: expected a checkpoint or a timm model name"
         )
     if is_own_file(path):
-        return _from_own_file(path, wishes.num_heads, wishes.pretrained).to(wishes.dtype)
+        return _from_own_file(path, wishes).to(wishes.dtype)
     data = read_metadata(path).get("mimrefiner")  # exported for timm by this package
     encoder = _from_published_file(path, wishes, known=known or data is not None)
     if data:
@@ -354,32 +385,23 @@ def _from_file(path: Path, wishes: _Wishes, *, known: bool = False) -> nn.Module
     return encoder
 
 
-def _from_own_file(path: Path, num_heads: int | None, pretrained: bool) -> nn.Module:
+def _from_own_file(path: Path, wishes: _Wishes) -> nn.Module:
     tensors, metadata = read_encoder_file(path)
     try:
         config, data = ViTConfig(**json.loads(metadata["vit"])), json.loads(metadata["data"])
-        architecture = metadata["architecture"]
+        encoder = rebuilt(metadata)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged: its metadata do not say what it holds ({first_line(error)})"
         ) from error
-    if num_heads not in (None, config.num_heads):
+    check_sizes(wishes.row, config.dim, config.depth, config.patch_size, str(path))
+    if wishes.num_heads not in (None, config.num_heads):
         raise InputError(
-            f"{path} has {config.num_heads} attention heads, got num_heads={num_heads}"
+            f"{path} has {config.num_heads} attention heads, got num_heads={wishes.num_heads}"
         )
-    if metadata.get("released"):
-        encoder = released_encoder(ReleasedViT(ViTShape(**json.loads(metadata["released"]))))
-    elif architecture == OWN:
-        encoder = build_vit(config)
-    else:
-        arguments = json.loads(metadata.get("arguments", "{}"))
-        encoder = from_timm.create(from_timm.Plan(architecture, arguments), config.image_size)
-        if vit_config(encoder) != config:  # timm.create_model(NAME, depth=6) tells nobody its depth
-            arguments |= {"embed_dim": config.dim, "patch_size": config.patch_size}
-            arguments |= {"depth": config.depth, "num_heads": config.num_heads}
-            plan = from_timm.Plan(architecture, arguments)
-            encoder = from_timm.create(plan, config.image_size)
-    if pretrained:
+    if wishes.pretrained:
         _check_shapes(path, encoder, tensors)
         encoder.load_state_dict(tensors)
     size = (3, config.image_size, config.image_size)
@@ -400,9 +422,9 @@ def _check_shapes(path: Path, encoder: nn.Module, tensors: dict[str, Tensor]) ->
 def _from_published_file(path: Path, wishes: _Wishes, *, known: bool = False) -> nn.Module:
     """A plain ViT, or DINOv2, from a file without a name for its architecture."""
     file = read_checkpoint(path)
-    if (encoder := _dinov2(file, path, wishes)) is not None:
+    if wishes.row is None and (encoder := _dinov2(file, path, wishes)) is not None:
         return encoder
-    shape, tensors, _ = convert(file, str(path), wishes.num_heads)
+    shape, tensors, _ = convert(file, str(path), wishes.num_heads, wishes.row)
     del file  # so that each tensor can go when it has been copied
     if not known and wishes.like is None:
         logger.warning(
@@ -440,7 +462,9 @@ def _filled(
         encoder = ReleasedViT(shape)
     expected = {name: x.shape for name, x in encoder.state_dict().items()}
     for name, x in tensors.items():
-        if x.numel() != expected[name].numel():
+        # A matrix that is stored transposed has as many numbers: only a token may be reshaped
+        same = x.numel() == expected[name].numel() and name == "cls_token"
+        if x.shape != expected[name] and not same:
             raise InputError(
                 f"{path}: {name} should be {tuple(expected[name])}, got {tuple(x.shape)}"
             )
@@ -515,10 +539,11 @@ def eval_transform(encoder: nn.Module):
     size = input_size(encoder)
     if size[0] != 3:
         raise InputError(f"images have 3 channels here, and this encoder takes {size[0]}")
-    cfg = {**encoder.pretrained_cfg, "input_size": size}
+    cfg = {**settings_of(encoder), "input_size": size}
     return timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
 
 
 def normalisation(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the encoder's input, one number per channel each."""
-    return tuple(encoder.pretrained_cfg["mean"]), tuple(encoder.pretrained_cfg["std"])
+    settings = settings_of(encoder)
+    return tuple(settings["mean"]), tuple(settings["std"])

@@ -2,15 +2,22 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import atomic_file, write_json
-from mimrefiner.models.layouts import BLOCK_KEYS
-from mimrefiner.models.weights import save_encoder, write_safetensors
+from mimrefiner.models.blocks import unwrapped
+from mimrefiner.models.from_timm import INPUT
+from mimrefiner.models.keys import HEADS
+from mimrefiner.models.layouts import BLOCK_KEYS, ReleasedViT
+from mimrefiner.models.tensors import write_safetensors
+from mimrefiner.models.tokens import input_size, settings_of
+from mimrefiner.models.weights import ANY_SIZE, parts_difference, save_encoder
 
 FORMATS = {  # name -> suffixes
     "timm": (".safetensors",),
@@ -39,7 +46,7 @@ def export(
         InputError: an unknown format or dtype, a suffix of another format, or a model that the
             format cannot express.
     """
-    path = Path(path)
+    path, encoder = Path(path), unwrapped(encoder)
     one_of("format", format, tuple(FORMATS))
     # load_encoder goes by the suffix, and timm's .json lies beside
     if path.suffix not in FORMATS[format] or path.is_dir():
@@ -53,7 +60,9 @@ def export(
         save_encoder(encoder, path)
         return f"mimrefiner.load_encoder({path.name!r})"
     if format == "hub":
-        tensors = hub_tensors(encoder, plain_tensors(encoder))
+        tensors = plain_tensors(encoder)
+        _check_same(_official(encoder, tensors), encoder)
+        tensors = hub_tensors(encoder, tensors)
         with atomic_file(path) as temporary:
             torch.save({"state_dict": tensors}, temporary)
         return (
@@ -62,38 +71,62 @@ def export(
         )
     _write_for_timm(encoder, path)
     return (
-        "timm.create_model('vit_base_patch16_224', pretrained=True, ...) "
+        f"timm.create_model({ANY_SIZE!r}, pretrained=True, ...) "
         f"with the arguments in {path.stem}.json"
     )
 
 
 def _write_for_timm(encoder: nn.Module, path: Path) -> None:
     tensors = plain_tensors(encoder)
-    if "norm_pre.weight" in tensors:
+    if isinstance(encoder.norm_pre, nn.LayerNorm):
         raise InputError(
             "timm has no post-norm ViT with a norm before the blocks: "
             "load this model with mimrefiner.load_encoder"
         )
     arguments = timm_arguments(encoder, tensors)
+    with torch.device("meta"):
+        _check_same(timm.create_model(ANY_SIZE, **arguments), encoder)
     if "cls_token" in tensors and tensors["pos_embed"].shape[1] == encoder.patch_embed.num_patches:
         zero = torch.zeros_like(tensors["pos_embed"][:, :1])  # timm wants a row for the cls token
         tensors["pos_embed"] = torch.cat([zero, tensors["pos_embed"]], 1)
-    cfg = {key: encoder.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    data = timm.data.resolve_data_config(pretrained_cfg=settings_of(encoder))
+    cfg = {key: data[key] for key in INPUT}
     # load_encoder reads the metadata, timm the file beside
     metadata = {"format": "pt", "mimrefiner": json.dumps(cfg)}
     write_safetensors({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
-    size = encoder.pretrained_cfg["input_size"]
+    size = input_size(encoder)
     description = {
-        "architecture": "vit_base_patch16_224",
+        "architecture": ANY_SIZE,
         "model_args": arguments,
         "pretrained_cfg": {**cfg, "input_size": size, "num_classes": 0, "file": path.name},
     }
     write_json(description, path.with_suffix(".json"))
 
 
+def _official(encoder: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """What the official code builds in these sizes, without memory."""
+    with torch.device("meta"):
+        if isinstance(encoder, ReleasedViT):
+            return ReleasedViT(replace(encoder.shape, norm_eps=1e-6))
+        return timm.create_model(ANY_SIZE, **timm_arguments(encoder, tensors))
+
+
+def _check_same(again: nn.Module, encoder: nn.Module) -> None:
+    """InputError where what others build would compute something else, such as with another eps."""
+    if different := parts_difference(again, encoder, below=True):
+        raise InputError(
+            f"this format cannot express the model, since {different}: format mimrefiner keeps "
+            "what load_encoder read"
+        )
+
+
 def plain_tensors(encoder: nn.Module) -> dict[str, Tensor]:
     """Weights of a plain ViT by their timm names; InputError names what it has beyond one."""
-    tensors = {name: x.detach().cpu() for name, x in encoder.state_dict().items()}
+    tensors = {
+        name: x.detach().cpu()
+        for name, x in encoder.state_dict().items()
+        if not HEADS.match(name) or name.startswith("fc_norm")
+    }
     own = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     own |= {f"blocks.{i}.{key}" for i in range(len(encoder.blocks)) for key in BLOCK_KEYS}
     own |= {f"{norm}.{kind}" for norm in ("norm", "norm_pre") for kind in ("weight", "bias")}

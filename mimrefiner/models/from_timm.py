@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
 from mimrefiner.files import first_line
+from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.models.keys import (
     Found,
     find_encoder,
@@ -24,7 +26,7 @@ from mimrefiner.models.keys import (
     is_transformers,
     largest_holder,
 )
-from mimrefiner.models.weights import read_checkpoint
+from mimrefiner.models.tensors import check_numbers, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +68,28 @@ def is_timm_name(name: str) -> bool:
 
 def unknown_name(name: str) -> InputError:
     """The error for what is neither a file, nor a name of the catalogue, nor one of timm's."""
-    close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
-    hint = f"; close names: {', '.join(close)}" if close else ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint = f"; a repository of the hub in timm's format is hf-hub:{name}"
+        hint += ", one of transformers is downloaded first (hf download), then give its folder"
+    else:
+        close = close_names(name)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+    shown = name if len(name) <= 100 else f"{name[:100]}..."
     return InputError(
-        f"unknown model {name!r}: expected a timm model name or an existing .safetensors file{hint}"
+        f"unknown model {shown!r}: expected a timm model name, a name of mimrefiner models, or an "
+        f"existing file or folder of weights{hint}"
     )
+
+
+def close_names(name: str) -> list[str]:
+    """At most five names of models that are spelt nearly like ``name``.
+
+    >>> close_names("VIT_TINY_PATCH16_24")[0]
+    'vit_tiny_patch16_224'
+    """
+    known = [*BY_NAME, *timm.list_models(), *timm.list_pretrained()]
+    within = timm.list_models(f"*{name.lower().split('.')[0]}*")
+    return list(dict.fromkeys([*get_close_matches(name.lower(), known, 5, 0.75), *within]))[:5]
 
 
 def named(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
@@ -209,6 +228,9 @@ def with_tensors(
 ) -> nn.Module:
     """The encoder of ``plan`` with the weights ``tensors``, read from ``path``."""
     skeleton = skeleton or _skeleton(plan)
+    expected = skeleton.state_dict()
+    floats = {name for name, x in expected.items() if x.is_floating_point()}
+    check_numbers({name: x for name, x in tensors.items() if name in floats}, path)
     _check_patch(skeleton, tensors, path, plan.name)
     size = _own_size(skeleton, tensors)
     if any(".mlp.w12." in key or key == "register_tokens" for key in tensors):
@@ -284,7 +306,10 @@ def weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     if parts := sorted(folder.glob("*.index.json")):
-        raise InputError(f"{folder} holds weights in several parts ({parts[0].name}): join them")
+        raise InputError(
+            f"{folder} holds weights in several parts ({parts[0].name}): join them, such as by "
+            "from_pretrained(FOLDER).save_pretrained(NEW, max_shard_size='100GB') of transformers"
+        )
     files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth")]
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
@@ -299,6 +324,11 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (folder / ".metadata").is_file():
+            raise InputError(
+                f"{folder} is a distributed checkpoint of torch: join it by python -m "
+                f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pth"
+            ) from None
         raise InputError(
             f"{folder} has no {name}: expected a folder as timm or transformers write it "
             "(give a file of weights, or TIMM_NAME@FILE)"
@@ -335,7 +365,7 @@ def input_of_processor(folder: Path) -> dict:
     config = read_config(folder, "preprocessor_config.json")
     found = {}
     if config.get("do_normalize", True) and {"image_mean", "image_std"} <= config.keys():
-        found |= {"mean": tuple(config["image_mean"]), "std": tuple(config["image_std"])}
+        found |= {key: _colours(config[f"image_{key}"], folder) for key in ("mean", "std")}
     if (filter_ := {2: "bilinear", 3: "bicubic"}.get(config.get("resample"))) is not None:
         found["interpolation"] = filter_
     sides = [_side(config.get(key)) for key in ("crop_size", "size")]
@@ -344,6 +374,17 @@ def input_of_processor(folder: Path) -> dict:
     elif sides[1]:
         found |= {"crop_pct": 1.0, "crop_mode": "squash"}  # transformers' ViT takes no crop
     return found
+
+
+def _colours(value, folder: Path) -> tuple[float, ...]:
+    """One number for each colour; transformers writes a single one where they are equal."""
+    numbers = value if isinstance(value, list) else [value] * 3
+    if len(numbers) != 3 or not all(isinstance(x, int | float) for x in numbers):
+        raise InputError(
+            f"{folder / 'preprocessor_config.json'}: expected image_mean and image_std of three "
+            f"colours, got {value!r}"
+        )
+    return tuple(numbers)
 
 
 def _side(size) -> int | None:

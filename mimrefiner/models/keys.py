@@ -86,6 +86,18 @@ def find_encoder(file: Mapping, expected: Collection[str] = ()) -> Found | None:
     return _without_heads(held, prefix, wanted if expected else frozenset())
 
 
+def averaged(file: Mapping) -> str | None:
+    """The name under which ``file`` keeps the average of an encoder's weights; None without one.
+
+    >>> proj = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}
+    >>> averaged({"model": proj, "optimizer": {}, "ema": proj})
+    'ema'
+    """
+    names = (name for name, part in file.items() if isinstance(part, Mapping))
+    found = (name for name in names if isinstance(name, str) and _rank(name) > 0)
+    return next((name for name in found if find_encoder(file[name]) is not None), None)
+
+
 def _rank(place: str) -> int:
     """Which of several encoders is meant: an average before its student."""
     return bool(AVERAGED.search(place.lower())) - bool(OTHERS.search(place.lower()))

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -17,8 +18,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mimrefiner.errors import InputError
-from mimrefiner.models.catalogue import CATALOGUE
-from mimrefiner.models.keys import find_encoder, from_transformers, is_transformers
+from mimrefiner.models.catalogue import CATALOGUE, CatalogueRow
+from mimrefiner.models.keys import (
+    averaged,
+    find_encoder,
+    from_transformers,
+    is_transformers,
+)
+from mimrefiner.models.tensors import check_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +189,7 @@ class ViTShape:
         post_norm: data2vec 2.0's form, with LayerNorms after attention and MLP.
         final_norm: whether a LayerNorm follows the last block.
         fixed_positions: positions are sine-cosine ones, which are not trained.
+        norm_eps: epsilon of all LayerNorms.
     """
 
     image_size: int
@@ -194,6 +202,7 @@ class ViTShape:
     post_norm: bool = False
     final_norm: bool = True
     fixed_positions: bool = True
+    norm_eps: float = 1e-6
 
 
 class PostNormBlock(Block):
@@ -231,10 +240,11 @@ class ReleasedViT(VisionTransformer):
             final_norm=shape.final_norm,
             dynamic_img_size=True,
             block_fn=PostNormBlock if shape.post_norm else Block,
+            norm_layer=partial(nn.LayerNorm, eps=shape.norm_eps),
         )
         self.shape = shape
         if shape.post_norm:
-            self.norm_pre = nn.LayerNorm(shape.dim, eps=1e-6)
+            self.norm_pre = nn.LayerNorm(shape.dim, eps=shape.norm_eps)
         if shape.fixed_positions:
             self._set_positions(self.pos_embed.detach())
 
@@ -273,7 +283,10 @@ class ReleasedViT(VisionTransformer):
 
 
 def convert(
-    file: Mapping, path: str, num_heads: int | None = None
+    file: Mapping,
+    path: str,
+    num_heads: int | None = None,
+    row: CatalogueRow | None = None,
 ) -> tuple[ViTShape, dict[str, Tensor], Layout]:
     """Read a published checkpoint: the sizes of its model, its tensors and its layout.
 
@@ -281,21 +294,21 @@ def convert(
         file: what the checkpoint file holds.
         path: its name, for messages.
         num_heads: attention heads; None looks the sizes up in the catalogue.
+        row: of the catalogue, where its name was given together with the file.
 
     Returns:
         The sizes, the tensors under the names of :class:`ReleasedViT`, and the layout.
 
     Raises:
         InputError: no known layout, or keys or shapes that do not fit the layout the file looks
-            like.
+            like, or the row.
     """
-    for average in ("state_dict_ema", "model_ema"):  # what timm and DeiT evaluate
-        if isinstance(file.get(average), Mapping):
-            logger.info("%s: its averaged weights (%s) are taken", path, average)
-            file = {average.removesuffix("_ema"): file[average]}
+    if (average := averaged(file)) is not None:
+        logger.info("%s: its averaged weights (%s) are taken", path, average)
+        file = {_beside(average, file): file[average]}
     try:
         layout, found = find_layout(file, path)
-        return _fitted(layout, dict(_renamed(layout, found)), path, num_heads)
+        return _fitted(layout, dict(_renamed(layout, found)), path, num_heads, row)
     except InputError as error:
         bare = find_encoder(file)
         if bare is None:
@@ -306,15 +319,38 @@ def convert(
         # ViTMAE's positions are fixed, which only its decoder shows
         bare_layout = replace(BARE, fixed_positions=foreign and "decoder" in bare.left_out)
         try:
-            fitted = _fitted(bare_layout, dict(_renamed(bare_layout, tensors)), path, num_heads)
+            renamed = dict(_renamed(bare_layout, tensors))
+            fitted = _fitted(bare_layout, renamed, path, num_heads, row)
         except InputError as second:
             raise (second if bare.where or foreign else error) from None
         bare.say(path)
         return fitted
 
 
+def _beside(average: str, file: Mapping) -> str:
+    """The name by which layouts know what an average is the average of."""
+    if any(average in layout.containers for layout in LAYOUTS):
+        return average
+    plain = average.removesuffix("_ema")
+    return next((name for name in (plain, "model", "state_dict") if name in file), plain)
+
+
+def check_sizes(row: CatalogueRow | None, dim: int, depth: int, patch: int, path: str) -> None:
+    """Raise InputError where a file's model is not as large as that of the catalogue's ``row``."""
+    if row is not None and (dim, depth, patch) != (row.dim, row.depth, row.patch):
+        raise InputError(
+            f"{path} is no {row.name}: it has width {dim}, {depth} blocks and patches of {patch} "
+            f"px, the model of that name {row.dim}, {row.depth} and {row.patch} px; give the file "
+            "alone (and num_heads=, --num-heads)"
+        )
+
+
 def _fitted(
-    layout: Layout, tensors: dict[str, Tensor], path: str, num_heads: int | None
+    layout: Layout,
+    tensors: dict[str, Tensor],
+    path: str,
+    num_heads: int | None,
+    row: CatalogueRow | None,
 ) -> tuple[ViTShape, dict[str, Tensor], Layout]:
     """What :func:`convert` returns, if these tensors are those of the layout."""
     try:
@@ -328,7 +364,9 @@ def _fitted(
         ) from None
     dim, patch = weight.shape[0], weight.shape[-1]
     depth = 1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key)))
-    side = _square_positions(tensors, positions.reshape(1, -1, dim), path)
+    check_sizes(row, dim, depth, patch, path)
+    check_numbers(tensors, path)
+    side = _square_positions(tensors, _position_rows(positions, dim, path), path)
     shape = ViTShape(
         side * patch,
         patch,
@@ -346,6 +384,23 @@ def _fitted(
     if dim % shape.num_heads:
         raise InputError(f"{path}: width {dim} is not divisible by num_heads={shape.num_heads}")
     return shape, tensors, layout
+
+
+def _position_rows(positions: Tensor, dim: int, path: str) -> Tensor:
+    """Positions as (1, number, dim), where files hold them with the width last or first.
+
+    >>> _position_rows(torch.zeros(1, 48, 4, 4), 48, "file.pth").shape
+    torch.Size([1, 16, 48])
+    """
+    grid = positions.squeeze(0) if positions.ndim > 2 else positions
+    if grid.ndim not in (2, 3) or dim not in (grid.shape[0], grid.shape[-1]):
+        raise InputError(
+            f"{path}: expected positions (1, number, {dim}) or (1, {dim}, rows, columns), "
+            f"got {tuple(positions.shape)}"
+        )
+    if grid.shape[-1] != dim:
+        grid = grid.movedim(0, -1)
+    return grid.reshape(1, -1, dim)
 
 
 def _square_positions(tensors: dict[str, Tensor], positions: Tensor, path: str) -> int:
@@ -372,6 +427,10 @@ def find_layout(file: Mapping, path: str) -> tuple[Layout, Mapping]:
             if isinstance(found, Mapping) and any(layout.mark in key for key in _names(found)):
                 return layout, found
     keys = [key for part in (file, *file.values()) for key in _names(part)]
+    if {"state", "param_groups"} <= set(keys) and not any("patch_embed" in key for key in keys):
+        raise InputError(
+            f"{path} holds an optimiser's state and no model: give the file of the weights"
+        )
     like = _foreign(keys) or "no layout that is known"
     names = ", ".join(layout.name for layout in LAYOUTS)
     raise InputError(

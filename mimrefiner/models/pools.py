@@ -7,7 +7,7 @@ from torch import nn
 
 from mimrefiner.device import frozen
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import block_modules, depth_of, hooked
+from mimrefiner.models.blocks import block_modules, depth_of, features_of, hooked
 from mimrefiner.models.tokens import adds_cls, input_size, prefix_everywhere, split_tokens
 
 
@@ -53,7 +53,7 @@ def blank_pass(encoder: nn.Module) -> None:
     first = next(encoder.parameters())
     image = torch.zeros(1, *input_size(encoder), device=first.device, dtype=first.dtype)
     with frozen(encoder, first.device):
-        encoder.forward_features(image)
+        features_of(encoder, image)
 
 
 def check_pools(

@@ -22,7 +22,8 @@ def input_size(encoder: nn.Module) -> tuple[int, int, int]:
     >>> input_size(timm.create_model("test_vit", img_size=96))
     (3, 96, 96)
     """
-    channels, *size = _config_of(encoder).get("input_size") or (3, None, None)
+    known = getattr(encoder, "pretrained_cfg", None) or {}
+    channels, *size = known.get("input_size") or (3, None, None)
     embed = getattr(encoder, "patch_embed", getattr(encoder, "stem", None))  # mixers have a stem
     channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
     if (built := getattr(embed, "img_size", None)) is not None:
@@ -31,15 +32,32 @@ def input_size(encoder: nn.Module) -> tuple[int, int, int]:
         shape, stride = encoder.tokens_spatial_shape, encoder.patch_stride
         size = [n * pixels for n, pixels in zip(shape, stride, strict=True)]
     if None in size:
-        raise InputError(
-            f"{type(encoder).__name__} does not say which images it takes: set "
-            "encoder.pretrained_cfg = dict(input_size=(3, 224, 224), mean=..., std=...)"
-        )
+        raise _says_nothing(encoder)
     return (channels, *size)
 
 
-def _config_of(encoder: nn.Module) -> dict:
-    return getattr(encoder, "pretrained_cfg", None) or {}
+def settings_of(encoder: nn.Module) -> dict:
+    """The encoder's ``pretrained_cfg``: mean and std of its images, and what else is known.
+
+    Raises:
+        InputError: it has none, or one without mean and std.
+
+    >>> encoder = nn.Linear(2, 2)
+    >>> encoder.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    >>> sorted(settings_of(encoder))
+    ['mean', 'std']
+    """
+    settings = getattr(encoder, "pretrained_cfg", None) or {}
+    if not {"mean", "std"} <= settings.keys():
+        raise _says_nothing(encoder)
+    return settings
+
+
+def _says_nothing(encoder: nn.Module) -> InputError:
+    return InputError(
+        f"{type(encoder).__name__} does not say which images it takes: set "
+        "encoder.pretrained_cfg = dict(input_size=(3, 224, 224), mean=..., std=...)"
+    )
 
 
 def split_tokens(encoder: nn.Module, output, images: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -1,110 +1,257 @@
-"""Weights in files: written whole or not at all, read without running any code."""
+"""Encoders in this package's own files: what is written loads again as the same function."""
 
 import hashlib
 import json
-import pickle
-import re
-import warnings
-import zipfile
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
+import timm
 import torch
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from mimrefiner.config import ViTConfig
+from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
-from mimrefiner.files import atomic_file
-from mimrefiner.models.layouts import ReleasedViT
-from mimrefiner.models.pickles import allowed, is_pickle, readable, what_it_is
+from mimrefiner.models import from_timm
+from mimrefiner.models.blocks import unwrapped
+from mimrefiner.models.keys import HEADS, INSIDE
+from mimrefiner.models.layouts import ReleasedViT, ViTShape
+from mimrefiner.models.tensors import damage_named, read_metadata, write_safetensors
+from mimrefiner.models.tokens import settings_of
+
+logger = logging.getLogger(__name__)
+
+OWN = "mimrefiner_vit"  # the architecture that build_vit makes
+ANY_SIZE = "vit_base_patch16_224"  # the name under which timm builds a ViT of any size
+# Modules that do nothing to an image that is only looked at
+IDLE = {"Identity", "Dropout", "DropPath", "PatchDropout"}
+# What decides a module's output beside its type, its children and what it prints of itself
+DECIDING = ("num_heads", "scale", "num_prefix_tokens", "no_embed_class", "global_pool", "grid_size")
+
+
+def plain_vit(config: ViTConfig, seed: int = 0) -> VisionTransformer:
+    """timm's ViT in these sizes: pre-norm, cls token, learned positions, weights of ``seed``."""
+    with seeded(seed):
+        return VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            num_classes=0,
+            global_pool="token",
+            dynamic_img_size=True,
+        )
 
 
 def save_encoder(encoder: nn.Module, path: Path | str) -> None:
-    """Write ``encoder`` as safetensors, so that :func:`mimrefiner.load_encoder` can rebuild it."""
-    cfg = encoder.pretrained_cfg
-    metadata = {
-        "format": "mimrefiner-encoder-1",
-        "architecture": cfg["architecture"],
-        "vit": json.dumps(asdict(vit_config(encoder))),
-        "released": json.dumps(asdict(encoder.shape)) if isinstance(encoder, ReleasedViT) else "",
-        "arguments": json.dumps(cfg.get("model_args", {})),
-        "data": json.dumps({key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}),
-    }
-    tensors = {name: x.detach().cpu().contiguous() for name, x in encoder.state_dict().items()}
-    write_safetensors(tensors, path, metadata)
+    """Write ``encoder`` as safetensors, so that :func:`mimrefiner.load_encoder` can rebuild it.
 
-
-def write_safetensors(
-    tensors: dict[str, torch.Tensor], path: Path | str, metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file whole or not at all; a full disk is an OSError."""
-    with atomic_file(path) as temporary:
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-
-
-def read_checkpoint(path: Path) -> dict:
-    """What a published checkpoint holds, without running any of its code.
-
-    safetensors, or PyTorch's format under ``weights_only=True``. Settings that authors stored
-    beside the weights (argparse, omegaconf, fairseq) become inert stand-ins; any other class is
-    refused. Pickles of every protocol are read. Tensors stay on disk until they are used,
-    where the format allows it.
+    Classifiers on top stay behind, and so does what ``torch.compile`` or DataParallel put around.
 
     Raises:
-        InputError: a damaged file, or one that refers to code.
+        InputError: an encoder that could not be rebuilt, see :func:`check_savable`.
     """
-    if path.suffix == ".safetensors":
-        with _damage_named(path):
-            return safetensors.torch.load_file(path)
+    encoder = unwrapped(encoder)
+    metadata, again = _described(encoder)
+    tensors = {INSIDE.sub("", name): x for name, x in encoder.state_dict().items()}
+    kept = {name: tensors[name].detach().cpu().contiguous() for name in again.state_dict()}
+    write_safetensors(kept, path, metadata)
+
+
+def check_savable(encoder: nn.Module) -> None:
+    """Raise InputError where what :func:`save_encoder` writes would be another function.
+
+    A file holds weights, sizes and timm's name; an activation of the caller's own, another epsilon
+    or an adapter around a layer is in none of them.
+
+    >>> encoder = plain_vit(ViTConfig(dim=32, depth=2, num_heads=2))
+    >>> encoder.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    >>> check_savable(encoder)
+    >>> encoder.blocks[1].mlp.act = nn.ReLU()
+    >>> check_savable(encoder)
+    Traceback (most recent call last):
+    ...
+    mimrefiner.errors.InputError: this encoder could not be loaded again from a file, since \
+blocks.1.mlp.act is ReLU() and would be GELU(approximate='none'): keep it by torch.save of its \
+state_dict(), and merge adapters into the layers before
+    """
+    _described(unwrapped(encoder))
+
+
+def warn_or_refuse(encoder: nn.Module, saved: bool) -> None:
+    """Before training: what :func:`check_savable` finds, an error if the result is to be saved."""
     try:
-        source = readable(path)
-        mapped = source is path and zipfile.is_zipfile(path)
-        with (
-            torch.serialization.safe_globals(allowed(source)),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            file = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except UNREADABLE as error:
+        check_savable(encoder)
+    except InputError as error:
+        if saved:
+            raise
+        logger.warning("%s", error)
+
+
+def _described(encoder: nn.Module) -> tuple[dict[str, str], nn.Module]:
+    """What a file says of ``encoder``, and what is built by that, without memory or weights."""
+    try:
+        sizes = json.dumps(asdict(vit_config(encoder)))
+    except (AttributeError, TypeError, IndexError) as error:
         raise InputError(
-            f"{path} was not loaded: {_why(path, error)}; expected a file of plain tensors"
+            f"{type(encoder).__name__} can not be written to a file of this package, which holds "
+            f"a ViT: keep it by torch.save of its state_dict() ({error})"
         ) from error
-    if not isinstance(file, dict):
-        raise InputError(f"{path} holds a {type(file).__name__}; expected a dictionary of tensors")
-    return file
+    data = timm.data.resolve_data_config(pretrained_cfg=settings_of(encoder))
+    shape = asdict(encoder.shape) if isinstance(encoder, ReleasedViT) else None
+    metadata = {
+        "format": "mimrefiner-encoder-1",
+        "vit": sizes,
+        "released": json.dumps(shape) if shape else "",
+        "data": json.dumps({key: data[key] for key in from_timm.INPUT}),
+    }
+    why = ""
+    for architecture, arguments in _builds(encoder):
+        metadata |= {"architecture": architecture, "arguments": json.dumps(arguments)}
+        again = _skeleton(metadata)
+        if (different := difference(again, encoder)) is None:
+            return metadata, again
+        why = why or different
+    raise InputError(
+        f"this encoder could not be loaded again from a file, since {why}: keep it by torch.save "
+        "of its state_dict(), and merge adapters into the layers before"
+    )
 
 
-def _why(path: Path, error: Exception) -> str:
-    """Why a checkpoint was not read: code that it refers to, or what the file is."""
-    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        refused = f"it refers to {found[1]}, which is refused because loading would run it"
-        whole = " (a whole model? save its state_dict())" if "GLOBAL timm." in str(error) else ""
-        return refused + whole
-    if what := what_it_is(path):
-        return what
-    if is_pickle(path) and ("Unsupported operand" in str(error) or "persistent" in str(error)):
-        return (
-            "its pickle has what weights_only does not read: where you trust it, write it anew by "
-            "torch.save(torch.load(FILE, weights_only=False), NEW)"
-        )
-    return "damaged or no checkpoint"
+def _builds(encoder: nn.Module) -> Iterator[tuple[str, dict]]:
+    """The architectures and arguments that may build ``encoder``, the simplest first."""
+    cfg = settings_of(encoder)
+    name = cfg.get("architecture") or ANY_SIZE
+    if isinstance(encoder, ReleasedViT) or name == OWN:
+        yield name, {}
+        return
+    if from_timm.is_timm_name(name):
+        yield name, dict(cfg.get("model_args") or {})
+    if type(encoder) is VisionTransformer:
+        read = _arguments_of(encoder)
+        if from_timm.is_timm_name(name):
+            yield name, read
+        yield ANY_SIZE, read
+    elif not from_timm.is_timm_name(name):
+        raise InputError(f"timm has no architecture {name!r} by which this encoder could be built")
 
 
-# What torch.load raises for a file that it refuses, or that is no checkpoint
-UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-)
+def _arguments_of(encoder: VisionTransformer) -> dict:
+    """With what timm builds a ViT like this one, as far as its parts tell."""
+    first = encoder.blocks[0]
+    idle = {
+        name: isinstance(getattr(encoder, name, None), nn.Identity | None)
+        for name in ("norm", "fc_norm", "norm_pre")
+    }
+    attention, mlp = first.attn, first.mlp
+    hidden = getattr(getattr(mlp, "fc1", None), "out_features", 4 * encoder.embed_dim)
+    gamma = getattr(getattr(first, "ls1", None), "gamma", None)
+    return {
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": attention.num_heads,
+        "patch_size": encoder.patch_embed.patch_size[0],
+        "mlp_ratio": (hidden + 0.5) / encoder.embed_dim,  # timm rounds down
+        "qkv_bias": getattr(getattr(attention, "qkv", None), "bias", None) is not None,
+        "qk_norm": not isinstance(getattr(attention, "q_norm", None), nn.Identity | None),
+        "init_values": None if gamma is None else 1e-5,
+        "class_token": encoder.cls_token is not None,
+        "reg_tokens": encoder.num_reg_tokens,
+        "no_embed_class": encoder.no_embed_class,
+        "pre_norm": not idle["norm_pre"],
+        "final_norm": not (idle["norm"] and idle["fc_norm"]),
+        "fc_norm": not idle["fc_norm"],
+        "global_pool": encoder.global_pool,
+    }
+
+
+def rebuilt(metadata: dict[str, str]) -> nn.Module:
+    """The encoder that a file's metadata describe, with random weights.
+
+    Raises:
+        KeyError, TypeError, ValueError: metadata that :func:`save_encoder` did not write.
+    """
+    config, architecture = ViTConfig(**json.loads(metadata["vit"])), metadata["architecture"]
+    own = {"architecture": architecture, "crop_mode": "center"}
+    if metadata.get("released"):
+        encoder = ReleasedViT(ViTShape(**json.loads(metadata["released"])))
+        encoder.pretrained_cfg = own
+    elif architecture == OWN:
+        encoder = plain_vit(config)
+        encoder.pretrained_cfg = own
+    else:
+        arguments = json.loads(metadata.get("arguments", "{}"))
+        encoder = from_timm.create(from_timm.Plan(architecture, arguments), config.image_size)
+        if vit_config(encoder) != config:  # timm.create_model(NAME, depth=6) tells nobody its depth
+            arguments |= {"embed_dim": config.dim, "patch_size": config.patch_size}
+            arguments |= {"depth": config.depth, "num_heads": config.num_heads}
+            plan = from_timm.Plan(architecture, arguments)
+            encoder = from_timm.create(plan, config.image_size)
+    return encoder.eval()
+
+
+def _skeleton(metadata: dict[str, str]) -> nn.Module:
+    with seeded(0):  # whoever draws afterwards draws as if nothing had been built
+        try:
+            with torch.device("meta"):
+                return rebuilt(metadata)
+        except (RuntimeError, NotImplementedError):  # a family that computes while it is built
+            return rebuilt(metadata)
+
+
+def difference(again: nn.Module, encoder: nn.Module) -> str | None:
+    """Why two encoders with the same weights would be different functions, None where they are one.
+
+    Heads and dropout are left aside.
+    """
+    shapes = _first_different(_shapes(again), _shapes(encoder))
+    return parts_difference(again, encoder) or shapes
+
+
+def parts_difference(again: nn.Module, encoder: nn.Module, *, below: bool = False) -> str | None:
+    """As :func:`difference`, by the modules alone: activations, epsilons, layers.
+
+    ``below`` leaves the encoders themselves aside and looks at what they are made of.
+    """
+    there, here = _parts(again), _parts(encoder)
+    if below:
+        del there[""], here[""]
+    return _first_different(there, here)
+
+
+def _first_different(there: dict[str, str], here: dict[str, str]) -> str | None:
+    for name in [*here, *(name for name in there if name not in here)]:
+        same = name in there and there[name] == here.get(name)
+        if not same and (not HEADS.match(name) or name.startswith("fc_norm")):
+            parts = [found.get(name, "absent") for found in (here, there)]
+            return f"{name or 'the model'} is {parts[0]} and would be {parts[1]}"
+    return None
+
+
+def _shapes(model: nn.Module) -> dict[str, str]:
+    """The names of all tensors with their shapes."""
+    return {
+        INSIDE.sub("", name): str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        for name, x in model.state_dict().items()
+    }
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """The names of all modules that do something with what decides what they do."""
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in IDLE or hasattr(module, "_orig_mod"):
+            continue
+        facts = [f"{key}={getattr(module, key)}" for key in DECIDING if hasattr(module, key)]
+        facts = [*filter(None, [module.extra_repr()]), *facts]
+        name = INSIDE.sub("", f"{name}.").removesuffix(".")
+        found[name] = f"{type(module).__name__}({', '.join(facts)})"
+    return found
 
 
 def sha256_of(encoder: nn.Module) -> str:
@@ -116,14 +263,6 @@ def sha256_of(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file; none of any other file."""
-    if path.suffix != ".safetensors":
-        return {}
-    with _damage_named(path), safetensors.safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
 def is_own_file(path: Path) -> bool:
     """Whether this package wrote ``path`` in its own format."""
     return read_metadata(path).get("format") == "mimrefiner-encoder-1"
@@ -131,17 +270,9 @@ def is_own_file(path: Path) -> bool:
 
 def read_encoder_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a file written by :func:`save_encoder`."""
-    with _damage_named(path), safetensors.safe_open(path, "pt") as file:
+    with damage_named(path), safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata()
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def vit_config(encoder: nn.Module) -> ViTConfig:

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from mimrefiner.config import check_blocks
 from mimrefiner.data.labelled import Transformed
 from mimrefiner.data.loaders import without_traces
 from mimrefiner.data.rows import row_of, size_of
-from mimrefiner.device import default_device, frozen, full_float32
+from mimrefiner.device import device_of, dtype_of, frozen, full_float32
 from mimrefiner.distributed import gather_rows
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import depth_of, pooled_blocks
+from mimrefiner.models.blocks import depth_of, pooled_blocks, unwrapped
 from mimrefiner.models.encoders import eval_transform
 from mimrefiner.models.pools import check_pools
 from mimrefiner.progress import progress
@@ -185,7 +186,7 @@ class Loading:
         batch_size: images at a time.
         num_workers: processes that load them; 0 loads in this one.
         device: None takes a GPU where there is one.
-        autocast: torch.bfloat16 or torch.float16 for lower precision.
+        autocast: torch.bfloat16 or torch.float16 for lower precision, also by name.
     """
 
     batch_size: int = 256
@@ -194,13 +195,17 @@ class Loading:
     autocast: torch.dtype | None = None
 
     def __post_init__(self):
+        numbers = (self.batch_size, self.num_workers)
+        if not all(isinstance(number, Integral) for number in numbers):
+            raise InputError(f"batch_size and num_workers must be whole numbers, got {numbers}")
         if self.batch_size < 1 or self.num_workers < 0:
             raise InputError(
                 "expected batch_size >= 1 and loader processes (workers) >= 0, "
                 f"got {self.batch_size} and {self.num_workers}"
             )
-        device = default_device() if self.device is None else torch.device(self.device)
-        object.__setattr__(self, "device", device)
+        lower = dtype_of("autocast", self.autocast)
+        object.__setattr__(self, "device", device_of(self.device))
+        object.__setattr__(self, "autocast", None if lower == torch.float32 else lower)
 
 
 def extract_features(
@@ -223,7 +228,8 @@ def extract_features(
 
     Args:
         encoder: from :func:`mimrefiner.load_encoder`, or any timm ViT; its ``pretrained_cfg`` says
-            how images are prepared. It is returned to the device where it was.
+            how images are prepared. It is returned to the device where it was, and sees images in
+            the precision of its weights.
         dataset: map-style, with rows (image, label) or what else
             :func:`mimrefiner.data.rows.row_of` reads.
         blocks: "all" or 0-based blocks.
@@ -244,6 +250,9 @@ def extract_features(
     >>> features.x["cls"].shape, features.blocks
     (torch.Size([3, 8, 32]), (0, 1, 2))
     """
+    encoder = unwrapped(encoder)
+    if any(x.is_meta for x in encoder.parameters()):
+        raise InputError("the encoder lies on the meta device, without weights: load them first")
     selection = Selection.of(encoder, blocks, pools, final_norm)
     loading = Loading(batch_size, num_workers, device, autocast)
     shares = [process_share(range(size_of(dataset)), rank) for rank in range(distributed.world())]
@@ -318,12 +327,13 @@ def feature_batches(
     batches = without_traces(loader)
     blocks, pools = selection.blocks, selection.pools
     norm_blocks = blocks if selection.final_norm else ()
+    kind = next(encoder.parameters()).dtype
     with frozen(encoder, device):
         began = time.monotonic()
         for i, (images, label) in enumerate(progress(batches, "features", len(loader), "batch")):
             precision = torch.autocast(device.type, autocast, enabled=autocast is not None)
             with precision, full_float32(), advice_on_memory(LESS_AT_ONCE):
-                images = images.to(device, non_blocking=True)
+                images = images.to(device, kind, non_blocking=True)
                 pooled = pooled_blocks(encoder, images, blocks, pools, norm_blocks=norm_blocks)
             pooled = {pool: [x.float().cpu() for x in pooled[pool]] for pool in pools}
             if i == 0:

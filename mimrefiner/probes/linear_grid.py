@@ -5,6 +5,7 @@ four blocks side by side ("cls_last4" and so on); each with every learning rate 
 batch passes the encoder once. (``src/utils/processors/probe_processor.py`` of the released code.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from mimrefiner import distributed
 from mimrefiner.data.augment import plain_views
 from mimrefiner.data.datasets import data_hash, stratified_split
 from mimrefiner.data.labelled import Transformed
-from mimrefiner.device import autocast, default_device, frozen, full_float32
+from mimrefiner.device import autocast, device_of, frozen, full_float32
 from mimrefiner.errors import InputError
 from mimrefiner.files import write_csv
 from mimrefiner.models.blocks import block_modules, depth_of, hooked
@@ -88,9 +89,10 @@ class LinearRecipe:
             raise InputError("expected one or more inputs such as cls, got none")
         for kind in self.inputs:
             parse_pool(kind)
-        if self.epochs <= 0 or self.batch_size < 2:
+        if not 0 < self.epochs < math.inf or self.batch_size < 2:
             raise InputError(
-                f"expected epochs > 0 and batch_size >= 2, got {self.epochs}, {self.batch_size}"
+                "expected finite epochs > 0 and batch_size >= 2, "
+                f"got {self.epochs}, {self.batch_size}"
             )
 
 
@@ -170,7 +172,7 @@ def linear_grid(
     sets = {"train": train, "test": test} | ({} if val is None else {"val": val})
     classes = count_classes(sets)
     _check_inputs(encoder, recipe)
-    device = torch.device(device) if device is not None else default_device()
+    device = device_of(device)
     settings = partial(grid_settings, encoder, recipe, sets, best_on_test)
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(train)))
     with frozen(encoder, device), advice_on_memory(LESS):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimrefiner.data.datasets import data_hash
 from mimrefiner.data.listed import class_folders, read_classes
-from mimrefiner.device import default_device
+from mimrefiner.device import device_of
 from mimrefiner.errors import InputError
 from mimrefiner.files import Entry, take_turns
 from mimrefiner.models.classifier import ImageClassifier
@@ -142,7 +142,7 @@ def robustness(
         raise InputError(f"the model has {count} classes, and {len(names)} names were given")
     for part in parts:
         check_part(part, names, protocol)
-    device = torch.device(device) if device is not None else default_device()
+    device = device_of(device)
     home = next(model.parameters()).device
     settings = {"weights": sha256_of(model), "classes": names}
     entries = {part.name: Entry(runs / part.name, settings | {"set": part.name}) for part in parts}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mimrefiner import distributed
 from mimrefiner.data.loaders import without_traces
 from mimrefiner.data.scenes import IGNORE, Labels, resized, tensors
-from mimrefiner.device import autocast, default_device
+from mimrefiner.device import autocast, device_of
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.models.upernet import UperNet
@@ -96,7 +96,7 @@ def fine_tuned(
         what training gives.
     """
     recipe.labels.check(val)
-    device = torch.device(device) if device is not None else default_device()
+    device = device_of(device)
     normalise, size = normalisation(encoder), recipe.model.size
 
     def measure(model: UperNet, window: Window) -> float:

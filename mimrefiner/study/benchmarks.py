@@ -16,7 +16,8 @@ from mimrefiner.data.scenes import scenes_hash
 from mimrefiner.data.vtab import TASKS
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import Entry, atomic_file, take_turns, write_csv
-from mimrefiner.models.weights import sha256_of, write_safetensors
+from mimrefiner.models.tensors import write_safetensors
+from mimrefiner.models.weights import sha256_of
 from mimrefiner.probes.checks import tidy
 from mimrefiner.probes.dense import DenseConfig, dense_probe
 from mimrefiner.probes.linear_grid import LinearRecipe

@@ -30,7 +30,7 @@ from mimrefiner.config import PretrainConfig
 from mimrefiner.data.datasets import ImageDataset, data_hash
 from mimrefiner.device import default_device, loader_workers
 from mimrefiner.errors import InputError
-from mimrefiner.files import Entry, cache_folder, write_csv
+from mimrefiner.files import Entry, cache_folder, check_writable, write_csv
 from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.models.encoders import build_vit, load_encoder, random_twin
 from mimrefiner.models.masked import SimMIM, build_masked_model
@@ -306,6 +306,7 @@ def _stored(
     if facts is None and not _may_train.get():
         raise _NotStoredError(entry.folder.name)
     if facts is None:
+        check_writable(entry.folder.parent, "MIMREFINER_CACHE")
         with entry.locked() if distributed.rank() == 0 else nullcontext():
             facts = distributed.from_first(entry.facts)  # perhaps by now of another process
             if facts is None:

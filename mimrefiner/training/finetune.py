@@ -24,13 +24,14 @@ from mimrefiner.config import RefineConfig
 from mimrefiner.data.augment import plain_views
 from mimrefiner.data.datasets import data_hash
 from mimrefiner.data.labelled import Augmentation, Mixing, batch_seed, labelled_batches
-from mimrefiner.device import autocast, default_device, plain_attention, to_device
+from mimrefiner.device import autocast, device_of, plain_attention, to_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import write_csv
-from mimrefiner.models.blocks import depth_of
+from mimrefiner.models.blocks import depth_of, in_float32
 from mimrefiner.models.classifier import Head, ImageClassifier, save_classifier
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.models.tokens import input_size
+from mimrefiner.models.weights import warn_or_refuse
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.cost import operation_counter
@@ -112,8 +113,7 @@ def finetune_recipe(
         recipe: one of :mod:`mimrefiner.training.recipes`, or another.
         best_on_test: also the best epoch on test images, as the paper reports; it is chosen on what
             it is measured on, and its row says so.
-        classes: how many there are; None takes the names in ``train.classes``, or one more than the
-            largest label in ``train``.
+        classes: how many there are; None counts them, see :func:`count_classes`.
         device: where to train; None takes a GPU where there is one.
         num_workers: processes that load images.
         saving: checkpoints and resuming; None for none.
@@ -134,7 +134,8 @@ def finetune_recipe(
     ([['finetune_in1k_l16', 'last epoch']], 2)
     """
     sets = {"train": train, "test": test} | ({} if val is None else {"val": val})
-    device = torch.device(device) if device is not None else default_device()
+    device, encoder = device_of(device), in_float32(encoder)
+    warn_or_refuse(encoder, saving is not None)
     r, classes = recipe, count_classes(sets, classes)
     head = Head(classes, r.pool, r.head_norm, r.drop_path, r.learn_positions)
     model = ImageClassifier(encoder, head, seed=r.seed)
@@ -476,7 +477,8 @@ def finetune(
     """
     if dataset.labels is None or min(dataset.labels) < 0:
         raise InputError("fine-tuning needs a label for every image")
-    device = torch.device(device) if device is not None else default_device()
+    device, encoder = device_of(device), in_float32(encoder)
+    warn_or_refuse(encoder, saving is not None)
     classes = torch.from_numpy(np.unique(dataset.labels)).to(device)
     model = Classifier(copy.deepcopy(encoder), len(classes)).train().to(device)
     freeze_first(model.encoder, config.frozen_blocks)

@@ -14,7 +14,7 @@ from mimrefiner import distributed
 from mimrefiner.config import PretrainConfig
 from mimrefiner.data.augment import plain_views
 from mimrefiner.data.loaders import ahead
-from mimrefiner.device import autocast, default_device, plain_attention
+from mimrefiner.device import autocast, device_of, plain_attention
 from mimrefiner.models.masked import MAE, SimMIM, build_masked_model, random_mask
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Saving
@@ -82,7 +82,7 @@ def pretrain(
     >>> result.history["epoch"].tolist()
     [0.0, 0.5, 1.0, 1.5]
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = device_of(device)
     model = copy.deepcopy(start_from)
     if model is None:
         model = build_masked_model(copy.deepcopy(encoder), config)

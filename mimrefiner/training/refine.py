@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mimrefiner.config import RefineConfig
-from mimrefiner.device import autocast, default_device, plain_attention
+from mimrefiner.device import autocast, default_device, device_of, plain_attention
 from mimrefiner.errors import InputError
 from mimrefiner.method.refiner import MIMRefiner, StepResult
+from mimrefiner.models.blocks import in_float32
+from mimrefiner.models.weights import warn_or_refuse
 from mimrefiner.training import engine, optim
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.cost import warn_of_refinement
@@ -135,7 +137,8 @@ def refine(
     """Stages 2 and 3 on a copy of ``encoder``: prepare the heads, then train encoder and heads.
 
     Args:
-        encoder: a timm ViT.
+        encoder: a timm ViT; the copy is float32, and without what ``torch.compile`` or
+            DataParallel put around it.
         dataset: map-style, (image, label); labels are used for metrics only.
         config: the recipe; its seed decides the heads' first weights, order, views and the
             neighbours drawn. Dropout and drop path, where the encoder has any, draw from torch's
@@ -150,7 +153,8 @@ def refine(
 
     Raises:
         InputError: see :class:`mimrefiner.method.refiner.MIMRefiner` and, for blocks ``"auto"``,
-            :func:`mimrefiner.training.placement.placed`.
+            :func:`mimrefiner.training.placement.placed`; with ``saving`` also an encoder that a
+            file could not hold.
         FloatingPointError: the loss of a head is not finite.
         mimrefiner.errors.Stopped: SIGTERM came.
 
@@ -162,7 +166,8 @@ def refine(
     >>> result.history.groupby("stage")["block"].unique().to_dict()
     {2: array([2]), 3: array([2])}
     """
-    device = torch.device(device) if device is not None else default_device()
+    device, encoder = device_of(device), in_float32(encoder)
+    warn_or_refuse(encoder, saving is not None)
     config = placed(config, encoder, dataset, saving and saving.folder, device)
     refiner = MIMRefiner(copy.deepcopy(encoder), config)
     settings = partial(run_settings, config, dataset, encoder)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from mimrefiner import distributed
 from mimrefiner.data.loaders import loaded
 from mimrefiner.data.scenes import IGNORE, Labels, SceneBatches, SceneCrop, scenes_hash
-from mimrefiner.device import autocast, default_device, plain_attention
+from mimrefiner.device import autocast, device_of, plain_attention
 from mimrefiner.errors import InputError
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.models.layouts import ReleasedViT
@@ -146,7 +146,7 @@ def segment(
         FloatingPointError: a loss is not finite.
         mimrefiner.errors.Stopped: SIGTERM came.
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = device_of(device)
     model = UperNet(encoder, recipe.model, seed=recipe.seed).train().to(device)
     recipe.labels.check(train)
     if device.type == "cuda" and distributed.world() > 1:
