@@ -314,6 +314,13 @@ def test_whole_floats_and_missing_labels_are_read_as_rows_are(labels, expected, 
     assert "columns image and target" in said.messages[0]
 
 
+def test_one_shard_of_pandas_may_have_floats(tmp_path):
+    simple(tmp_path / "train-0.parquet", 4, labels=[0, 1, 2, 0])
+    simple(tmp_path / "train-1.parquet", 4, 4, [1.0, None, 2.0, 1.0])
+    found = greys(loaded(tmp_path), loaded(tmp_path, "test"))
+    assert found == list(enumerate([0, 1, 2, 0, 1, -1, 2, 1]))
+
+
 def test_labels_that_training_lacks_are_refused(tmp_path):
     simple(tmp_path / "train-0.parquet", 9, labels=[0, 1, 2] * 3)
     simple(tmp_path / "test-0.parquet", 6, labels=[1, 2, 3] * 2)

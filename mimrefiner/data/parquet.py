@@ -198,10 +198,11 @@ def _plain(column: pa.Array, file: Path) -> pa.Array | pa.StructArray:
 
 
 def _one_type(labels: list[pa.Array], where: str) -> pa.ChunkedArray:
-    """Labels of shards whose integers may differ in width."""
+    """Labels of shards whose numbers may differ in width, or be floats in some (of pandas)."""
     found = {part.type for part in labels}
-    if len(found) > 1 and all(map(kinds.is_integer, found)):
-        labels = [part.cast(pa.int64()) for part in labels]
+    floats = any(map(kinds.is_floating, found))
+    if len(found) > 1 and all(kinds.is_integer(x) or kinds.is_floating(x) for x in found):
+        labels = [part.cast(pa.float64() if floats else pa.int64()) for part in labels]
     elif len(found) > 1:
         text = [
             part.dictionary_decode() if kinds.is_dictionary(part.type) else part for part in labels
