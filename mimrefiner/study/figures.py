@@ -519,10 +519,10 @@ def _draw_arrow(axes, x: float, before: float, refined: float) -> None:
         axes.annotate(
             f"{value:.0f}",
             (x, value),
-            xytext=(0, 5 if above else -5),
+            xytext=(4, 2 if above else -2),  # beside the arrow: marks lie above and below
             textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
+            ha="left",
+            va="center",
             fontsize=7,
         )
 
