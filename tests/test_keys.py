@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mimrefiner as mr
-from mimrefiner.models.keys import find_encoder, from_transformers
+from mimrefiner.models.keys import by_timm_names, find_encoder
 
 CONFIG = mr.ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
 
@@ -175,7 +175,7 @@ def transformers_5(state):
 
 @pytest.mark.parametrize("version", [transformers_4, transformers_5])
 def test_transformers_names_become_timms(version, state):
-    back = from_transformers(version(state))
+    back = by_timm_names(version(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], x) for name, x in state.items())
 

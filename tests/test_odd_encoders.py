@@ -214,6 +214,21 @@ def test_the_epsilon_of_a_folder_is_taken_and_kept(said, eps, vit, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_torchvisions_names_are_read(tmp_path):
+    from torchvision.models import VisionTransformer
+
+    theirs = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64
+    ).eval()
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        nn.init.normal_(theirs.class_token)
+        patches = theirs._process_input(image)
+        expected = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), patches], 1))
+    encoder = loaded(tmp_path, {"module." + k: x for k, x in theirs.state_dict().items()})
+    torch.testing.assert_close(tokens(encoder), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_another_activation_is_refused(vit, tmp_path):
     folder = transformers_folder(tmp_path, vit, hidden_act="relu")
     with pytest.raises(mr.InputError, match="hidden_act 'relu': only gelu can be loaded"):

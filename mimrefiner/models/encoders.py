@@ -21,7 +21,7 @@ from mimrefiner.files import ASSETS, atomic_file, cache_folder, expanded, first_
 from mimrefiner.models import from_timm
 from mimrefiner.models.catalogue import BY_NAME, CatalogueRow
 from mimrefiner.models.from_timm import HUB, INPUT, LOCAL
-from mimrefiner.models.keys import find_encoder, from_transformers, is_transformers
+from mimrefiner.models.keys import by_timm_names, find_encoder, has_other_names
 from mimrefiner.models.layouts import ReleasedViT, ViTShape, check_sizes, convert
 from mimrefiner.models.pools import blank_pass
 from mimrefiner.models.tensors import read_checkpoint, read_metadata
@@ -443,7 +443,7 @@ def _dinov2(file: Mapping, path: Path, wishes: _Wishes) -> nn.Module | None:
     if found is None:
         return None
     tensors = found.tensors
-    tensors = from_transformers(tensors) if is_transformers(tensors) else tensors
+    tensors = by_timm_names(tensors) if has_other_names(tensors) else tensors
     if not from_timm.is_dinov2(tensors):
         return None
     found.say(str(path))

@@ -21,9 +21,9 @@ from mimrefiner.files import first_line
 from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.models.keys import (
     Found,
+    by_timm_names,
     find_encoder,
-    from_transformers,
-    is_transformers,
+    has_other_names,
     largest_holder,
 )
 from mimrefiner.models.tensors import check_numbers, read_checkpoint
@@ -211,8 +211,8 @@ def with_file(plan: Plan, path: Path, image_size: int | None, pretrained: bool) 
     found = find_encoder(file, expected)
     if found is None or 2 * len(found.tensors.keys() & expected) < len(expected):
         other = find_encoder(file)
-        if other is not None and is_transformers(other.tensors):
-            found = Found(from_transformers(other.tensors), other.where, other.left_out)
+        if other is not None and has_other_names(other.tensors):
+            found = Found(by_timm_names(other.tensors), other.where, other.left_out)
         else:  # timm's converters know OpenCLIP's names and more
             found = Found(largest_holder(file), "", {})
     found.say(str(path))

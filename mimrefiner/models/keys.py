@@ -1,5 +1,5 @@
-"""Names of tensors in files: wrappers come off, heads and decoders stay behind, and transformers'
-names become timm's.
+"""Names of tensors in files: wrappers come off, heads and decoders stay behind, and the names of
+transformers and torchvision become timm's.
 
 Training code wraps its encoder (``module.``, ``_orig_mod.``, ``model.``, ``backbone.``,
 ``student.``, ``teacher.`` ...) and keeps it beside optimisers, averages and heads. Which prefix is
@@ -18,8 +18,12 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Where a ViT's names begin, in timm's and the official codes', and in transformers'
-ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+# Where a ViT's names begin, in timm's and the official codes', transformers' and torchvision's
+ANCHORS = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "conv_proj.weight",
+)
 INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 HEADS = re.compile(
     r"(heads?|head_dist|head_drop|fc|fc_norm|classifier|classification_head|pooler|pre_logits|"
@@ -151,7 +155,7 @@ def _without_heads(held: Mapping[str, Tensor], prefix: str, expected: Collection
     return Found(tensors, prefix, dict(left_out))
 
 
-# ---- transformers' names
+# ---- names of transformers and torchvision
 
 LAYER = r"^(?:encoder\.)?layers?\.(\d+)\."
 RENAMED = tuple(
@@ -174,6 +178,17 @@ RENAMED = tuple(
         (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
         (r"\.mlp\.weights_in\.", ".mlp.w12."),
         (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
+        # torchvision's
+        (r"^conv_proj\.", "patch_embed.proj."),
+        (r"^class_token$", "cls_token"),
+        (r"^encoder\.pos_embedding$", "pos_embed"),
+        (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+        (r"^encoder\.ln\.", "norm."),
+        (r"\.ln_(\d)\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(?:linear_1|0)\.", ".mlp.fc1."),
+        (r"\.mlp\.(?:linear_2|3)\.", ".mlp.fc2."),
     )
 )
 # What one tensor of timm's has in one piece
@@ -183,17 +198,17 @@ JOINED = {
 }
 
 
-def is_transformers(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are names of a ViT of Hugging Face's transformers."""
-    return ANCHORS[1] in tensors
+def has_other_names(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are names of a ViT of Hugging Face's transformers or of torchvision."""
+    return any(anchor in tensors for anchor in ANCHORS[1:])
 
 
-def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' ViT, ViTMAE, DINOv2 (versions 4 and 5) by timm's and DINOv2's names.
+def by_timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' ViT, ViTMAE, DINOv2 (versions 4 and 5) and torchvision's ViT by timm's names.
 
     >>> parts = {f"encoder.layer.0.attention.attention.{p}.bias": torch.ones(4)
     ...          for p in ("query", "key", "value")}
-    >>> {name: tuple(x.shape) for name, x in from_transformers(parts).items()}
+    >>> {name: tuple(x.shape) for name, x in by_timm_names(parts).items()}
     {'blocks.0.attn.qkv.bias': (12,)}
     """
     renamed = {}

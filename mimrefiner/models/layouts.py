@@ -21,9 +21,9 @@ from mimrefiner.errors import InputError
 from mimrefiner.models.catalogue import CATALOGUE, CatalogueRow
 from mimrefiner.models.keys import (
     averaged,
+    by_timm_names,
     find_encoder,
-    from_transformers,
-    is_transformers,
+    has_other_names,
 )
 from mimrefiner.models.tensors import check_numbers
 
@@ -152,8 +152,8 @@ LAYOUTS = (
 
 # What is left of any other file once wrappers, heads and transformers' names are gone
 BARE = Layout(
-    "plain ViT in a wrapper, or transformers' ViT",
-    "huggingface/transformers, Lightning-AI, lightly-ai/lightly, vturrisi/solo-learn",
+    "plain ViT in a wrapper, or transformers' or torchvision's ViT",
+    "huggingface/transformers, pytorch/vision, Lightning-AI, lightly-ai/lightly, solo-learn",
     containers=("",),
     mark="patch_embed.proj",
     drop=("mask_token",),
@@ -164,7 +164,6 @@ FOREIGN = {  # a part of a key -> what the file looks like
     "embeddings.patch_embeddings": "a Hugging Face transformers ViT",
     "vision_encoder.": "a MAWS model with its text encoder (maws_clip)",
     "visual.": "an OpenCLIP model",
-    "conv_proj.": "a torchvision ViT",
     "relative_position_bias_table": "a BEiT or data2vec 1.0 model",
     "ls1.gamma": "a DINOv2 model",
 }
@@ -313,9 +312,9 @@ def convert(
         bare = find_encoder(file)
         if bare is None:
             raise
-        foreign, tensors = is_transformers(bare.tensors), bare.tensors
+        foreign, tensors = has_other_names(bare.tensors), bare.tensors
         if foreign:
-            tensors = from_transformers(tensors)
+            tensors = by_timm_names(tensors)
         # ViTMAE's positions are fixed, which only its decoder shows
         bare_layout = replace(BARE, fixed_positions=foreign and "decoder" in bare.left_out)
         try:
