@@ -15,11 +15,11 @@ from torch import nn
 import mimrefiner as mr
 from mimrefiner.__main__ import main
 from mimrefiner.data.subsets import few_labels
-from mimrefiner.models.blocks import unwrapped
 from mimrefiner.models.catalogue import BY_NAME
 from mimrefiner.models.export import export
 from mimrefiner.models.layouts import ReleasedViT, ViTShape
 from mimrefiner.models.weights import check_savable, save_encoder
+from mimrefiner.models.wrappers import unwrapped
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.finetune import finetune
 from mimrefiner.training.optim import layer_decay_groups

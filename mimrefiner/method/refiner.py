@@ -19,8 +19,9 @@ from mimrefiner.errors import InputError
 from mimrefiner.method.heads import Heads
 from mimrefiner.method.losses import average_pairs, nna_terms
 from mimrefiner.method.nn_queue import NNQueue
-from mimrefiner.models.blocks import pooled_blocks, unwrapped
+from mimrefiner.models.blocks import pooled_blocks
 from mimrefiner.models.pools import check_pools
+from mimrefiner.models.wrappers import unwrapped
 
 
 @dataclass

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from mimrefiner.errors import InputError, one_of
 from mimrefiner.files import atomic_file, write_json
-from mimrefiner.models.blocks import unwrapped
 from mimrefiner.models.from_timm import INPUT
 from mimrefiner.models.keys import HEADS
 from mimrefiner.models.layouts import BLOCK_KEYS, ReleasedViT
 from mimrefiner.models.tensors import write_safetensors
 from mimrefiner.models.tokens import input_size, settings_of
 from mimrefiner.models.weights import ANY_SIZE, parts_difference, save_encoder
+from mimrefiner.models.wrappers import unwrapped
 
 FORMATS = {  # name -> suffixes
     "timm": (".safetensors",),

@@ -17,11 +17,11 @@ from mimrefiner.config import ViTConfig
 from mimrefiner.device import seeded
 from mimrefiner.errors import InputError
 from mimrefiner.models import from_timm
-from mimrefiner.models.blocks import unwrapped
 from mimrefiner.models.keys import HEADS, INSIDE
 from mimrefiner.models.layouts import ReleasedViT, ViTShape
 from mimrefiner.models.tensors import damage_named, read_metadata, write_safetensors
 from mimrefiner.models.tokens import settings_of
+from mimrefiner.models.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,11 @@ def _described(encoder: nn.Module) -> tuple[dict[str, str], nn.Module]:
     why = ""
     for architecture, arguments in _builds(encoder):
         metadata |= {"architecture": architecture, "arguments": json.dumps(arguments)}
-        again = _skeleton(metadata)
+        try:
+            again = _skeleton(metadata)
+        except AssertionError as error:  # timm refuses the arguments
+            why = why or str(error)
+            continue
         if (different := difference(again, encoder)) is None:
             return metadata, again
         why = why or different

@@ -24,9 +24,10 @@ from mimrefiner.data.rows import row_of, size_of
 from mimrefiner.device import device_of, dtype_of, frozen, full_float32
 from mimrefiner.distributed import gather_rows
 from mimrefiner.errors import InputError
-from mimrefiner.models.blocks import depth_of, pooled_blocks, unwrapped
+from mimrefiner.models.blocks import depth_of, pooled_blocks
 from mimrefiner.models.encoders import eval_transform
 from mimrefiner.models.pools import check_pools
+from mimrefiner.models.wrappers import unwrapped
 from mimrefiner.progress import progress
 from mimrefiner.training.memory import advice_on_memory
 

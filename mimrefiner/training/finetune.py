@@ -27,11 +27,12 @@ from mimrefiner.data.labelled import Augmentation, Mixing, batch_seed, labelled_
 from mimrefiner.device import autocast, device_of, plain_attention, to_device
 from mimrefiner.errors import InputError
 from mimrefiner.files import write_csv
-from mimrefiner.models.blocks import depth_of, in_float32
+from mimrefiner.models.blocks import depth_of
 from mimrefiner.models.classifier import Head, ImageClassifier, save_classifier
 from mimrefiner.models.encoders import normalisation
 from mimrefiner.models.tokens import input_size
 from mimrefiner.models.weights import warn_or_refuse
+from mimrefiner.models.wrappers import in_float32
 from mimrefiner.training import engine
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.cost import operation_counter

@@ -17,8 +17,8 @@ from mimrefiner.config import RefineConfig
 from mimrefiner.device import autocast, default_device, device_of, plain_attention
 from mimrefiner.errors import InputError
 from mimrefiner.method.refiner import MIMRefiner, StepResult
-from mimrefiner.models.blocks import in_float32
 from mimrefiner.models.weights import warn_or_refuse
+from mimrefiner.models.wrappers import in_float32
 from mimrefiner.training import engine, optim
 from mimrefiner.training.checkpoints import Saving
 from mimrefiner.training.cost import warn_of_refinement
