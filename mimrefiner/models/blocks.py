@@ -54,6 +54,7 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[
 def features_of(encoder: nn.Module, images: Tensor):
     """What the encoder gives without its classifier; models that are not timm's give all.
 
+    >>> import torch
     >>> features_of(nn.Flatten(), torch.zeros(2, 3, 4)).shape
     torch.Size([2, 12])
     """
