@@ -177,7 +177,8 @@ def on_post_page(output, page, config):
     output = re.sub(r'href="(?:\.\./)+docs/(\w+)\.md(#[^"]*)?"', r'href="../../\1/\2"', output)
     output = re.sub(r'src="(?:\.\./)+docs/(\w+\.(?:svg|gif|png))"', r'src="../../\1"', output)
     for name, there in PAGES.items():
-        output = output.replace(f'href="../{name}"', f'href="../../{Path(there).stem}/"')
+        page_of = f'href="../../{Path(there).stem}/"'
+        output = re.sub(rf'href="(?:\.\./)+{re.escape(name)}"', page_of, output)
     return re.sub(
         r'href="(?!https?:)([^"#]*/)?(\d\d_\w+)\.ipynb(#[^"]*)?"', r'href="../\2/\3"', output
     )
