@@ -22,8 +22,9 @@ def block_modules(encoder: nn.Module) -> Sequence[nn.Module]:
         found = getattr(encoder, name, None)
         if isinstance(found, nn.Sequential | nn.ModuleList | list | tuple) and len(found):
             return found
+    whose = "torchvision's " if type(encoder).__module__.startswith("torchvision.") else ""
     raise InputError(
-        f"{type(encoder).__name__} has neither blocks nor stages: "
+        f"{whose}{type(encoder).__name__} has neither blocks nor stages: "
         "expected a timm ViT, Hiera, Swin or ConvNeXt"
     )
 

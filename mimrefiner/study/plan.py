@@ -1,6 +1,7 @@
 """The plan of a refinement or fine-tuning as text: memory and GPU-hours, foreseen from formulas."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 from mimrefiner.config import RefineConfig
@@ -67,11 +68,16 @@ def count_images(data: str, split: str = "train") -> int:
     """The number of training images.
 
     Args:
-        data: a number, or a data set by name or path.
+        data: a number such as 1281167, 1,281,167 or 1e6, or a data set by name or path.
         split: which images of a data set by path are trained on.
+
+    >>> count_images("1,281,167"), count_images("1e6")
+    (1281167, 1000000)
     """
-    if data.isdigit() and int(data) > 0:
-        return int(data)
+    if re.fullmatch(r"[\d,_]{1,20}|\d+(\.\d+)?e\d{1,2}", data) and data[0].isdigit():
+        number = float(re.sub("[,_]", "", data))
+        if 1 <= number == int(number):
+            return int(number)
     return (
         TRAINING_IMAGES[data] if data in TRAINING_IMAGES else len(load_dataset(data, split=split))
     )
