@@ -6,6 +6,7 @@ from pathlib import Path
 from mimrefiner.commands.options import (
     MODEL,
     check_seed,
+    checkpoint_arguments,
     encoder_arguments,
     given_encoder,
     memory_arguments,
@@ -133,11 +134,7 @@ def _labelled_arguments(add) -> None:
     encoder_arguments(add)
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=0, help="loader processes (default: 0)")
-    resume = "go on from the newest valid checkpoint in --out"
-    add("--resume", action="store_true", help=resume)
-    save_every = "between checkpoints (default: 500)"
-    add("--save-every", type=int, default=500, metavar="STEPS", help=save_every)
-    add("--out", type=Path, required=True, help="folder for rows and weights")
+    checkpoint_arguments(add, "rows and weights")
 
 
 def _encoder_and_labelled(args):

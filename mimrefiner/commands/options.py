@@ -102,11 +102,15 @@ def training_arguments(add) -> None:
     add("--workers", type=int, default=0, help="loader processes (default: 0)")
     in_memory = "decode every image once and keep it, 3 bytes a pixel"
     add("--in-memory", action="store_true", help=in_memory)
+    checkpoint_arguments(add, "weights and history")
+
+
+def checkpoint_arguments(add, written: str) -> None:
     resume = "go on from the newest valid checkpoint in --out"
     add("--resume", action="store_true", help=resume)
     save_every = "between checkpoints (default: 500)"
     add("--save-every", type=int, default=500, metavar="STEPS", help=save_every)
-    add("--out", type=Path, required=True, help="folder for weights and history")
+    add("--out", type=Path, required=True, help=f"folder for {written}")
 
 
 def preset_and_data(args):
