@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 
 import mimrefiner as mr
 from experiments import ablations
-from mimrefiner.study import claims, published
+from mimrefiner.config import AUTO
+from mimrefiner.files import cache_folder
+from mimrefiner.study import claims, published, store
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,21 +22,28 @@ def test_every_variant_is_a_valid_recipe_that_differs(name):
     recipes = [ablations.changed(preset, a).refine for a in chosen]
     assert recipes[0] == preset.refine
     for ablation, recipe in zip(chosen[1:], recipes[1:], strict=True):
-        recipe.resolve_blocks(preset.encoder.depth)
+        if recipe.blocks != AUTO:
+            recipe.resolve_blocks(preset.encoder.depth)
         changed = {f for f in ablation.change if getattr(recipe, f) != getattr(preset.refine, f)}
         assert changed == set(ablation.change), ablation.name
 
 
-def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """A preset of a few steps, whose models lie in a cache of their own."""
     monkeypatch.setenv("MIMREFINER_CACHE", str(tmp_path / "cache"))
     smoke = mr.load_preset("smoke")
-    preset = replace(smoke, n_train=128, n_test=64, pretrain=replace(smoke.pretrain, epochs=1))
+    return replace(smoke, n_train=128, n_test=64, pretrain=replace(smoke.pretrain, epochs=1))
+
+
+def test_rows_and_hits_of_variants_share_their_starting_point(short, tmp_path, monkeypatch):
     groups = ("recipe", "pairing of views", "frozen blocks")
-    few = [a for a in ablations.ablations(preset) if a.group in groups]
-    monkeypatch.setattr(ablations, "ablations", lambda preset: few[:3])
-    run = claims.Record("08_ablations", preset, (0, 1), tmp_path)
-    ablations.measure_variants(preset, (0, 1), run, exploratory=True)
-    rows = run.table()
+    few = [a for a in ablations.ablations(short) if a.group in groups][:3]
+    monkeypatch.setattr(ablations, "ablations", lambda preset: few)
+    run = claims.Record("08_ablations", short, (0, 1), tmp_path)
+    to = ablations.Measurements(run, "ablations_smoke")
+    ablations.measure_variants(short, (0, 1), to, exploratory=True)
+    rows = pd.read_csv(tmp_path / "ablations_smoke.csv")
     models = rows.groupby("model")["seed"].unique().map(list).to_dict()
     core = {
         "before": [0, 1],
@@ -44,6 +54,25 @@ def test_rows_of_variants_share_their_starting_point(tmp_path, monkeypatch):
     assert len(rows) == 7 * 2 * 4  # models, poolings, blocks
     assert rows.groupby(["model", "seed"])["weights_sha256"].nunique().eq(1).all()
     assert rows["weights_sha256"].nunique() == 7
+
+    hits = pd.read_csv(tmp_path / "ablations_smoke_hits.csv", dtype={"hits": str})
+    shares = hits.set_index(["model", "seed", "pool"])["hits"].map(lambda h: h.count("1") / len(h))
+    last = rows[rows["block"] == 3].set_index(["model", "seed", "pool"])["value"]
+    assert shares.to_dict() == pytest.approx(last.to_dict()) and len(shares) == 7 * 2
+
+
+def test_controls_get_the_operations_of_what_they_replace(short):
+    longer = replace(short.pretrain, epochs=4), replace(short.refine, heads_epochs=3)
+    short = replace(short, n_train=256, pretrain=longer[0], refine=longer[1])
+    first, recipe = store.pretrained(short), store.refined(short)
+    ablations.without_stage_2(short)
+    ablations.from_random_weights(short)
+    ablations.on_own_views(short)
+    kept = [json.loads(file.read_text()) for file in cache_folder().glob("trials/*/manifest.json")]
+    spent = {entry["settings"]["trial"]: entry["facts"]["flops"] for entry in kept}
+    assert spent["no stage 2"] == pytest.approx(recipe.flops, rel=0.1)  # 3 steps for 2.9
+    assert spent["own view"] == pytest.approx(recipe.flops, rel=0.01)
+    assert spent["refined"] == pytest.approx(first.flops + recipe.flops, rel=0.1)  # from random
 
 
 def test_random_blocks_follow_the_seed_and_hold_the_last():
