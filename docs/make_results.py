@@ -11,7 +11,6 @@ import make_forest
 import pandas as pd
 
 from experiments import measure
-from experiments.ablations import ablations
 from mimrefiner.data.datasets import load_dataset
 from mimrefiner.probes.protocols import (
     KMEANS,
@@ -24,7 +23,7 @@ from mimrefiner.probes.protocols import (
 )
 from mimrefiner.study.claims import claims_table
 from mimrefiner.study.presets import load_preset
-from mimrefiner.study.published import ablation_rows, experiments_folder
+from mimrefiner.study.published import ablation_gains, experiments_folder, last_block
 from mimrefiner.study.tables import count, markdown_table, mean_sd
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +61,7 @@ CAUTION = """Three things need care:
   the interval of a single seed does not, the verdict says *not in every seed*.
 - Seeds give the same numbers again on one machine with the same libraries, and not beyond. The toy
   is small and its seeds differ much: an earlier run of the same three seeds lifted the last block
-  on digits by 20.8 points (+22.3, +31.7, +8.3 by seed). The ablations on digits are of that run.
+  on digits by 20.8 points (+22.3, +31.7, +8.3 by seed).
 - No interval is corrected for the number of claims: of a hundred claims about single models, all
   without any effect, about five would still show an interval that excludes zero. Where three seeds
   must agree, such accidents are rarer, but the seeds share one pre-trained model and one set of
@@ -89,9 +88,9 @@ Device: {device}.
 - *Fine-tuned with labels* spends the computation of refinement on training with labels. This model
   has seen the labels of the images that vote, and longer training could get more out of them.
 """
-ABLATIONS = """k-NN accuracy (%) of the last block's cls token. Variants with one seed are
-exploratory: they only say which would be worth more seeds. `experiments/ablations.py` lists what
-each one changes.
+ABLATIONS = """k-NN accuracy (%) of the last block's cls token. Intervals are over seeds and test
+images; on digits both sides are compared image by image. `experiments/ablations.py` lists what each
+variant changes.
 
 """
 TOY = "A ViT of 0.6 M parameters, preset `tiny`, as drawn in `figures/`.\n\n"
@@ -262,25 +261,24 @@ def natural_text(name: str, rows: pd.DataFrame, *, is_chosen: bool) -> str:
 
 
 def ablations_table(preset: str) -> pd.DataFrame:
-    """Every variant's last block, cls token, and its difference from the recipe, by seed."""
-    rows = ablation_rows(preset)
-    rows = rows[(rows["pool"] == "cls") & (rows["block"] == rows["block"].max())]
-    values = rows.pivot(index="seed", columns="model", values="value")
-    values, recipe = values[list(dict.fromkeys(rows["model"]))], ablations(load_preset(preset))[0]
-    gains = 100 * values.sub(values[recipe.name], axis=0)
-    return pd.DataFrame(
-        [
-            {
-                "variant": name,
-                "seeds": values[name].count(),
-                "last block": mean_sd(values[name].dropna()),
-                "minus the recipe, by seed": ""
-                if name == recipe.name
-                else ", ".join(f"{x:+.1f}" for x in gains[name].dropna()),
-            }
-            for name in values
-        ]
-    )
+    """Every variant's last block, cls token, and what the recipe has more than it."""
+    values, gains = last_block(preset), ablation_gains(preset)
+    rows = []
+    for name in values:
+        row = {
+            "variant": name,
+            "seeds": values[name].count(),
+            "last block": mean_sd(values[name].dropna()),
+        }
+        points = {"recipe minus variant": "", "95 % interval": "", "by seed": ""}
+        if name in gains:
+            found = gains[name].columns()
+            points["recipe minus variant"] = f"{found['difference']:+.1f}"
+            if found["low"] is not None:
+                points["95 % interval"] = f"{found['low']:+.1f} to {found['high']:+.1f}"
+            points["by seed"] = ", ".join(f"{100 * x:+.1f}" for x in gains[name].by_seed)
+        rows.append({**row, **points})
+    return pd.DataFrame(rows)
 
 
 def notebook_claims(dataset: str) -> str:

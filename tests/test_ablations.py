@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -59,6 +60,27 @@ def test_rows_and_hits_of_variants_share_their_starting_point(short, tmp_path, m
     shares = hits.set_index(["model", "seed", "pool"])["hits"].map(lambda h: h.count("1") / len(h))
     last = rows[rows["block"] == 3].set_index(["model", "seed", "pool"])["value"]
     assert shares.to_dict() == pytest.approx(last.to_dict()) and len(shares) == 7 * 2
+
+
+def test_gains_are_paired_by_image_where_hits_were_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "experiments_folder", lambda: tmp_path)
+    models = {"before": ["0011", "0111"], "recipe: r": ["0111", "1111"], "heads: 1": ["1110"]}
+    of_model = [(m, s, text) for m, texts in models.items() for s, text in enumerate(texts)]
+    hits = pd.DataFrame(of_model, columns=["model", "seed", "hits"]).assign(pool="cls")
+    rows = hits.assign(value=hits["hits"].map(lambda h: h.count("1") / 4), n_test=4, block=3)
+    first = rows.assign(value=0.0, block=0)
+    pd.concat([first, rows]).to_csv(tmp_path / "ablations_a.csv", index=False)
+    unpaired = published.ablation_gains("a")
+    hits.to_csv(tmp_path / "ablations_a_hits.csv", index=False)
+    paired = published.ablation_gains("a")
+    assert list(paired) == list(unpaired) == ["before", "heads: 1"]
+    assert paired["before"].by_seed == unpaired["before"].by_seed == pytest.approx((0.25, 0.25))
+    assert paired["heads: 1"].by_seed == pytest.approx((0.0,)) and paired["heads: 1"].seen is None
+    # Images 1 and 2 are gained by one seed of two each
+    assert paired["before"].high - 0.25 == pytest.approx(
+        1.96 * np.std([1, 1, 0, 0]) / 2 / 3**0.5, rel=1e-3
+    )
+    assert unpaired["before"].high > paired["before"].high
 
 
 def test_controls_get_the_operations_of_what_they_replace(short):

@@ -5,6 +5,7 @@ import pytest
 
 from mimrefiner.probes.protocols import LINEAR, SPECTRUM
 from mimrefiner.study import figures, paper
+from mimrefiner.study.intervals import seed_difference
 
 
 @pytest.fixture(autouse=True)
@@ -148,28 +149,29 @@ def test_stacked_panels_share_the_axis_of_blocks():
 
 
 def test_ablations_show_recipe_minus_variant_for_every_seed_on_one_axis():
-    rows = pd.DataFrame(
-        {
-            "group": ["recipe"] * 2 + ["heads"] * 3 + ["before"],
-            "variant": ["4"] * 2 + ["1", "1", "2", None],
-            "seed": [0, 1, 0, 1, 0, 0],
-            "value": [0.5, 0.6, 0.4, 0.45, 0.45, 0.3],
-            "n_test": 100,
-        }
-    )
-    (axes,) = figures.plot_ablations(rows, title="t").axes
+    gains = {
+        "heads: 1": seed_difference([0.5, 0.6], [0.4, 0.45]),
+        "queue: none": seed_difference([0.5, 0.6], [0.5, 0.6]),
+        "heads: 2": seed_difference([0.5], [0.45]),
+        "before": seed_difference([0.5], [0.3]),
+    }
+    (axes,) = figures.plot_ablations(gains, title="t").axes
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert [name.strip() for name in names] == [
         "heads",
         "1 (2 seeds)",
         "2 (1 seed)",
+        "queue",
+        "none (2 seeds)",
         "before",
         "not refined (1 seed)",
     ]
-    dots, mean, exploratory, before = axes.lines[1:]
+    dots, mean, exploratory, none, _, before = axes.lines[1:]
     assert dots.get_xdata().tolist() == pytest.approx([10, 15])
     assert mean.get_xdata() == pytest.approx([12.5])
     assert exploratory.get_xdata().tolist() == pytest.approx([5])
+    assert exploratory.get_markerfacecolor() == "white" != dots.get_markerfacecolor()
+    assert none.get_xdata().tolist() == [0, 0]
     assert before.get_xdata().tolist() == pytest.approx([20])
 
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from mimrefiner.study import intervals
-from mimrefiner.study.intervals import image_difference, seed_difference
+from mimrefiner.study.intervals import image_difference, paired_difference, seed_difference
 
 
 def test_bootstrap_interval_covers_the_truth():
@@ -54,6 +54,31 @@ def test_a_claim_about_seeds_uses_students_interval():
     assert images_alone.high - images_alone.mean == pytest.approx(
         1.96 * np.sqrt((0.24 + 0.25) / 100), rel=1e-3
     )
+
+
+def test_pairing_images_narrows_the_interval_of_seeds_and_images():
+    rng = np.random.default_rng(0)
+    base = rng.random((3, 400)) < 0.8
+    ours = base ^ (rng.random((3, 400)) < 0.05)  # they agree on 95 % of the images
+    found = paired_difference(ours, base)
+    apart = seed_difference(ours.mean(1), base.mean(1), images=400)
+    assert found.mean == pytest.approx(apart.mean) and found.by_seed == apart.by_seed
+    assert found.high - found.low < apart.high - apart.low
+    change = (ours.astype(float) - base).mean(0)
+    over_seeds = stats.t.ppf(0.975, 2) * np.std(found.by_seed, ddof=1) / np.sqrt(3)
+    over_images = stats.norm.ppf(0.975) * np.std(change, ddof=1) / 20
+    assert found.high - found.mean == pytest.approx(np.hypot(over_seeds, over_images))
+    one = paired_difference(ours[:1], base[:1])
+    assert one.seen is None and one.mean == pytest.approx(found.by_seed[0])
+
+
+def test_a_paired_interval_covers_no_difference_between_random_models():
+    rng, outside = np.random.default_rng(3), 0
+    for _ in range(300):
+        easy = rng.beta(4, 1, 200)  # images differ in how often any model gets them right
+        ours, theirs = rng.random((2, 6, 200)) < easy
+        outside += paired_difference(ours, theirs).seen or paired_difference(ours, theirs).opposite
+    assert outside / 300 <= 0.06
 
 
 def test_seeds_alone_give_few_false_alarms():

@@ -265,13 +265,13 @@ class Record:
         return f"{row['verdict'].upper()}: {row['claim']} ({row['measured']}{asked})"
 
     def scaled(self, n: int) -> int:
-        """``n`` epochs, draws and the like; a tenth of them where a run only shows that it runs.
+        """``n`` epochs, images and the like; a twentieth where a run only shows that it runs.
 
         >>> from mimrefiner.study.presets import load_preset
         >>> [Record("a", load_preset(name), (0,), Path()).scaled(50) for name in ("tiny", "smoke")]
-        [50, 5]
+        [50, 2]
         """
-        return max(1, n // 10) if self.preset.name == "smoke" else n
+        return max(1, n // 20) if self.preset.name == "smoke" else n
 
     def finish(self, figures: dict[str, tuple["Figure", pd.DataFrame]]) -> None:
         """Save the figures, write rows and claims, and show the claims: a lesson's last line.

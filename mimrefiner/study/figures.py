@@ -17,7 +17,7 @@ from matplotlib.legend import Legend
 
 from mimrefiner.files import atomic_file, write_csv
 from mimrefiner.probes.protocols import PERCENT, SPECTRUM, Protocol
-from mimrefiner.study.intervals import seed_difference
+from mimrefiner.study.intervals import Difference
 from mimrefiner.study.tables import count
 
 COLUMN = 3.4  # inches: one column of a two-column paper
@@ -236,37 +236,36 @@ def _draw_steps(
         axes.plot(x, steps["mean"], color=colour, linewidth=0.5, alpha=0.3)
 
 
-def plot_ablations(rows: pd.DataFrame, *, title: str, settings: str = "") -> Figure:
+def plot_ablations(gains: dict[str, Difference], *, title: str, settings: str = "") -> Figure:
     """What the recipe has more than every variant, on one axis with the groups as headings.
 
     A thin dot is a seed (hollow where there is one alone); a bar with a tick is the mean with its
-    95 % interval over seeds and images. The last row is the model before refinement.
+    interval.
 
     Args:
-        rows: columns group, variant, seed, value (a share), n_test; the group "recipe" is the
-            reference, "before" the model before refinement.
+        gains: by the variant's name, "group: variant", or "before" for the model before refinement.
         title, settings: see :func:`plot_blocks`.
     """
-    recipe = rows[rows["group"] == "recipe"].set_index("seed")["value"]
-    groups = [(name, part) for name, part in rows.groupby("group", sort=False) if name != "recipe"]
-    lines = sum(1 + part["variant"].fillna("").nunique() for _, part in groups)
-    figure, axes = plt.subplots(figsize=(PAGE, 0.19 * lines + 1.1), layout="constrained")
+    groups = {}
+    for name, gain in gains.items():
+        group, _, variant = name.partition(": ")
+        groups.setdefault(group, {})[variant or "not refined"] = gain
+    figure, axes = plt.subplots(
+        figsize=(PAGE, 0.19 * (len(gains) + len(groups)) + 1.1), layout="constrained"
+    )
     axes.axvline(0, color="0.3", linestyle="--", linewidth=1, zorder=1)
-    places, names, y = [], [], 0
-    for group, part in groups:
-        places.append(y)
-        names.append(group)
-        for variant, seeds in part.fillna({"variant": "not refined"}).groupby(
-            "variant", sort=False
-        ):
+    names, y = {}, 0.0
+    for group, variants in groups.items():
+        names[y] = group
+        for variant, gain in variants.items():
             y += 1
-            places.append(y)
-            names.append("    " + _draw_variant(axes, y, variant, seeds, recipe))
+            names[y] = f"    {variant} ({count(len(gain.by_seed), 'seed')})"
+            _draw_gain(axes, y, gain)
         y += 1.3
-    axes.set_yticks(places, names)
-    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
+    axes.set_yticks(list(names), list(names.values()))
+    for tick, name in zip(axes.get_yticklabels(), names.values(), strict=True):
         tick.set(ha="left", fontweight="normal" if name.startswith(" ") else "bold")
-    axes.tick_params(axis="y", pad=150, length=0)
+    axes.tick_params(axis="y", pad=165, length=0)
     axes.set(
         ylim=(y - 0.6, -0.8), xlabel="recipe minus variant (points); right: the recipe is better"
     )
@@ -275,17 +274,14 @@ def plot_ablations(rows: pd.DataFrame, *, title: str, settings: str = "") -> Fig
     return figure
 
 
-def _draw_variant(axes, y: float, variant: str, seeds: pd.DataFrame, recipe: pd.Series) -> str:
-    """A variant's dots in row ``y``, and its mean and interval; returns the label of the row."""
-    values, n_test = seeds.set_index("seed")["value"], int(seeds["n_test"].iloc[0])
-    change, many = seed_difference(recipe[values.index], values, images=n_test), len(values) > 1
-    colour = COLOURS["refined"]
-    dots = 100 * np.array(change.by_seed), [y] * len(values)
+def _draw_gain(axes, y: float, gain: Difference) -> None:
+    """The dots of the seeds in row ``y``, and their mean and interval."""
+    many, colour = len(gain.by_seed) > 1, COLOURS["refined"]
+    dots = 100 * np.array(gain.by_seed), [y] * len(gain.by_seed)
     axes.plot(*dots, "o", color=colour, markerfacecolor=colour if many else "white", zorder=3)
     if many:
-        axes.hlines(y, 100 * change.low, 100 * change.high, color="0.7", linewidth=2.5, zorder=2)
-        axes.plot(100 * change.mean, y, "|", color="black", markersize=9, zorder=4)
-    return f"{variant} ({count(len(values), 'seed')})"
+        axes.hlines(y, 100 * gain.low, 100 * gain.high, color="0.7", linewidth=2.5, zorder=2)
+        axes.plot(100 * gain.mean, y, "|", color="black", markersize=9, zorder=4)
 
 
 def plot_forest(

@@ -17,7 +17,7 @@ class Difference:
         low, high: the interval that decides: above zero the claim is seen, below zero its opposite.
         by_seed: the difference of every seed.
         over: what the interval covers.
-        seen, opposite: see :func:`image_difference` and :func:`seed_difference`.
+        seen, opposite: see the functions that make a difference.
     """
 
     mean: float
@@ -99,9 +99,49 @@ def seed_difference(ours, theirs, *, images: int | None = None) -> Difference:
         errors = [standard_error(float(np.clip(x.mean(), 0, 1)), images) for x in (ours, theirs)]
         half = math.hypot(half, *(stats.norm.ppf(0.975) * error for error in errors))
         over = "seeds and images"
-    mean, by_seed = float(change.mean()), tuple(change.tolist())
+    return _around(float(change.mean()), half, tuple(change.tolist()), over)
+
+
+def _around(mean: float, half: float, by_seed: tuple[float, ...], over: str) -> Difference:
     seen, opposite = bool(mean > half), bool(mean < -half)
     return Difference(mean, mean - half, mean + half, by_seed, over, seen, opposite)
+
+
+def paired_difference(ours: Sequence, theirs: Sequence) -> Difference:
+    """The difference of two accuracies, with the interval over seeds and images together.
+
+    The error over seeds (Student's t) and that over test images, which both models share, are added
+    in quadrature. One seed has no interval.
+
+    Args:
+        ours, theirs: which images were classified right, (seeds, images) bool.
+
+    >>> found = paired_difference(np.ones((3, 100)), np.zeros((3, 100)))
+    >>> found.seen, found.over
+    (True, 'seeds and images')
+    """
+    change = np.asarray(ours, float) - np.asarray(theirs, float)
+    by_seed = seed_difference(np.mean(ours, 1), np.mean(theirs, 1))
+    if len(change) == 1:
+        return by_seed
+    images = stats.norm.ppf(0.975) * paired_error(ours, theirs)
+    half = math.hypot(by_seed.high - by_seed.mean, images)
+    return _around(by_seed.mean, half, by_seed.by_seed, "seeds and images")
+
+
+def paired_error(ours: Sequence, theirs: Sequence) -> float:
+    """Standard error, over test images, of the difference of two models' mean accuracies.
+
+    Args:
+        ours, theirs: as :func:`paired_difference` takes them.
+
+    >>> rng = np.random.default_rng(0)
+    >>> one, other = rng.random((2, 1, 400)) < 0.8
+    >>> round(paired_error(one, one), 3), round(paired_error(one, other), 3)
+    (0.0, 0.029)
+    """
+    change = (np.asarray(ours, float) - np.asarray(theirs, float)).mean(0)
+    return float(change.std(ddof=1) / math.sqrt(len(change)))
 
 
 def paired_bootstrap(

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from mimrefiner.files import project_folder
+from mimrefiner.study.intervals import Difference, paired_difference, seed_difference
 
 
 def experiments_folder() -> Path:
@@ -28,3 +30,54 @@ def ablation_rows(preset_name: str) -> pd.DataFrame:
     """The rows of the ablations of a preset; none where the file is missing."""
     file = experiments_folder() / f"ablations_{preset_name}.csv"
     return pd.read_csv(file) if file.is_file() else pd.DataFrame()
+
+
+def last_block(preset_name: str) -> pd.DataFrame:
+    """Of the ablations of a preset, the accuracy of the last block's cls token.
+
+    Returns:
+        a row per seed, a column per model: the recipe first, then the model before refinement and
+        the variants.
+    """
+    rows = ablation_rows(preset_name)
+    rows = rows[(rows["pool"] == "cls") & (rows["block"] == rows["block"].max())]
+    values = rows.pivot(index="seed", columns="model", values="value")
+    names = list(dict.fromkeys(rows["model"]))
+    return values[sorted(names, key=lambda name: not name.startswith("recipe"))]
+
+
+def ablation_hits(preset_name: str) -> dict[str, np.ndarray]:
+    """Which test images are right in the last block (cls token), by model.
+
+    Returns:
+        (seeds, images) bool; a model with fewer seeds has the first of them. {} where accuracies
+        alone were kept.
+    """
+    file = experiments_folder() / f"ablations_{preset_name}_hits.csv"
+    if not file.is_file():
+        return {}
+    kept = pd.read_csv(file, dtype={"hits": str})
+    kept = kept[kept["pool"] == "cls"].sort_values("seed", kind="stable")
+    return {
+        model: np.array([list(text) for text in hits]) == "1"
+        for model, hits in kept.groupby("model", sort=False)["hits"]
+    }
+
+
+def ablation_gains(preset_name: str) -> dict[str, Difference]:
+    """What the recipe has more than each variant, and than the model before refinement.
+
+    Seeds are paired, since both sides start from the same pre-trained model; images are paired
+    too where it was kept which of them are right.
+    """
+    values, hits = last_block(preset_name), ablation_hits(preset_name)
+    images = int(ablation_rows(preset_name)["n_test"].iloc[0])
+    recipe, *others = values
+    gains = {}
+    for name in others:
+        pairs = values[[recipe, name]].dropna()
+        if hits:
+            gains[name] = paired_difference(hits[recipe][: len(hits[name])], hits[name])
+        else:
+            gains[name] = seed_difference(pairs[recipe], pairs[name], images=images)
+    return gains
