@@ -145,10 +145,12 @@ def read_claims(root: Path = ROOT) -> list[dict[str, str]]:
     return claims
 
 
-def find(claims: Sequence[dict[str, str]]) -> list[Found]:
-    """The rows of the picture that are in ``claims``; of several alike the one of most seeds."""
+def find(
+    claims: Sequence[dict[str, str]], questions: dict[str, tuple[Row, ...]] = QUESTIONS
+) -> list[Found]:
+    """The rows of ``questions`` that are in ``claims``; of several alike the one of most seeds."""
     found = []
-    for question, rows in QUESTIONS.items():
+    for question, rows in questions.items():
         for row in rows:
             fits = [
                 claim
@@ -163,13 +165,15 @@ def find(claims: Sequence[dict[str, str]]) -> list[Found]:
     return found
 
 
-def missing(claims: Sequence[dict[str, str]]) -> list[str]:
+def missing(
+    claims: Sequence[dict[str, str]], questions: dict[str, tuple[Row, ...]] = QUESTIONS
+) -> list[str]:
     """The rows whose claim is there or not against what ``pending`` says, in words."""
-    there = {(found.question, found.row.label) for found in find(claims)}
+    there = {(found.question, found.row.label) for found in find(claims, questions)}
     studies = {claim["study"] for claim in claims}
     return [
         f"{question} {row.label}"
-        for question, rows in QUESTIONS.items()
+        for question, rows in questions.items()
         for row in rows
         if row.about.get("study", "") in studies and ((question, row.label) in there) == row.pending
     ]
@@ -206,17 +210,20 @@ def answer(found: Sequence[Found]) -> str:
 
 def sentences(claims: Sequence[dict[str, str]]) -> list[str]:
     """A question in bold and its answer, for the questions in ASKED."""
-    found, studies = find(claims), {claim["study"] for claim in claims}
-    open_rows = {
-        question: [r.label for r in rows if r.pending and r.about.get("study", "") in studies]
-        for question, rows in QUESTIONS.items()
-    }
     return [
-        f"**{words}** {answer(of_question)}"
-        + "".join(f" Not measured yet: {label}." for label in open_rows[question])
+        f"**{words}** {full_answer(claims, QUESTIONS[question])}"
         for question, words in ASKED.items()
-        if (of_question := [f for f in found if f.question == question])
+        if find(claims, {question: QUESTIONS[question]})
     ]
+
+
+def full_answer(claims: Sequence[dict[str, str]], rows: Sequence[Row]) -> str:
+    """What was found for ``rows``, and which of them are still to be measured."""
+    found, studies = find(claims, {"": rows}), {claim["study"] for claim in claims}
+    parts = [answer(found)] if found else []
+    waiting = [r.label for r in rows if r.pending and r.about.get("study", "") in studies]
+    parts += [f"Not measured yet: {label}." for label in waiting]
+    return " ".join(parts)
 
 
 def summary(claims: Sequence[dict[str, str]]) -> str:

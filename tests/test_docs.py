@@ -88,6 +88,8 @@ def test_the_forest_plot_and_readme_show_the_claims():
     text = (ROOT / "README.md").read_text()
     assert text == readme.filled(text), "python docs/make_readme.py"
     assert " nan " not in text
+    asked = {question: rows for question, (rows, _) in load("make_results").ANSWERS.items()}
+    assert forest.missing(claims, asked) == [], "claims were renamed: docs/make_results.py"
     with pytest.raises(ValueError, match="0 places for result"):
         readme.filled("no marks")
 
