@@ -4,8 +4,8 @@ It takes what ``experiments.real_encoder`` keeps in FOLDER, the refined encoder 
 
     python -m experiments.real_maps --encoder vits14.safetensors --out FOLDER
 
-Places on the maps lie beside this file in ``evidence_real_maps.csv``, CKA in
-``evidence_real_cka.csv``; a picture with the images themselves in ``figures/real_maps``.
+The places of the images on the maps lie beside this file in ``evidence_real_maps.csv``, CKA in
+``evidence_real_cka.csv``; the maps drawn with the images themselves are ``docs/real_maps.png``.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from experiments.real_encoder import study
 from experiments.trials import Study, add_places
 from mimrefiner.data.datasets import ImageDataset, load_dataset
 from mimrefiner.errors import InputError
-from mimrefiner.files import write_csv
+from mimrefiner.files import atomic_file, write_csv
 from mimrefiner.notices import show_notices
 from mimrefiner.probes.features import Features
 from mimrefiner.probes.similarity import cka
 from mimrefiner.probes.umap import own_class_share, umap_map
-from mimrefiner.study.figures import save_figure, use_style
+from mimrefiner.study.figures import use_style
 from mimrefiner.study.pictures import plot_thumbnails
 
 HERE = Path(__file__).parent
@@ -74,7 +74,8 @@ def measure(of_file: Study, n: int) -> None:
     write_csv(places, HERE / "evidence_real_maps.csv")
     write_csv(similarities(features), HERE / "evidence_real_cka.csv")
     use_style()
-    save_figure(draw(places, test), HERE.parent / "figures" / "real_maps", places)
+    with atomic_file(HERE.parent / "docs" / "real_maps.png") as temporary:
+        draw(places, test).savefig(temporary, dpi=200, metadata={"Software": None})
 
 
 def main() -> None:

@@ -26,6 +26,16 @@ def evidence() -> tuple[pd.DataFrame, pd.DataFrame]:
     return study("natural-gpu" if on_gpu else "natural")
 
 
+def real_maps() -> pd.DataFrame:
+    """Where test images lie on maps of the real encoder: model, image, class, x, y."""
+    return pd.read_csv(experiments_folder() / "evidence_real_maps.csv")
+
+
+def real_cka() -> pd.DataFrame:
+    """CKA between the blocks of the real encoder: a, b (models), block_a, block_b, value."""
+    return pd.read_csv(experiments_folder() / "evidence_real_cka.csv")
+
+
 def ablation_rows(preset_name: str) -> pd.DataFrame:
     """The rows of the ablations of a preset; none where the file is missing."""
     file = experiments_folder() / f"ablations_{preset_name}.csv"
@@ -81,3 +91,8 @@ def ablation_gains(preset_name: str) -> dict[str, Difference]:
         else:
             gains[name] = seed_difference(pairs[recipe], pairs[name], images=images)
     return gains
+
+
+def gains_table(gains: dict[str, Difference]) -> pd.DataFrame:
+    """A row per variant: what :func:`ablation_gains` found, in points."""
+    return pd.DataFrame([{"variant": name, **gain.columns()} for name, gain in gains.items()])
