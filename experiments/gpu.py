@@ -55,6 +55,7 @@ class Part:
         log: where its output goes.
         began: when, by the monotonic clock.
         code: its exit status, None while it runs.
+        sent: the last signal that it was sent.
     """
 
     name: str
@@ -62,17 +63,29 @@ class Part:
     log: Path
     began: float
     code: int | None = None
+    sent: signal.Signals | None = None
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has; asked for once more than that, it says the same."""
+        """Whether it has; asked for once more than that, it says the same.
+
+        One that was asked to end has ended with all that it has started, which may save first.
+        """
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code is not None
+        return self.code is not None and not (self.sent is signal.SIGTERM and self._left_others())
+
+    def _left_others(self) -> bool:
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def end(self, sign: signal.Signals) -> None:
         """Send a signal to it and to all that it has started."""
+        self.sent = sign
         with suppress(ProcessLookupError):
             os.killpg(self.pid, sign)
 
@@ -139,6 +152,7 @@ def begin(kit: gpu_parts.Kit, name: str, limit: float, left: float) -> Part:
     """
     log = kit.out / "logs" / f"{name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()  # it is read even if the part is ended before it has begun
     sys.stdout.flush()
     with warnings.catch_warnings():
         # Python fears threads, of which none has begun to compute here

@@ -89,6 +89,26 @@ def test_what_a_part_started_ends_with_it(kit, planned, tmp_path):
     assert any(has_ended(pid) or time.sleep(0.05) for _ in range(50))
 
 
+def test_what_ignores_the_wish_to_end_is_killed_though_its_parent_has_gone(
+    kit, planned, tmp_path, monkeypatch
+):
+    note = tmp_path / "pid"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
+
+    def parent(*_):
+        command = [sys.executable, "-c", f"{deaf}; time.sleep(60)"]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
+        child.stdout.readline()  # it is deaf by now
+        note.write_text(str(child.pid))
+        time.sleep(60)
+
+    planned["parent"] = parent
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    gpu.side_by_side(kit, ["parent"], limit=3, left=2)
+    pid = note.read_text()
+    assert any(has_ended(pid) or time.sleep(0.05) for _ in range(50))
+
+
 def has_ended(pid: str) -> bool:
     """Whether a process is gone, or waits only for somebody to ask how it ended (Linux)."""
     status = Path("/proc") / pid / "stat"
