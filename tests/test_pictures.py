@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,6 +33,18 @@ def test_maps_tell_many_classes_apart():
         f"{name}: 30 of 30 images" for name in ("one", "two")
     ]
     assert len(shown.legends[0].get_texts()) == 10
+
+
+def test_names_of_classes_that_lie_on_one_another_can_be_read():
+    rng = np.random.default_rng(0)
+    names = ["automobile", "deer", "truck", "cat", "dog"]
+    xy = rng.normal(size=(200, 2))
+    figure = pictures.plot_maps({"a": xy, "b": xy}, np.arange(200) % 5, names, title="t")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == 5
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_thumbnails_of_one_place_spread_and_share_no_cell():

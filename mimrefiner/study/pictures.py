@@ -4,6 +4,7 @@ They take their style from :mod:`mimrefiner.study.figures`.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
@@ -258,11 +259,29 @@ def plot_maps(
 
 def _name_classes(axes, xy: np.ndarray, labels, classes: Sequence[str]) -> None:
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-    for i, name in enumerate(classes):
-        of_class = xy[np.asarray(labels) == i]
-        if len(of_class):
-            middle = np.median(of_class, axis=0)
-            axes.text(*middle, name, ha="center", va="center", fontsize=8, weight="bold", bbox=box)
+    names = [name for i, name in enumerate(classes) if np.any(np.asarray(labels) == i)]
+    middles = [np.median(xy[np.asarray(labels) == classes.index(name)], 0) for name in names]
+    # Of letters of 8 points, on a panel of about 260 x 230 points
+    sizes = np.array([(5.2 * len(name) / 260, 12 / 230) for name in names]) * np.ptp(xy, axis=0)
+    for name, place in zip(names, _apart(np.array(middles), sizes), strict=True):
+        axes.text(*place, name, ha="center", va="center", fontsize=8, weight="bold", bbox=box)
+
+
+def _apart(places: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Places, (boxes, 2), moved up or down until no two boxes of ``sizes`` overlap."""
+    places = places.copy()
+    for _ in range(200):
+        moved = False
+        for i, j in itertools.combinations(range(len(places)), 2):
+            wide, high = (sizes[i] + sizes[j]) / 2 - np.abs(places[i] - places[j])
+            if wide > 0 and high > 1e-9 * sizes[i, 1]:
+                up = 1 if places[i, 1] >= places[j, 1] else -1
+                places[i, 1] += up * high / 2
+                places[j, 1] -= up * high / 2
+                moved = True
+        if not moved:
+            break
+    return places
 
 
 def plot_thumbnails(
