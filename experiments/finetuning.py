@@ -63,26 +63,25 @@ class Study:
 def measure(study: Study) -> pd.DataFrame:
     """One row per model, share and seed: accuracy on test images at the rate that was chosen.
 
-    Columns are model, share, seed, base_lr, val and test (shares of right answers), n_train,
-    n_test and images.
+    Columns are model, share, seed, base_lr, val (of that rate, with the first seed), test (both are
+    shares of right answers), n_train, n_test and images.
     """
     encoder = load_encoder(study.before)
     models = {BEFORE: encoder, AFTER: load_encoder(study.after), RANDOM: random_twin(encoder)}
-    train, val, test = (load_dataset(study.data, split=s) for s in ("train", "val", "test"))
-    sets = {"train": train, "val": val, "test": test}
+    sets = {split: load_dataset(study.data, split=split) for split in ("train", "val", "test")}
     rows = []
-    for name, model in models.items():
+    for model in models.items():
         for share in study.shares:
-            tried = [
-                tuned(study, (name, model), sets, share, rate, study.seeds[0])
+            val = {
+                rate: tuned(study, model, sets, "val", share, rate, study.seeds[0])["value"]
                 for rate in study.rates
-            ]
-            best = max(tried, key=lambda row: row["val"])
-            others = [
-                tuned(study, (name, model), sets, share, best["base_lr"], seed)
-                for seed in study.seeds[1:]
-            ]
-            rows += [best, *others]
+            }
+            best = max(val, key=val.get)
+            for seed in study.seeds:
+                result = tuned(study, model, sets, "test", share, best, seed)
+                known = {"model": model[0], "share": share, "seed": seed, "base_lr": best}
+                known |= {"val": val[best], "test": result["value"]}
+                rows.append(known | result[["n_train", "n_test", "images"]].to_dict())
     return pd.DataFrame(rows)
 
 
@@ -90,30 +89,23 @@ def tuned(
     study: Study,
     model: tuple[str, nn.Module],
     sets: dict[str, ImageDataset],
+    split: str,
     share: float,
     rate: float,
     seed: int,
-) -> dict:
-    """The row of one training, which is done or read."""
+) -> pd.Series:
+    """What one training, which is done or read, gives on ``split`` after its last epoch.
+
+    Trainings that choose the rate and those that count are apart, so that nothing has to be tested
+    after every epoch, of which there are many where images are few.
+    """
     (name, encoder), images = model, sets["train"]
     if share < 1:
         images = few_labels(images, share, seed=seed)
     recipe = replace(recipe_of(study, len(images)), base_lr=rate, seed=seed)
-    out = study.out / f"{name.replace(' ', '_')}-{share:g}-lr{rate:g}-seed{seed}"
-    job = partial(finetune_recipe, encoder, images, sets["test"], recipe, val=sets["val"])
-    finetune_into(out, job, resume=True)
-    result, epochs = pd.read_csv(out / "rows.csv").iloc[0], pd.read_csv(out / "epochs.csv")
-    return {
-        "model": name,
-        "share": share,
-        "seed": seed,
-        "base_lr": rate,
-        "val": epochs["val"].iloc[-1],
-        "test": result["value"],
-        "n_train": result["n_train"],
-        "n_test": result["n_test"],
-        "images": result["images"],
-    }
+    out = study.out / f"{name.replace(' ', '_')}-{share:g}-lr{rate:g}-seed{seed}-{split}"
+    finetune_into(out, partial(finetune_recipe, encoder, images, sets[split], recipe), resume=True)
+    return pd.read_csv(out / "rows.csv").iloc[0]
 
 
 def recipe_of(study: Study, images: int) -> FinetuneRecipe:

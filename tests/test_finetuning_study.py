@@ -25,8 +25,9 @@ def test_the_study_runs_once_and_is_drawn(tmp_path, monkeypatch, capsys):
     main(command)
     rows = pd.read_csv("rows.csv")
     assert len(rows) == 3 * 2 and set(rows["model"]) == {BEFORE, AFTER, RANDOM}
-    # Three trainings for two seeds: two rates with the first, the better one with the second
-    assert len(list((tmp_path / "runs").iterdir())) == 3 * 3
+    # Two rates choose with the first seed, and the better one is tested with both
+    folders = [folder.name.rsplit("-", 1)[1] for folder in (tmp_path / "runs").iterdir()]
+    assert sorted(folders) == ["test"] * 3 * 2 + ["val"] * 3 * 2
     for _, part in rows.groupby(["model", "share"]):
         assert part["base_lr"].nunique() == 1 and part["seed"].tolist() == [0, 1]
     assert rows["images"].str.fullmatch("2 %, drawn with seed [01]").all()
