@@ -97,6 +97,11 @@ def test_controls_get_the_operations_of_what_they_replace(short):
     assert spent["refined"] == pytest.approx(first.flops + recipe.flops, rel=0.1)  # from random
 
 
+def test_every_ingredient_of_the_lesson_is_an_ablation():
+    names = {a.name for a in ablations.ablations(mr.load_preset("tiny"))}
+    assert set(published.INGREDIENTS.values()) <= names
+
+
 def test_random_blocks_follow_the_seed_and_hold_the_last():
     preset = mr.load_preset("tiny")
     drawn = [

@@ -8,6 +8,24 @@ import pandas as pd
 from mimrefiner.files import project_folder
 from mimrefiner.study.intervals import Difference, paired_difference, seed_difference
 
+INGREDIENTS = {  # claim about an ingredient of refinement -> the ablation without it
+    "several heads beat one": "number of heads: 1 (last block)",
+    "neighbours beat the image's own view": "neighbours: own view (no queue)",
+    "drawing among 20 neighbours beats taking the nearest": "neighbours: top-1 in stage 3",
+    "swapping the positive alone beats swapping negatives too": "negatives: swapped too (NNCLR)",
+    "heads on the last blocks beat heads on the last and random blocks": (
+        "place of heads: last and random blocks"
+    ),
+    "heads on the last blocks beat heads from the measured peak on": (
+        "place of heads: from the measured peak on"
+    ),
+    "the intended pairing of views beats the published one": "pairing of views: published",
+    "stage 2 is worth its computation": "stages: no stage 2, same compute",
+    "masked pre-training and refinement beat refinement's objective alone, from random weights": (
+        "start: random weights, same compute in all"
+    ),
+}
+
 
 def experiments_folder() -> Path:
     """The folder of the committed rows, in the checkout."""
