@@ -57,7 +57,7 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         Row("CIFAR-10 (a real ViT-S/14)", PEAK, REAL),
         Row("CIFAR-10 (our MAE)", PEAK, CIFAR),
         Row("digits", f"{PEAK} (cls)", DIGITS),
-        Row("fruit photos", PEAK, MAE | {"dataset": "fruit64"}, headline=False),
+        Row("fruit photos (MAE)", PEAK, MAE | {"dataset": "fruit64"}, headline=False),
         Row("Tiny-ImageNet (MAE)", PEAK, MAE, headline=False),
         Row("Tiny-ImageNet (SimMIM)", PEAK, SIMMIM, headline=False),
     ),
@@ -68,7 +68,7 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         Row("Fashion-MNIST", LIFTS, FASHION),
         Row("Tiny-ImageNet (MAE)", LIFTS, MAE),
         Row("Tiny-ImageNet (SimMIM)", LIFTS, SIMMIM, headline=False),
-        Row("fruit photos (never trained on)", f"photographs: {LIFTS}", FRUIT),
+        Row("fruit photos (packaged MAE, not trained on)", f"photographs: {LIFTS}", FRUIT),
     ),
     "Does it beat the same computation spent on more pre-training?": (
         Row("CIFAR-10 (a real ViT-S/14)", LONGER, REAL, pending=True),
@@ -89,17 +89,24 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "Which ingredients of the recipe matter (digits)?": (
-        Row("several heads instead of one", "several heads beat one", DIGITS, headline=False),
-        Row("20 neighbours instead of 1", "drawing among 20 neighbours", DIGITS, headline=False),
-        Row("batch as negatives", "swapping the positive alone beats", DIGITS, headline=False),
+        Row("four heads (not one)", "several heads beat one", DIGITS, headline=False),
+        Row("neighbours (not the own view)", "neighbours beat the image", DIGITS, headline=False),
+        Row("20 neighbours (not the nearest)", "drawing among 20", DIGITS, headline=False),
+        Row("swapping the positive alone", "swapping the positive alone", DIGITS, headline=False),
     ),
 }
 ASKED = {  # what the sentences answer: question -> its words there
+    "Is an earlier block better than the last one before refinement?": (
+        "Is an earlier block better before refinement?"
+    ),
     "Does refinement lift the last block?": "Does refinement lift the last block?",
     "Does it beat the same computation spent on more pre-training?": (
         "Does it beat the same computation spent on more pre-training?"
     ),
-    "Which ingredients of the recipe matter (digits)?": "Which ingredients matter?",
+    "Is the refined last block better than no training at all?": (
+        "Is the refined last block better than no training at all?"
+    ),
+    "Which ingredients of the recipe matter (digits)?": "Which ingredients matter (digits)?",
 }
 
 
@@ -201,7 +208,7 @@ def answer(found: Sequence[Found]) -> str:
     """What the verdicts of one question say, as a sentence; differences are in points."""
     by = {verdict: [f for f in found if f.verdict == verdict] for verdict in WORDS}
     if not by["seen"] and not by["opposite"]:
-        return f"At this scale we cannot tell: no effect was seen ({listed(found)})."
+        return f"No effect is seen: {listed(found)}."
     named = (("yes", "seen"), ("not seen", "not seen"), ("the opposite", "opposite"))
     parts = [f"{words}: {listed(by[verdict])}" for words, verdict in named if by[verdict]]
     sentence = "; ".join(parts)

@@ -155,9 +155,13 @@ def finding(points: Sequence[Point]) -> str:
         f"the best block before was {where} with {before[best]:.1f} %"
     )
     if same:
-        sentence += f", and the same computation spent on more masking gives {same[-1]:.1f} %"
+        sentence += (
+            f", and the same computation spent on more masked pre-training gives {same[-1]:.1f} %"
+        )
     else:
-        sentence += ". What the same computation gives on more masking is not measured yet"
+        sentence += (
+            ". What the same computation gives in more masked pre-training is not measured yet"
+        )
     pixels = mean_line(points, "raw pixels")
     if pixels and pixels[-1] > refined[-1]:
         sentence += f". Raw pixels do better still ({pixels[-1]:.1f} %): these images are easy"

@@ -23,10 +23,24 @@ def parts() -> dict[str, str]:
     """The name of a place in README -> its Markdown."""
     claims = make_forest.read_claims()
     return {
-        "result": f"{make_hero.finding(make_hero.read())} {few_labels(EVIDENCE)}".strip(),
+        "result": " ".join(
+            [make_hero.finding(make_hero.read()), beyond(claims), few_labels(EVIDENCE)]
+        ),
         "measured": "\n\n".join([make_forest.summary(claims), *make_forest.sentences(claims)]),
         "lessons": lessons(ROOT / "notebooks"),
     }
+
+
+def beyond(claims: list[dict[str, str]]) -> str:
+    """Whether the real encoder's last block gets above its best block before; "" where unknown."""
+    best = make_forest.Row("", "the refined last block beats the best block", make_forest.REAL)
+    found = make_forest.find(claims, {"": (best,)})
+    if not found:
+        return ""
+    mean, low, high = map(make_forest.points, map(found[0].number, ("difference", "low", "high")))
+    words = "is" if found[0].verdict == "seen" else "is not shown to be"
+    gain = f"{mean} points, 95 % interval {low} to {high}"
+    return f"The refined last block {words} better than the best block before ({gain})."
 
 
 def few_labels(file: Path) -> str:

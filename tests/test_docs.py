@@ -88,7 +88,7 @@ def test_the_forest_plot_and_readme_show_the_claims():
     text = (ROOT / "README.md").read_text()
     assert text == readme.filled(text), "python docs/make_readme.py"
     assert " nan " not in text
-    asked = {question: rows for question, (rows, _) in load("make_results").ANSWERS.items()}
+    asked = {question.asked: question.rows for question in load("make_results").ANSWERS}
     assert forest.missing(claims, asked) == [], "claims were renamed: docs/make_results.py"
     with pytest.raises(ValueError, match="0 places for result"):
         readme.filled("no marks")
@@ -221,11 +221,11 @@ def test_the_hero_takes_the_rows_of_trials(trials, tmp_path):
     assert hero.finding(points) == (
         "On CIFAR-10, refinement takes the last block of a ViT-S/14 that had been trained to find "
         "salient regions from 60.0 to 76.0 % k-NN accuracy (2 seeds); the best block before was "
-        "block 2 of 3 with 70.0 %, and the same computation spent on more masking gives 62.0 %."
+        "block 2 of 3 with 70.0 %, and the same compute spent on more masking gives 62.0 %."
     )
     without = hero.finding([point for point in points if point.model != "same compute"])
     assert without.endswith(
-        "70.0 %. What the same computation gives on more masking is not measured yet."
+        "70.0 %. What the same compute gives if it is spent on more masking is not measured yet."
     )
     hero.write(points, tmp_path / "hero.csv")
     assert hero.read(tmp_path / "hero.csv") == points
