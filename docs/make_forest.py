@@ -71,7 +71,7 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
         Row("fruit photos (packaged MAE, not trained on)", f"photographs: {LIFTS}", FRUIT),
     ),
     "Does it beat the same computation spent on more pre-training?": (
-        Row("CIFAR-10 (a real ViT-S/14)", LONGER, REAL, pending=True),
+        Row("CIFAR-10 (a real ViT-S/14)", LONGER, REAL),
         Row("CIFAR-10 (our MAE)", LONGER, CIFAR),
         Row("digits", LONGER, DIGITS),
         Row("Tiny-ImageNet (cls token)", LONGER, MAE),
@@ -91,8 +91,9 @@ QUESTIONS: dict[str, tuple[Row, ...]] = {
     "Which ingredients of the recipe matter (digits)?": (
         Row("four heads (not one)", "several heads beat one", DIGITS, headline=False),
         Row("neighbours (not the own view)", "neighbours beat the image", DIGITS, headline=False),
-        Row("20 neighbours (not the nearest)", "drawing among 20", DIGITS, headline=False),
-        Row("swapping the positive alone", "swapping the positive alone", DIGITS, headline=False),
+        Row("the intended pairing of views", "the intended pairing", DIGITS, headline=False),
+        Row("20 neighbours (not the nearest)", "drawing among 20", DIGITS, False, pending=True),
+        Row("swapping the positive alone", "swapping the positive", DIGITS, False, pending=True),
     ),
 }
 ASKED = {  # what the sentences answer: question -> its words there

@@ -142,9 +142,11 @@ def test_a_study_of_its_own_comes_first_where_it_is_there(tmp_path):
         "digits",
     ]
     lacking = " ".join(forest.missing(claims))
+    waits = forest.Row("CIFAR-10", forest.LONGER, forest.REAL, pending=True)
     longer = LIFTS | {"claim": forest.LONGER, "study": "real", "dataset": "cifar10", "pool": "cls"}
-    pending = "more pre-training? CIFAR-10 (a real ViT-S/14)"
-    assert pending not in lacking and pending in " ".join(forest.missing([*claims, longer]))
+    assert forest.missing(claims, {"more?": (waits,)}) == []
+    assert forest.missing([*claims, longer], {"more?": (waits,)}) == ["more? CIFAR-10"]
+    assert forest.full_answer(claims, (waits,)) == "Not measured yet: CIFAR-10."
     assert "a real ViT-S/14" in lacking and "our MAE" not in lacking
 
 
