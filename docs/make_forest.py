@@ -230,7 +230,8 @@ def full_answer(claims: Sequence[dict[str, str]], rows: Sequence[Row]) -> str:
     found, studies = find(claims, {"": rows}), {claim["study"] for claim in claims}
     parts = [answer(found)] if found else []
     waiting = [r.label for r in rows if r.pending and r.about.get("study", "") in studies]
-    parts += [f"Not measured yet: {label}." for label in waiting]
+    if waiting:
+        parts.append(f"Not measured yet: {', '.join(waiting)}.")
     return " ".join(parts)
 
 

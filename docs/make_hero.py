@@ -147,25 +147,27 @@ def finding(points: Sequence[Point]) -> str:
     data = TITLES.get(points[0].dataset, points[0].dataset)
     best = max(range(len(before)), key=before.__getitem__)
     where = f"block {best + 1} of {len(before)}"
-    encoder, seeds = ENCODERS.get(points[0].preset), len(lines_of(points, "refined"))
+    encoder = ENCODERS.get(points[0].preset)
     whose = f" of {encoder}" if encoder else ""
     sentence = (
         f"On {data}, refinement takes the last block{whose} from {before[-1]:.1f} to "
-        f"{refined[-1]:.1f} % k-NN accuracy ({seeds} {'seed' if seeds == 1 else 'seeds'}); "
+        f"{refined[-1]:.1f} % k-NN accuracy ({_seeds(points, 'refined')}); "
         f"the best block before was {where} with {before[best]:.1f} %"
     )
     if same:
-        sentence += (
-            f", and the same computation spent on more masked pre-training gives {same[-1]:.1f} %"
-        )
+        sentence += f", and the same compute spent on more masking gives {same[-1]:.1f} % "
+        sentence += f"({_seeds(points, 'same compute')})"
     else:
-        sentence += (
-            ". What the same computation gives in more masked pre-training is not measured yet"
-        )
+        sentence += ". What the same compute gives if it is spent on more masking is not measured"
     pixels = mean_line(points, "raw pixels")
     if pixels and pixels[-1] > refined[-1]:
         sentence += f". Raw pixels do better still ({pixels[-1]:.1f} %): these images are easy"
     return f"{sentence}."
+
+
+def _seeds(points: Sequence[Point], label: str) -> str:
+    number = len(lines_of(points, label))
+    return "1 seed" if number == 1 else f"{number} seeds"
 
 
 # ---- the picture

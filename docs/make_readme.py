@@ -51,7 +51,7 @@ def few_labels(file: Path) -> str:
     rows = rows[(rows["dataset"] == "cifar10") & (rows["pool"] == "cls")]
     rows = rows[rows["protocol"] == "logistic_1shot"]
     means = 100 * rows.pivot_table("value", "block", "model")
-    first, last = means.index[0], means.iloc[-1]  # the best block before, and the last one
+    first, last = means["before"].first_valid_index(), means.iloc[-1]  # best before, and last
     return (
         f"With one labelled image of each class the last block goes from {last['before']:.1f} to "
         f"{last['refined']:.1f} % (block {first + 1} before: {means.loc[first, 'before']:.1f} %)."

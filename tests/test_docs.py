@@ -162,8 +162,7 @@ def test_the_sentences_follow_the_verdicts():
     )
     unseen = LIFTS | {"verdict": "not seen"}
     assert forest.sentences([unseen]) == [
-        "**Does refinement lift the last block?** At this scale we cannot tell: no effect was seen "
-        "(digits +5.0)."
+        "**Does refinement lift the last block?** No effect is seen: digits +5.0."
     ]
 
 
@@ -223,11 +222,12 @@ def test_the_hero_takes_the_rows_of_trials(trials, tmp_path):
     assert hero.finding(points) == (
         "On CIFAR-10, refinement takes the last block of a ViT-S/14 that had been trained to find "
         "salient regions from 60.0 to 76.0 % k-NN accuracy (2 seeds); the best block before was "
-        "block 2 of 3 with 70.0 %, and the same compute spent on more masking gives 62.0 %."
+        "block 2 of 3 with 70.0 %, and the same compute spent on more masking gives 62.0 % "
+        "(1 seed)."
     )
     without = hero.finding([point for point in points if point.model != "same compute"])
     assert without.endswith(
-        "70.0 %. What the same compute gives if it is spent on more masking is not measured yet."
+        "70.0 %. What the same compute gives if it is spent on more masking is not measured."
     )
     hero.write(points, tmp_path / "hero.csv")
     assert hero.read(tmp_path / "hero.csv") == points
