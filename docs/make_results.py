@@ -85,8 +85,8 @@ ANSWERS = (
     Question(
         "Does the representation peak inside the network?",
         PEAK,
-        "On digits the seeds differ a lot. For the MAE of Tiny-ImageNet validation images chose the "
-        "last block itself; six epochs of pre-training are a possible reason.",
+        "On digits the seeds differ a lot. For the MAE of Tiny-ImageNet validation images chose "
+        "the last block itself; six epochs of pre-training are a possible reason.",
     ),
     Question("Does refinement lift the last block?", LIFT),
     Question(
